@@ -1,0 +1,374 @@
+"""Checkpoints: written so that a whole one is always there, read so that nothing in them can run code.
+
+A run's folder holds ckpt_{step:08d}.pt with a manifest, ckpt_{step:08d}.json, that is written last and carries the sha256:
+without its manifest a file does not count. nanoGPT's ckpt.pt and GPT-2's weights in Hugging Face's layout are read too.
+"""
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from configurator import UserError, require
+from data import bins, tokenizer
+from data.download import download
+from model import GPT, GPTConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
+
+FORMAT = 1
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds, wherever it comes from."""
+    model_config: dict  # the fields of GPTConfig
+    model: dict  # name -> tensor
+    step: int = 0  # optimizer steps done
+    samples_seen: int = 0
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    config: dict = field(default_factory=dict)  # train.py's keys
+    optimizer: dict | None = None
+    scaler: dict | None = None
+    tokenizer: dict | None = None  # Tokenizer.to_dict()
+    path: str = ''
+
+    def build_model(self, **override):
+        """The GPT with these weights; override: fields of GPTConfig that may differ, such as dropout."""
+        known = {f.name for f in fields(GPTConfig)}
+        try:
+            config = GPTConfig(**{k: v for k, v in self.model_config.items() if k in known} | override)
+            with torch.device('meta'):  # no time is spent on weights that are replaced
+                model = GPT(config)
+            model.load_state_dict(self.model, assign=True)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f'{self.path}: the weights do not fit the model: {" ".join(str(error).split())[:200]}') from None
+        if config.tie_weights:
+            model.transformer.wte.weight = model.lm_head.weight
+        return model.requires_grad_()
+
+    def get_tokenizer(self):
+        """The tokenizer inside; for nanoGPT's files that of its data folder, for GPT-2 its own."""
+        if self.tokenizer is not None:
+            return tokenizer.Tokenizer.from_dict(self.tokenizer)
+        if os.path.isdir(self.path):
+            found = tokenizer.from_huggingface(self.path)
+        else:
+            found = bins.open_tokenizer(bins.find_dataset(self.config.get('dataset', '')))
+        found = found or tokenizer.gpt2()
+        require(found.vocab_size <= self.model_config['vocab_size'],
+                f'{self.path} has {self.model_config["vocab_size"]} tokens but no tokenizer, and its data set is not here')
+        return found
+
+
+# A run's folder -------------------------------------------------------------------------------------------------------------
+
+def lock(out_dir):
+    """Make the folder and keep others out of it until the file returned is closed. Raises UserError."""
+    path = Path(out_dir) / '.lock'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, 'a')
+    except OSError as error:
+        raise UserError(f'out_dir = {str(out_dir)!r}: cannot write there: {error.strerror}; choose another --out_dir') from None
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f'out_dir = {str(out_dir)!r}: another run is writing there; choose another --out_dir') from None
+    return file
+
+
+def set_aside(out_dir, say):
+    """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
+    out_dir = Path(out_dir)
+    files = [path for pattern in ('ckpt*', 'log.jsonl', 'config.py') for path in out_dir.glob(pattern)]
+    if holds_run(out_dir):
+        number = next(n for n in itertools.count(1) if not (out_dir / f'earlier-{n}').exists())
+        folder = out_dir / f'earlier-{number}'
+        folder.mkdir()
+        for path in files:
+            path.rename(folder / path.name)
+        say(f'{out_dir} holds an earlier run, which is kept in {folder}')
+
+
+def cut_log(out_dir, step):
+    """Drop the lines of log.jsonl from `step` on: the run continues from a checkpoint before them."""
+    path = Path(out_dir) / 'log.jsonl'
+    if path.exists():
+        lines = path.read_text(encoding='utf-8').splitlines()
+        kept = [line for line in lines if line.endswith('}') and json.loads(line).get('step', 0) < step]
+        write_text(path, ''.join(line + '\n' for line in kept))
+
+
+def write_text(path, text):
+    """Replace a small file in one go."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        temporary.write_text(text, encoding='utf-8')
+        replace(temporary, path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror}') from None
+
+
+# Writing ------------------------------------------------------------------------------------------------------------------
+
+class HashingFile:
+    """A file opened for writing that hashes what passes, so that it need not be read again."""
+
+    def __init__(self, path):
+        self.file, self.sha256, self.bytes = open(path, 'wb'), hashlib.sha256(), 0
+
+    def write(self, data):
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def replace(temporary, path):
+    """Rename into place so that the new name survives a power cut: rename, then sync the folder."""
+    os.replace(temporary, path)
+    if os.name == 'posix':
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save(out_dir, checkpoint, keep_last=2):
+    """Write a Checkpoint into out_dir, then delete all but the last keep_last and the best by val loss; returns its path.
+
+    The order is: data to a temporary name, sync, rename, and the same for the manifest. Raises UserError if it cannot.
+    """
+    out_dir = Path(out_dir)
+    path = out_dir / f'ckpt_{checkpoint.step:08d}.pt'
+    manifest_path = path.with_suffix('.json')
+    temporary, manifest_temporary = path.with_suffix('.pt.tmp'), path.with_suffix('.json.tmp')
+    state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != 'path'}
+    try:
+        manifest_path.unlink(missing_ok=True)  # a step that is done again
+        file = HashingFile(temporary)
+        torch.save(state | {'format': FORMAT}, file)
+        file.sync()
+        replace(temporary, path)
+        manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step, 'samples_seen': checkpoint.samples_seen,
+                    'val_loss': checkpoint.val_loss, 'bytes': file.bytes, 'sha256': file.sha256.hexdigest(),
+                    'torch': torch.__version__, 'threads': torch.get_num_threads(), 'config': checkpoint.config}
+        with open(manifest_temporary, 'w', encoding='utf-8') as f:
+            json.dump(manifest, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        replace(manifest_temporary, manifest_path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        for leftover in (temporary, manifest_temporary):
+            leftover.unlink(missing_ok=True)
+        raise UserError(f'{path}: cannot write the checkpoint: {" ".join(str(error).split())[:200]}; free some room or choose '
+                        f'another --out_dir, then continue with --init_from=resume') from None
+    found = manifests(out_dir)
+    keep = found[:keep_last] + [min(found, key=val_loss_of)]
+    for old in found:
+        if old not in keep:
+            (out_dir / old['file']).with_suffix('.json').unlink()
+            (out_dir / old['file']).unlink(missing_ok=True)
+    return path
+
+
+# Reading ------------------------------------------------------------------------------------------------------------------
+
+def val_loss_of(manifest):
+    return manifest['val_loss'] if manifest['val_loss'] is not None else float('inf')
+
+
+def manifests(out_dir):
+    """The manifests of a run's folder, newest first. One that cannot be read is named and left out."""
+    found = []
+    for path in Path(out_dir).glob('ckpt_*.json'):
+        try:
+            manifest = json.loads(path.read_text(encoding='utf-8'))
+            manifest['step'], manifest['sha256'], manifest['val_loss']  # KeyError if it is no manifest
+            found.append(manifest | {'file': path.with_suffix('.pt').name})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f'{path} is damaged and passed over: {error!r}', file=sys.stderr)
+    return sorted(found, key=lambda m: m['step'], reverse=True)
+
+
+def holds_run(out_dir):
+    """Whether a folder holds checkpoints, of plainGPT or of nanoGPT."""
+    return any(Path(out_dir).glob('ckpt_*.pt')) or (Path(out_dir) / 'ckpt.pt').exists()
+
+
+def load(where, prefer_best=False, mmap=False):
+    """A Checkpoint from a run's folder, a .pt file, a GPT-2 folder in Hugging Face's layout, or 'gpt2', 'gpt2-medium', ...
+
+    Of a run's folder: the newest that is whole; with prefer_best the best by val loss, if the run kept only improvements
+    (always_save_checkpoint=False). mmap: tensors are read from disk when they are used. Raises UserError.
+    """
+    where = Path(where)
+    if str(where) in GPT2_SIZES and not where.exists():
+        where = download_gpt2(str(where))
+    if where.is_file():
+        manifest = where.with_suffix('.json')
+        if manifest.exists():
+            known = [m for m in manifests(where.parent) if m['file'] == where.name]
+            require(known and sha256_of(where) == known[0]['sha256'], f'{where} is damaged: its sha256 is not the one in {manifest}')
+        return load_file(where, mmap)
+    require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s folder, a .pt file or one of '
+                            f'{", ".join(GPT2_SIZES)}')
+    if (where / 'config.json').exists():
+        return load_huggingface(where)
+    found = manifests(where)
+    if not found:
+        if (where / 'ckpt.pt').exists():
+            return load_file(where / 'ckpt.pt', mmap)
+        raise UserError(f'{where}: there is no whole checkpoint in this folder; train without --init_from=resume first')
+    if prefer_best and not found[0].get('config', {}).get('always_save_checkpoint', True):
+        found.sort(key=val_loss_of)
+    for manifest in found:
+        path = where / manifest['file']
+        if path.exists() and sha256_of(path) == manifest['sha256']:
+            return load_file(path, mmap)
+        print(f'{path} is {"damaged" if path.exists() else "missing"} and passed over', file=sys.stderr)
+    raise UserError(f'{where}: every checkpoint in it is damaged; restore one from a copy, or train anew in another --out_dir')
+
+
+def load_model(path_or_out_dir, device='cpu'):
+    """(model in evaluation mode on device, tokenizer) from whatever `load` reads."""
+    checkpoint = load(path_or_out_dir, prefer_best=True, mmap=True)
+    return checkpoint.build_model(dropout=0.0).to(device).eval(), checkpoint.get_tokenizer()
+
+
+def sha256_of(path):
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def load_file(path, mmap=False):
+    """A .pt file of plainGPT or nanoGPT. Only tensors and plain values are read; anything that would run code is refused."""
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        named = re.search(r'GLOBAL (\S+)', str(error))
+        raise UserError(f'{path}: refused: ' + (f'it would run {named[1]}' if named else 'it is no checkpoint of plainGPT or '
+                        'nanoGPT')) from None
+    except Exception as error:  # a truncated or foreign file raises whatever its bytes lead to
+        raise UserError(f'{path}: cannot be read as a checkpoint: {" ".join(str(error).split())[:120]}') from None
+    require(isinstance(state, dict) and isinstance(state.get('model'), dict), f'{path}: not a checkpoint of plainGPT or nanoGPT')
+    weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): v for k, v in state['model'].items()}
+    if 'model_args' in state:  # nanoGPT
+        config = state.get('config', {})
+        # nanoGPT's GELU is the exact one; its first versions saved the causal mask as attn.bias
+        model_config = {'bias': True} | state['model_args'] | {'activation': 'gelu'}
+        weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+        step = int(state.get('iter_num', 0))
+        samples = step * config.get('batch_size', 12) * config.get('gradient_accumulation_steps', 1)
+        best = state.get('best_val_loss')
+        best = None if best is None or best > 1e8 else float(best)
+        return Checkpoint(model_config, weights, step, samples, best, best, config, state.get('optimizer'), path=str(path))
+    require(state.get('format') == FORMAT, f'{path}: format {state.get("format")} is not {FORMAT}, the one this version reads')
+    known = {f.name for f in fields(Checkpoint)}
+    try:
+        return Checkpoint(**{k: v for k, v in state.items() if k in known} | {'model': weights, 'path': str(path)})
+    except TypeError as error:
+        raise UserError(f'{path}: not a whole checkpoint: {error}') from None
+
+
+def model_state(model):
+    """(model_config, weights) for a Checkpoint."""
+    return asdict(model.config), model.state_dict()
+
+
+# GPT-2's weights ------------------------------------------------------------------------------------------------------------
+
+def download_gpt2(name):
+    """Fetch GPT-2 from Hugging Face's hub (HF_ENDPOINT: a mirror) into ~/.cache/plaingpt; returns the folder."""
+    endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    for file in ('config.json', 'vocab.json', 'model.safetensors'):
+        path = cache / 'plaingpt' / name / file
+        download(f'{endpoint}/openai-community/{name}/resolve/main/{file}', path, sha256='linked',
+                 advice=f'put config.json, vocab.json and model.safetensors into {path.parent} by hand')
+    return path.parent
+
+
+def load_huggingface(folder):
+    """GPT-2 in Hugging Face's layout: config.json with model.safetensors or pytorch_model.bin. Raises UserError."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        require(config.get('model_type') == 'gpt2', f'model_type = {config.get("model_type")!r} is not gpt2')
+        activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}
+        activation = config.get('activation_function', 'gelu_new')
+        require(activation in activations, f'activation_function = {activation!r} is not one of {", ".join(activations)}')
+        for key, plain in {'n_inner': (None, 4 * config['n_embd']), 'layer_norm_epsilon': (1e-5,), 'scale_attn_weights': (True,),
+                           'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}.items():
+            require(config.get(key, plain[0]) in plain, f'{key} = {config[key] if key in config else None} is not GPT-2\'s')
+        model_config = {'block_size': config['n_positions'], 'vocab_size': config['vocab_size'], 'n_layer': config['n_layer'],
+                        'n_head': config['n_head'], 'n_embd': config['n_embd'], 'activation': activations[activation],
+                        'tie_weights': config.get('tie_word_embeddings', True)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{folder / "config.json"}: {error}') from None
+    if (folder / 'model.safetensors').exists():
+        tensors = read_safetensors(folder / 'model.safetensors')
+    else:
+        path = folder / 'pytorch_model.bin'
+        require(path.exists(), f'{folder}: there is neither model.safetensors nor pytorch_model.bin')
+        tensors = load_file_of_tensors(path)
+    weights = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix('transformer.')
+        if name.endswith(('.attn.bias', '.attn.masked_bias')) or name == 'lm_head.weight' and model_config['tie_weights']:
+            continue
+        if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')):
+            tensor = tensor.t().contiguous()  # GPT-2's Conv1D keeps (in, out), Linear (out, in)
+        weights[name if name == 'lm_head.weight' else f'transformer.{name}'] = tensor.float()
+    if model_config['tie_weights'] and 'transformer.wte.weight' in weights:
+        weights['lm_head.weight'] = weights['transformer.wte.weight']
+    return Checkpoint(model_config, weights, path=str(folder))
+
+
+def load_file_of_tensors(path):
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise UserError(f'{path}: refused, it does not hold plain tensors only: {" ".join(str(error).split())[:120]}') from None
+
+
+def read_safetensors(path):
+    """{name: tensor}. The format: 8 bytes with the length of a JSON header, the header, the tensors' bytes
+    (huggingface/safetensors, README, "Format")."""
+    dtypes = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F64': torch.float64, 'BOOL': torch.bool,
+              'U8': torch.uint8, 'I8': torch.int8, 'I16': torch.int16, 'I32': torch.int32, 'I64': torch.int64}
+    try:
+        size = path.stat().st_size
+        with open(path, 'rb') as file:
+            length = int.from_bytes(file.read(8), 'little')
+            require(0 < length <= size - 8, 'its header is cut off')
+            header = json.loads(file.read(length))
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
+        tensors = {}
+        for name, entry in header.items():
+            if name != '__metadata__':
+                start, end = entry['data_offsets']
+                require(0 <= start <= end <= len(data), f'{name} lies beyond the end of the file')
+                tensors[name] = data[start:end].clone().view(dtypes[entry['dtype']]).view(entry['shape'])
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f'{path}: not a whole safetensors file: {error}') from None

@@ -1,0 +1,343 @@
+"""Token bins: train.bin and val.bin, one long row of token ids each, with meta.json beside them.
+
+Writing never leaves half a data set and never wraps an id. Reading maps the files and draws batches as a pure function of
+(seed, number of samples seen). nanoGPT's bins (uint16, no meta.json, perhaps a meta.pkl) are read too.
+"""
+import hashlib
+import json
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError, require
+from data.tokenizer import CharTokenizer, Tokenizer, gpt2
+
+FORMAT = 1
+PIECE_BYTES = 2**20  # a text file is read in pieces of at most this size, each tokenized by one thread
+
+
+# Writing ------------------------------------------------------------------------------------------------------------------
+
+class BinWriter:
+    """Appends token ids to a file of uint16, or uint32 where the vocabulary needs it. Raises UserError on an id beyond it."""
+
+    def __init__(self, path, vocab_size):
+        self.file = open(path, 'wb')
+        self.dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+        self.vocab_size = vocab_size
+        self.n_tokens = 0
+
+    def append(self, ids):
+        ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            wrong = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+            raise UserError(f'{self.file.name}: token id {ids[wrong]} at position {self.n_tokens + wrong} does not fit '
+                            f'a vocabulary of {self.vocab_size}')
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.n_tokens += ids.size
+
+    def close(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+@dataclass
+class Piece:
+    """A piece of text on its way into a bin."""
+    split: str  # 'train' or 'val'
+    text: str
+    ends_document: bool = False  # `<|endoftext|>` follows, where the tokenizer has one
+
+
+def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_tokens=None):
+    """Tokenize pieces into folder/train.bin and val.bin, with meta.json; returns meta. Memory stays bounded.
+
+    source: what the text is, for meta.json. total_bytes: for the progress bar. max_tokens: stop after so many.
+    Everything is written under temporary names and renamed at the end, val.bin last: only a whole data set has all three.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ('meta.json', 'train.bin', 'val.bin')
+    temporary = {name: folder / f'{name}.{os.getpid()}.tmp' for name in names}
+    try:
+        writers = {split: BinWriter(temporary[f'{split}.bin'], tokenizer.vocab_size) for split in ('train', 'val')}
+        sha256, n_bytes = hashlib.sha256(), {'train': 0, 'val': 0}
+        with tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
+            for group in groups(pieces):
+                for piece, ids in zip(group, pool.map(lambda piece: tokenizer.encode_to_numpy(piece.text), group)):
+                    writers[piece.split].append(ids)
+                    if piece.ends_document and tokenizer.eot is not None:
+                        writers[piece.split].append([tokenizer.eot])
+                    raw = piece.text.encode('utf-8')
+                    sha256.update(raw)
+                    n_bytes[piece.split] += len(raw)
+                    bar.update(len(raw))
+                if max_tokens and sum(w.n_tokens for w in writers.values()) >= max_tokens:
+                    break
+        meta = {'format': FORMAT, 'source': source, 'source_sha256': sha256.hexdigest(),
+                'vocab_size': tokenizer.vocab_size, 'dtype': writers['train'].dtype.name,
+                **{f'{split}_tokens': writer.n_tokens for split, writer in writers.items()},
+                **{f'{split}_bytes': n_bytes[split] for split in writers}, 'tokenizer': tokenizer.to_dict()}
+        for split, writer in writers.items():
+            writer.close()
+            require(writer.n_tokens > 1, f'{source}: too little text, nothing is left for {split}.bin')
+        temporary['meta.json'].write_text(json.dumps(meta, ensure_ascii=False), encoding='utf-8')
+        if (folder / 'train.bin').exists():
+            print(f'replacing the data set that was in {folder}')
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            os.replace(temporary[name], folder / name)
+    except OSError as error:
+        raise UserError(f'{folder}: cannot write there: {error.strerror or error}') from None
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    print(f'{folder}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,} tokens, '
+          f'vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {sum(n_bytes.values()) / sum(w.n_tokens for w in writers.values()):.2f} bytes/token')
+    return meta
+
+
+def groups(pieces, size=2**24):
+    """Lists of pieces of about `size` characters together: the work of one round of threads."""
+    group, n = [], 0
+    for piece in pieces:
+        group.append(piece)
+        n += len(piece.text)
+        if n >= size:
+            yield group
+            group, n = [], 0
+    if group:
+        yield group
+
+
+def hub_documents(path, name, val_every):
+    """The texts of a data set of Hugging Face's hub (or of a local folder of parquet or JSON lines), streamed shard by shard,
+    as Pieces: every val_every-th document goes to the val split. Raises UserError where the optional `datasets` is missing.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError('streaming from the hub needs the optional package datasets: pip install datasets') from None
+    try:
+        for i, document in enumerate(load_dataset(path, name, split='train', streaming=True)):
+            yield Piece('val' if i % val_every == val_every - 1 else 'train', document['text'], ends_document=True)
+    except (OSError, ValueError, KeyError) as error:  # no network, no such data set, no column of text
+        raise UserError(f'{path}: cannot be read: {str(error).splitlines()[0]}; check the network and the name') from None
+
+
+def split_at_end(texts, total_bytes, val_fraction=0.1):
+    """(text, ends_document) of a row of documents -> Pieces: the last val_fraction of the bytes is the val split."""
+    boundary, done = int(total_bytes * (1 - val_fraction)), 0
+    for text, ends_document in texts:
+        raw = text.encode('utf-8')
+        if done < boundary < done + len(raw):
+            cut = len(raw[:boundary - done].decode('utf-8', errors='ignore'))
+            yield Piece('train', text[:cut])
+            yield Piece('val', text[cut:], ends_document)
+        else:
+            yield Piece('train' if done < boundary else 'val', text, ends_document)
+        done += len(raw)
+
+
+def read_pieces(path, size=PIECE_BYTES):
+    """The text of a UTF-8 file in pieces of at most `size` bytes, cut behind a line or a space where there is one."""
+    rest, position = b'', 0
+    with open(path, 'rb') as file:
+        while True:
+            block = file.read(size - len(rest))
+            buffer = rest + block
+            if not buffer:
+                return
+            end = len(buffer)
+            if block:
+                end = max(buffer.rfind(b'\n'), buffer.rfind(b' ')) + 1
+                if end < size // 2:  # no line ends here: cut at a whole character
+                    end = len(buffer)
+                    while end and end > len(buffer) - 4 and buffer[end - 1] & 0xC0 == 0x80:
+                        end -= 1
+                    end = end - 1 if buffer[end - 1] >= 0xC0 else len(buffer)
+            try:
+                yield buffer[:end].decode('utf-8')
+            except UnicodeDecodeError as error:
+                raise UserError(f'{path}: byte {position + error.start} is not UTF-8 text; convert the file to UTF-8') from None
+            rest, position = buffer[end:], position + end
+
+
+# Reading ------------------------------------------------------------------------------------------------------------------
+
+class TokenBin:
+    """A mapped bin of n_tokens ids, cut into windows of block_size. Raises UserError if it cannot be used for that."""
+
+    def __init__(self, path, dtype, vocab_size, block_size):
+        try:
+            n_bytes = os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f'{path}: {error.strerror}; prepare the data set again') from None
+        require(n_bytes > 0, f'{path} is empty; prepare the data set again')
+        require(n_bytes % dtype.itemsize == 0, f'{path}: its size, {n_bytes} bytes, is not a multiple of {dtype.itemsize} '
+                                               f'({dtype.name}): the file is cut off; prepare the data set again')
+        self.path, self.vocab_size, self.block_size = path, vocab_size, block_size
+        self.tokens = np.memmap(path, dtype=dtype, mode='r')
+        self.n_tokens = len(self.tokens)
+        require(self.n_tokens > block_size, f'{path} has {self.n_tokens} tokens: block_size = {block_size} needs at least '
+                                            f'{block_size + 1}; lower --block_size or prepare more text')
+        self.n_windows = -(-(self.n_tokens - 1) // block_size)  # of the whole split, the last one perhaps shorter
+        if vocab_size <= np.iinfo(dtype).max:
+            for first in range(0, min(self.n_tokens, 2**29), 2**24):  # 1 GB of uint16; what lies beyond is checked as drawn
+                self._check(self.tokens[first:first + 2**24], first)
+
+    def _check(self, ids, first):
+        if ids.max() >= self.vocab_size:
+            wrong = int((ids >= self.vocab_size).argmax())
+            raise UserError(f'{self.path}: token id {ids.flat[wrong]} at position {first + wrong} is not below vocab_size = '
+                            f'{self.vocab_size}; it was made with another tokenizer: prepare the data set again')
+
+    def batch(self, first_sample, count, seed):
+        """Samples first_sample .. first_sample + count - 1 of the endless, shuffled row of training samples.
+
+        Each epoch visits every block of block_size tokens once, in an order and with an offset that follow from
+        (seed, epoch) alone: no state, so that any batch can be drawn again. -> x, y (count, block_size) int64, y the
+        tokens that follow x.
+        """
+        T = self.block_size
+        n_blocks = max(1, (self.n_tokens - 1 - T) // T)
+        sample = np.arange(first_sample, first_sample + count, dtype=np.uint64)
+        epoch, place = np.divmod(sample, np.uint64(n_blocks))
+        block, offset = np.empty_like(place), np.empty_like(place)
+        for e in np.unique(epoch):
+            key = mix(np.uint64(seed) + mix(e))
+            here = epoch == e
+            block[here] = permute(place[here], n_blocks, key)
+            offset[here] = mix(key) % np.uint64(min(T, self.n_tokens - n_blocks * T))
+        start = (block * np.uint64(T) + offset).astype(np.int64)
+        window = self.tokens[start[:, None] + np.arange(T + 1)]  # (count, T + 1)
+        for row, position in zip(window, start):
+            self._check(row, int(position))
+        window = window.astype(np.int64)
+        return window[:, :-1], window[:, 1:]
+
+    def windows(self, index):
+        """Windows of the split laid end to end, by number. -> x, y (len(index), block_size) int64; y is -1 past the end."""
+        T = self.block_size
+        at = np.asarray(index, dtype=np.int64)[:, None] * T + np.arange(T + 1)
+        window = self.tokens[np.minimum(at, self.n_tokens - 1)].astype(np.int64)
+        window[:, 1:][at[:, 1:] >= self.n_tokens] = -1
+        return np.maximum(window[:, :-1], 0), window[:, 1:]
+
+    def evaluation_windows(self, count):
+        """Numbers of `count` windows, always the same ones, spread over the split by chance; -1: all."""
+        if count < 0 or count >= self.n_windows:
+            return np.arange(self.n_windows)
+        return np.sort(permute(np.arange(count, dtype=np.uint64), self.n_windows, np.uint64(0))).astype(np.int64)
+
+
+@dataclass
+class Dataset:
+    train: TokenBin
+    val: TokenBin
+    tokenizer: Tokenizer
+
+
+def find_dataset(name):
+    """The folder of a data set: data/<name> here or beside this file, or a path."""
+    for folder in (Path('data') / name, Path(__file__).parent / name, Path(name)):
+        if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
+            return folder
+    return Path('data') / name
+
+
+def open_dataset(folder, block_size):
+    """Map both bins of a folder and read their tokenizer. Raises UserError, which names the file, if anything is wrong.
+
+    Without meta.json the bins are nanoGPT's: uint16, with the characters of meta.pkl, else GPT-2's vocabulary.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    tokenizer = open_tokenizer(folder) or gpt2()
+    dtype = np.dtype(meta['dtype'] if meta else 'uint16').newbyteorder('<')
+    train, val = (TokenBin(folder / f'{split}.bin', dtype, tokenizer.vocab_size, block_size) for split in ('train', 'val'))
+    for split, tokens in (('train', train), ('val', val)):
+        require(meta is None or tokens.n_tokens == meta[f'{split}_tokens'],
+                f'{tokens.path} has {tokens.n_tokens} tokens where meta.json says {meta and meta[f"{split}_tokens"]}; '
+                f'prepare the data set again')
+    return Dataset(train, val, tokenizer)
+
+
+def read_meta(folder):
+    """folder/meta.json, None if there is none. Raises UserError if it is not ours."""
+    path = Path(folder) / 'meta.json'
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        require(meta['format'] == FORMAT, f'format {meta["format"]} is not {FORMAT}, the one this version reads')
+        require(meta['dtype'] in ('uint16', 'uint32'), f'dtype = {meta["dtype"]!r} is neither uint16 nor uint32')
+        meta['tokenizer'], meta['train_tokens'], meta['val_tokens']  # KeyError where one is missing
+        return meta
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path}: {error}; prepare the data set again') from None
+
+
+def open_tokenizer(folder):
+    """The tokenizer of a data folder: from meta.json, else from nanoGPT's meta.pkl, else None."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if meta:
+        return Tokenizer.from_dict(meta['tokenizer'])
+    return read_nanogpt_meta(folder / 'meta.pkl') if (folder / 'meta.pkl').exists() else None
+
+
+def read_nanogpt_meta(path):
+    """nanoGPT's meta.pkl -> CharTokenizer. Plain dicts, strings and numbers are read; a pickle that names code is refused."""
+
+    class PlainUnpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise UserError(f'{path}: refused: this pickle would run {module}.{name}; prepare the data set again')
+
+    try:
+        with open(path, 'rb') as file:
+            meta = PlainUnpickler(file).load()
+        characters = ''.join(meta['itos'][i] for i in range(meta['vocab_size']))
+        require(len(characters) == meta['vocab_size'], 'its tokens are not single characters')
+        return CharTokenizer(characters)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
+    except Exception as error:  # whatever unpickling garbage raises
+        raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({type(error).__name__}: {error}); prepare the data set again') from None
+
+
+# A random order without a table ---------------------------------------------------------------------------------------------
+
+def mix(x):
+    """splitmix64's finalizer (Steele et al. 2014) on uint64: written out, since library generators promise no stream."""
+    with np.errstate(over='ignore'):
+        x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def permute(index, n, key):
+    """A permutation of 0 .. n-1, chosen by key, applied to index (uint64 array).
+
+    A Feistel network of 6 rounds (Luby & Rackoff 1988) permutes the next power of 4; a value that lands at n or above is
+    sent through again until it lands below (cycle-walking: Black & Rogaway 2002).
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    index = np.array(index, dtype=np.uint64)
+    todo = np.ones(index.shape, dtype=bool)
+    while todo.any():
+        left, right = index[todo] >> half, index[todo] & low
+        for round_ in range(6):
+            left, right = right, left ^ (mix(right ^ mix(key ^ np.uint64(round_))) & low)
+        index[todo] = (left << half) | right
+        todo = index >= n
+    return index

@@ -1,0 +1,96 @@
+"""Files from the web: by https, resumed where they broke off, checked by sha256 before they get their name."""
+import hashlib
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from configurator import UserError, require
+
+
+def download(url, path, sha256=None, advice='put the file there by hand'):
+    """Fetch url into path unless it is there.
+
+    sha256: what the content must have; 'linked': what Hugging Face's X-Linked-Etag header announces. A broken download
+    continues from path.part at the next call. Raises UserError, with url, path and advice, if the file cannot be had.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    parts = urllib.parse.urlsplit(url)
+    require(parts.scheme == 'https' or parts.hostname in ('127.0.0.1', 'localhost'), f'{url}: only https is downloaded from')
+    part = path.with_name(path.name + '.part')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sha256 == 'linked':
+            sha256 = linked_sha256(url)
+        fetch(url, part)
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        raise UserError(f'{url} cannot be downloaded to {path} ({getattr(error, "reason", error)}): {advice}') from None
+    except OSError as error:
+        raise UserError(f'{path}: cannot write there: {error.strerror or error}') from None
+    with open(part, 'rb') as file:
+        found = hashlib.file_digest(file, 'sha256').hexdigest()
+    if sha256 and found != sha256:
+        part.unlink()
+        raise UserError(f'{url}: what came has sha256 {found}, not {sha256}; it was deleted: try again, or {advice}')
+    os.replace(part, path)
+    return path
+
+
+def fetch(url, part):
+    """Append to the file `part` what is still missing of url."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing
+            return
+        raise
+    with response:
+        if response.status != 206:  # the server sends all of it
+            done = 0
+        length = response.headers.get('Content-Length')
+        total = done + int(length) if length else None
+        with open(part, 'ab' if done else 'wb') as file, \
+                tqdm(total=total, initial=done, unit='B', unit_scale=True, desc=part.stem) as bar:
+            while block := response.read(2**20):
+                file.write(block)
+                done += len(block)
+                bar.update(len(block))
+    if total and done < total:
+        raise ConnectionError(f'broke off after {done:,} of {total:,} bytes; run the same command again to go on')
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None
+
+
+def linked_sha256(url):
+    """The sha256 that Hugging Face's hub announces for a large file, in the answer before its redirect; else None."""
+    request = urllib.request.Request(url, method='HEAD')
+    try:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as response:
+            headers = response.headers
+    except urllib.error.HTTPError as error:
+        if error.code not in (301, 302, 303, 307, 308):
+            raise
+        headers = error.headers
+    etag = headers.get('X-Linked-Etag', '').strip('"')
+    return etag if len(etag) == 64 else None
+
+
+def tiny_shakespeare(path):
+    """The 1,115,394 characters of char-rnn's tiny Shakespeare, downloaded to path unless some text is there already."""
+    download('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt', path,
+             sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+             advice='put the file there by hand, or start with python train.py config/quickstart.py, which downloads nothing')
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: {error}') from None

@@ -1,0 +1,75 @@
+"""Which device, which number format, compiled or not: the choices behind 'auto', in one place."""
+import contextlib
+import re
+
+import torch
+
+from configurator import UserError, require
+
+# dense FLOP/s of bf16 (V100, T4: fp16) matrix products, from NVIDIA's data sheets
+PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12,
+              'L4': 121e12, 'A40': 150e12, 'A30': 165e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12,
+              'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+def pick_device(name):
+    """torch.device for 'auto' (cuda, else mps, else cpu) or a device's name. Raises UserError if it is not there."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'device = {name!r}: give auto, cpu, cuda, cuda:1, ... or mps') from None
+    if device.type == 'cuda':
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        require(count > (device.index or 0), f'device = {name!r}: PyTorch sees {count} CUDA devices here; leave --device=auto '
+                                             f'or use --device=cpu')
+    else:
+        require(device.type in ('cpu', 'mps'), f'device = {name!r}: give auto, cpu, cuda, cuda:1, ... or mps')
+        require(device.type != 'mps' or torch.backends.mps.is_available(), f'device = {name!r}: PyTorch sees no Apple GPU '
+                                                                           f'here; leave --device=auto or use --device=cpu')
+    return device
+
+
+def pick_dtype(name, device):
+    """torch.dtype for 'auto' (bfloat16 where the hardware has it, else float16 on CUDA, else float32) or a dtype's name."""
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.type == 'cuda':
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = device.type == 'cpu' and torch.cpu.get_capabilities().get('amx_bf16', False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device, dtype):
+    """Matrix products in dtype; the weights stay in fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device.type, dtype=dtype)
+
+
+def peak_flops(device, dtype):
+    """The device's peak in FLOP/s for half-precision matrix products; None if it is not known."""
+    if device.type != 'cuda' or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in PEAK_FLOPS.items() if re.search(rf'\b{model}\b', name)), None)
+
+
+def compile_or_not(model, choice, device, first_step, say):
+    """torch.compile(model) if choice is True, or 'auto' on CUDA. first_step(model) runs forward and backward once.
+
+    Compiling happens at the first step; if that fails, one line says why and the plain model is returned.
+    """
+    if choice is False or choice == 'auto' and device.type != 'cuda':
+        return model
+    say('compiling the model: the first step takes up to a minute')
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        first_step(compiled)
+        return compiled
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler on the machine, an unsupported platform, ...
+        say(f'torch.compile failed, going on without it: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}')
+        return model

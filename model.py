@@ -1,0 +1,452 @@
+"""A decoder-only Transformer (GPT), all of it in this file, which imports nothing of this repo.
+
+Sources: Vaswani et al. 2017 (attention, sinusoidal positions), Radford et al. 2019 (GPT-2, the default architecture) and
+nanoGPT, whose names and API are kept. Each choice of GPTConfig names its own source.
+
+Letters in shapes: B sequences, T tokens, C = n_embd, nh heads, nkv key/value heads, hs = C / nh, S keys, V = vocab_size.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The architecture; the defaults are GPT-2 124M's. Raises ValueError if the values do not fit together."""
+    block_size: int = 1024  # the longest context
+    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as in nanoGPT
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linear and LayerNorm
+    position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # Radford 2019 | Vaswani 2017, 3.5 | Su 2021 | -
+    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # Ba 2016 | Zhang & Sennrich 2019
+    activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # relu2: So 2021; swiglu: Shazeer 2020
+    n_kv_head: int | None = None  # key/value heads, shared by groups of query heads (Ainslie 2023); None: n_head
+    qk_norm: bool = False  # RMS-normalise queries and keys (Henry 2020)
+    tie_weights: bool = True  # the output head is the token embedding (Press & Wolf 2017)
+    logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2, 2024)
+    zero_init: bool = False  # output projections start at 0, so that each block starts as the identity (Zhang 2019, Fixup)
+    attention: Literal['sdpa', 'math'] = 'sdpa'  # fused kernels, or the same written out
+
+    def __post_init__(self):
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f'{key} = {value} must be at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: '
+                             f'try n_embd = {math.ceil(self.n_embd / self.n_head) * self.n_head}')
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head = {self.n_head} is not divisible by n_kv_head = {self.n_kv_head}: '
+                             f'n_kv_head must be one of the divisors of n_head')
+        if self.position == 'rope' and self.n_embd // self.n_head % 2:
+            raise ValueError(f'position = rope turns pairs of dimensions: n_embd / n_head = {self.n_embd // self.n_head} must be even')
+        if self.position == 'sinusoidal' and self.n_embd % 2:
+            raise ValueError(f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout = {self.dropout} must be at least 0 and below 1')
+        if self.logit_softcap < 0:
+            raise ValueError(f'logit_softcap = {self.logit_softcap} must be 0 (off) or above')
+
+
+def position_angles(position, dim):
+    """Angles of Vaswani et al. 2017, section 3.5: position / 10000^(2i/dim). (..., T) -> (..., T, dim/2), in fp32."""
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)
+    return position.float()[..., None] * frequency
+
+
+def sinusoidal_embedding(position, dim):
+    """sin in the even dimensions, cos in the odd (Vaswani et al. 2017, section 3.5). (..., T) -> (..., T, dim)"""
+    angles = position_angles(position, dim)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def apply_rotary(x, cos, sin):
+    """Turn the pair (x_i, x_{i + hs/2}) by its position's i-th angle (Su et al. 2021; the halves are paired as in GPT-NeoX).
+
+    x: (B, heads, T, hs); cos, sin: (1 or B, 1, T, hs/2), in fp32.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class KVCache:
+    """Keys and values of every layer for the tokens read so far, in buffers of a fixed size.
+
+    Rows of unequal length are padded on the left: the first padding[b] columns of row b are not part of the text.
+    """
+
+    def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None):
+        n_kv_head = config.n_kv_head or config.n_head
+        shape = (config.n_layer, batch_size, n_kv_head, size, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.padding = padding  # (B,) or None
+        self.size = size
+        self.length = 0  # columns filled
+
+    def append(self, layer, k, v):
+        """Store k, v (B, nkv, T, hs) behind what is there; returns all keys and values up to here (B, nkv, S, hs)."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def mask(self, T):
+        """Which columns each of the next T tokens may look at: (B or 1, 1, T, S), or None where plain causality says it."""
+        if self.padding is None and (T == 1 or self.length == 0):
+            return None
+        column = torch.arange(self.length + T, device=self.k.device)
+        query = column[self.length:, None]
+        visible = column <= query  # (T, S)
+        if self.padding is not None:
+            visible = visible & (column >= self.padding[:, None, None])  # (B, T, S)
+            visible = visible | (column == query)  # a padding token sees itself: a row of softmax over nothing would be NaN
+        return visible.view(-1, 1, *visible.shape[-2:])
+
+
+class CausalSelfAttention(nn.Module):
+    """Masked multi-head self-attention (Vaswani et al. 2017, section 3.2). (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_size = config.n_embd // config.n_head
+        # queries, keys and values of all heads in one matrix product
+        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * self.n_kv_head * self.head_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary=None, cache=None, mask=None):
+        B, T, C = x.shape
+        n_head, n_kv_head, hs = self.config.n_head, self.n_kv_head, self.head_size
+        q, k, v = self.c_attn(x).split((C, n_kv_head * hs, n_kv_head * hs), dim=2)
+        q = q.view(B, T, n_head, hs).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, n_kv_head, hs).transpose(1, 2)  # (B, nkv, T, hs)
+        v = v.view(B, T, n_kv_head, hs).transpose(1, 2)  # (B, nkv, T, hs)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if self.config.qk_norm:
+            q, k = F.rms_norm(q, (hs,)), F.rms_norm(k, (hs,))
+        if cache is not None:
+            k, v = cache.append(self.layer, k.type_as(cache.k), v.type_as(cache.v))  # (B, nkv, S, hs)
+            q = q.type_as(cache.k)
+        attend = attend_fused if self.config.attention == 'sdpa' else attend_written_out
+        y = attend(q, k, v, mask, self.config.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+def attend_fused(q, k, v, mask=None, dropout=0.0):
+    """softmax(QK^T / sqrt(hs)) V by PyTorch's fused kernels (flash attention on CUDA). q: (B, nh, T, hs); k, v: (B, nkv, S, hs).
+
+    mask: True where a query may look, or None: plain causal attention if T > 1, everything if T = 1.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                          is_causal=mask is None and q.size(2) > 1, enable_gqa=k.size(1) != q.size(1))
+
+
+def attend_written_out(q, k, v, mask=None, dropout=0.0):
+    """The same as attend_fused, step by step (Vaswani et al. 2017, equation 1)."""
+    B, nh, T, hs = q.shape
+    k = k.repeat_interleave(nh // k.size(1), dim=1)  # (B, nh, S, hs): each group of query heads shares one key head
+    v = v.repeat_interleave(nh // v.size(1), dim=1)  # (B, nh, S, hs)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
+    if mask is None and T > 1:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float('-inf'))
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # each row sums to 1
+    return weights.type_as(v) @ v  # (B, nh, T, hs)
+
+
+class MLP(nn.Module):
+    """The position-wise feed-forward network, 4 C wide (Vaswani et al. 2017, section 3.3). (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        gated = config.activation == 'swiglu'
+        # a gated unit has three matrices: 2/3 of the width keeps the parameters equal (Shazeer 2020, section 3)
+        hidden = 8 * math.ceil(config.n_embd / 3) if gated else 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, (2 if gated else 1) * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.c_fc(x)  # (B, T, hidden), twice that for swiglu
+        if self.activation == 'gelu':
+            x = F.gelu(x)
+        elif self.activation == 'gelu_tanh':
+            x = F.gelu(x, approximate='tanh')
+        elif self.activation == 'relu':
+            x = F.relu(x)
+        elif self.activation == 'relu2':
+            x = F.relu(x).square()
+        elif self.activation == 'swiglu':
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.dropout(self.c_proj(x))
+
+
+def make_norm(config):
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(config.n_embd, eps=1e-5)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each reading a normalised copy of the residual stream and adding to it (pre-norm, as GPT-2)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary=None, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), rotary, cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """nanoGPT's API and parameter names.
+
+        model = GPT(GPTConfig(n_layer=2))
+        logits, loss = model(idx, targets)  # idx, targets (B, T) -> (B, T, V), scalar
+        logits, _ = model(idx)              # the last position only: (B, 1, V)
+        tokens = model.generate(idx, 100)   # (B, T + 100)
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == 'learned':
+            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        parts['drop'] = nn.Dropout(config.dropout)
+        parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        parts['ln_f'] = make_norm(config)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                # 2 n_layer projections add to the residual stream: scaled down so that its variance does not grow with
+                # depth (Radford et al. 2019, section 2.3)
+                nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def get_num_params(self, non_embedding=True):
+        """Parameters; as in nanoGPT without the learned positions, with the token embedding, which is also the head."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding and 'wpe' in self.transformer:
+            n -= self.transformer.wpe.weight.numel()
+        return n
+
+    def forward(self, idx, targets=None, cache=None):
+        """Logits, and the mean cross-entropy if there are targets.
+
+        idx: (B, T) token ids, T <= block_size. targets: (B, T), -1 = no loss here; without them only the last position's
+        logits are computed. cache: KVCache that idx continues. Returns (logits (B, T or 1, V), loss in nats or None).
+        """
+        B, T = idx.shape
+        past = cache.length if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f'{past + T} tokens do not fit into block_size = {self.config.block_size}')
+        position = torch.arange(past, past + T, device=idx.device)  # (T,)
+        mask = None
+        if cache is not None:
+            mask = cache.mask(T)
+            if cache.padding is not None:
+                position = (position - cache.padding[:, None]).clamp(min=0)  # (B, T): a row starts at 0 behind its padding
+
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rotary = None
+        if self.config.position == 'learned':
+            x = x + self.transformer.wpe(position)
+        elif self.config.position == 'sinusoidal':
+            x = x + sinusoidal_embedding(position, self.config.n_embd).type_as(x)
+        elif self.config.position == 'rope':
+            angles = position_angles(position, self.config.n_embd // self.config.n_head)
+            angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
+            rotary = angles.cos(), angles.sin()
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rotary, cache, mask)
+        if cache is not None:
+            cache.length += T
+        x = self.transformer.ln_f(x)
+
+        if targets is None:
+            return self._logits(x[:, [-1]]), None
+        logits = self._logits(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def _logits(self, x):
+        logits = self.lm_head(x).float()  # softmax over a large vocabulary in bf16 loses digits
+        if self.config.logit_softcap:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits
+
+    def crop_block_size(self, block_size):
+        """Shorten the context: learned positions beyond block_size are dropped."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'block_size = {block_size} is longer than the model\'s {self.config.block_size}')
+        self.config.block_size = block_size
+        if 'wpe' in self.transformer:
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        """GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a local folder in Hugging Face's layout.
+
+        override_args: only dropout, as in nanoGPT.
+        """
+        from checkpoint import load  # kept for nanoGPT's users; with configure_optimizers the only arrows upwards
+
+        return load(model_type).build_model(**(override_args or {}))
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """As in nanoGPT: AdamW; matrices and embeddings decay, gains and biases do not."""
+        from optimizer import adamw
+
+        return adamw(self, weight_decay, learning_rate, betas, device_type)
+
+    def flops_per_token(self):
+        """Floating-point operations of forward and backward: 6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B)."""
+        c = self.config
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
+        """Model FLOPs utilisation: the share of peak_flops (default: an A100's bf16) at fwdbwd_per_iter sequences in dt s."""
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop_tokens=(), **options):
+        """Continue idx by max_new_tokens tokens; options as in `stream`.
+
+        idx: (B, T) ids -> (B, T + new); or a list of B lists of unequal length -> a list of B lists.
+        stop_tokens: a row ends with the first of these it draws (in a tensor the rest of that row repeats it); all rows
+        ended: generation ends.
+        """
+        rows = [[] for _ in idx]
+        ended = [False] * len(rows)
+        for tokens in self.stream(idx, max_new_tokens, temperature, top_k, **options):
+            for b, token in enumerate(tokens.tolist()):
+                if not ended[b]:
+                    rows[b].append(token)
+                    ended[b] = token in stop_tokens
+            if all(ended):
+                break
+        if not isinstance(idx, torch.Tensor):
+            return [list(prompt) + row for prompt, row in zip(idx, rows)]
+        longest = max((len(row) for row in rows), default=0)
+        new = [row + row[-1:] * (longest - len(row)) for row in rows]
+        return torch.cat((idx, torch.tensor(new, dtype=idx.dtype, device=idx.device).view(len(rows), longest)), dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, top_p=None, min_p=None, repetition_penalty=1.0,
+               seed=None, slide=1, use_cache=True, vocab_size=None):
+        """Yield the next token of every row, (B,), max_new_tokens times: read the prompt once, then one token a step.
+
+        temperature 0 is greedy; top_k, top_p, min_p and repetition_penalty as in `sample_next`. seed: draws from a
+        generator of its own; None: the global one. vocab_size: ids from here on (padding) are never drawn.
+
+        Past block_size the window slides: the tokens that stay are read anew at positions 0, 1, ..., which is right for
+        learned and for rotary positions alike, since the keys of deeper layers have seen tokens that left the window.
+        slide=1 moves it by one token a step: each token is drawn given the last block_size ones, exactly as nanoGPT does.
+        slide=n moves it by n tokens every n steps, n times faster; the context is then never below block_size - n + 1.
+        """
+        device = self.lm_head.weight.device
+        block_size = self.config.block_size
+        if not 1 <= slide <= block_size:
+            raise ValueError(f'slide = {slide} must be from 1 to block_size = {block_size}')
+        lengths = [len(row) for row in idx]
+        if not lengths or min(lengths) == 0:
+            raise ValueError('generate needs at least one token to continue')
+        longest = max(lengths)
+        tokens = torch.zeros(len(lengths), longest + max_new_tokens, dtype=torch.long, device=device)  # (B, longest + new)
+        for b, row in enumerate(idx):
+            tokens[b, longest - lengths[b]:longest] = torch.as_tensor(row, device=device)
+        start = torch.tensor([longest - n for n in lengths], device=device)  # (B,) the column where a row's text begins
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        seen = None
+        if repetition_penalty != 1.0:
+            seen = torch.zeros(len(lengths), self.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
+            for b, row in enumerate(idx):
+                seen[b, torch.as_tensor(row, device=device)] = True
+
+        was_training = self.training
+        self.eval()
+        cache = None
+        try:
+            for end in range(longest, longest + max_new_tokens):
+                if cache is None or cache.length == cache.size or not use_cache:
+                    kept = block_size if cache is None or not use_cache else block_size - slide + 1
+                    first = max(0, end - kept)
+                    padding = (start - first).clamp(min=0) if max(lengths) != min(lengths) else None
+                    size = min(block_size, longest + max_new_tokens - first)
+                    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.lm_head.weight.dtype
+                    cache = KVCache(self.config, len(lengths), size, device, dtype, padding)
+                    logits, _ = self(tokens[:, first:end], cache=cache)
+                else:
+                    logits, _ = self(tokens[:, end - 1:end], cache=cache)
+                logits = logits[:, -1, :vocab_size]
+                following = sample_next(logits, temperature, top_k, top_p, min_p, repetition_penalty,
+                                        None if seen is None else seen[:, :vocab_size], generator)  # (B,)
+                tokens[:, end] = following
+                if seen is not None:
+                    seen.scatter_(1, following[:, None], True)
+                yield following
+        finally:
+            self.train(was_training)
+
+
+def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seen=None):
+    """Logits (B, V) after, in this order:
+
+    repetition_penalty r: logits of tokens seen (B, V bool) are divided by r if positive, else multiplied (Keskar 2019, CTRL);
+    temperature: logits / temperature; top_k: only the k most likely tokens (ties with the k-th stay, as in nanoGPT);
+    top_p: the fewest most likely tokens that hold at least top_p of the mass (Holtzman 2019, nucleus);
+    min_p: tokens at least min_p times as likely as the likeliest (Nguyen 2024).
+    """
+    if seen is not None:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = torch.topk(logits, top_k).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, float('-inf'))
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probs = ordered.softmax(dim=-1)
+        beyond = probs.cumsum(dim=-1) - probs >= top_p  # the mass before this token is enough; never true of the first
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float('-inf'))
+    if min_p is not None and min_p > 0:
+        floor = logits.max(dim=-1, keepdim=True).values + math.log(min_p)
+        logits = logits.masked_fill(logits < floor, float('-inf'))
+    return logits
+
+
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seen=None, generator=None):
+    """Draw one token for each row of logits (B, V) -> (B,); temperature 0 takes the likeliest. Options as in filter_logits."""
+    if temperature == 0:
+        return filter_logits(logits, 1.0, repetition_penalty=repetition_penalty, seen=seen).argmax(dim=-1)
+    logits = filter_logits(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)

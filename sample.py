@@ -1,0 +1,169 @@
+"""Write text with a trained GPT, your own or GPT-2.
+
+    python sample.py --out_dir=out-quickstart --start="def main(" --num_samples=3
+    python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
+"""
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configurator import configure, require, user_errors
+
+
+@dataclass
+class Config:
+    # model
+    init_from: str = 'resume'  # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to weights
+    out_dir: str = 'out'  # the folder of a run
+    # prompt
+    start: str | list[str] = '\n'  # the text to continue, FILE:path for that of a file, or a list of them
+    num_samples: int = 10  # for each prompt
+    max_new_tokens: int = 500  # in each sample
+    stop: list = field(default_factory=list)  # a sample ends before the first of these texts, or behind a token (a number)
+    # choice of the next token, in this order
+    repetition_penalty: float = 1.0  # above 1: tokens that were there before become less likely
+    temperature: float = 0.8  # below 1 bolder on what is likely, above 1 more random, 0 always the likeliest
+    top_k: int | None = 200  # only the k likeliest; None: all
+    top_p: float | None = None  # only the likeliest that together hold this share of the probability
+    min_p: float | None = None  # only those at least this many times as likely as the likeliest
+    seed: int = 1337
+    # system
+    slide: int = 0  # tokens by which a full window moves on: 1 as nanoGPT, exact and slow; 0: an eighth of block_size
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights; auto: bfloat16 where it is native
+    compile: bool = False  # nanoGPT's flag: compile the forward pass
+
+
+def check(config):
+    """What can be seen to be wrong before anything is loaded. Raises UserError."""
+    require(config.num_samples >= 1, f'num_samples = {config.num_samples}: give at least 1')
+    require(config.max_new_tokens >= 1, f'max_new_tokens = {config.max_new_tokens}: give at least 1')
+    require(config.temperature >= 0, f'temperature = {config.temperature}: give 0 (greedy) or more')
+    require(config.top_k is None or config.top_k >= 1, f'top_k = {config.top_k}: give at least 1, or None')
+    require(config.top_p is None or 0 < config.top_p <= 1, f'top_p = {config.top_p}: give a share above 0, at most 1, or None')
+    require(config.min_p is None or 0 <= config.min_p <= 1, f'min_p = {config.min_p}: give a share from 0 to 1, or None')
+    require(config.repetition_penalty > 0, f'repetition_penalty = {config.repetition_penalty}: give more than 0; 1 is off')
+    require(config.slide >= 0, f'slide = {config.slide}: give 0 or more')
+    require(all(isinstance(s, int) or isinstance(s, str) and s for s in config.stop), f'stop = {config.stop}: give texts or ids')
+
+
+if __name__ == '__main__':  # before the slow imports: --help and a mistyped key are answered at once
+    with user_errors():
+        config, _ = configure(Config)
+        check(config)
+
+import codecs
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint as ckpt
+from device import pick_device, pick_dtype
+
+
+class Text:
+    """One sample as it grows: tokens in, whole characters out, until a stop."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer = tokenizer
+        self.stop_texts = [s for s in stop if isinstance(s, str)]
+        self.stop_tokens = [s for s in stop if isinstance(s, int)]
+        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # keeps half a character until the rest is here
+        self.held = ''  # could be the beginning of a stop text
+        self.ended = False
+        self.n_tokens = 0
+
+    def add(self, token):
+        """The text that can be shown now that this token has come."""
+        if self.ended:
+            return ''
+        self.n_tokens += 1
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        found = [i for i in map(self.held.find, self.stop_texts) if i >= 0]
+        if found:
+            self.ended = True
+            text, self.held = self.held[:min(found)], ''
+            return text
+        if token in self.stop_tokens:
+            self.ended = True
+            return self.finish()
+        keep = max((n for s in self.stop_texts for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        text, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
+        return text
+
+    def finish(self):
+        """What was held back."""
+        text, self.held = self.held + self.decoder.decode(b'', final=True), ''
+        return text
+
+
+def read_prompt(start):
+    if not start.startswith('FILE:'):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        require(False, f'start = {start!r}: cannot read that file: {getattr(error, "strerror", None) or error}')
+
+
+def encode_prompt(text, tokenizer, block_size):
+    """Token ids of a prompt, the last block_size of them. Raises UserError if it is empty or has an unknown character."""
+    ids = tokenizer.encode(text) or ([tokenizer.eot] if tokenizer.eot is not None else [])
+    require(ids, 'start is empty: give at least one character to continue')
+    if len(ids) > block_size:
+        print(f'the prompt has {len(ids)} tokens: the model sees the last {block_size}', file=sys.stderr)
+    return ids[-block_size:]
+
+
+def main(config):
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    starts = [read_prompt(start) for start in (config.start if isinstance(config.start, list) else [config.start])]
+    require(starts, 'start is an empty list: give at least one prompt')
+    where = config.out_dir if config.init_from == 'resume' else config.init_from
+    checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
+    tokenizer = checkpoint.get_tokenizer()
+    model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()
+    block_size = model.config.block_size
+    prompts = [encode_prompt(start, tokenizer, block_size) for start in starts]
+    require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
+    val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
+    print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
+    if config.compile:
+        model.compile(dynamic=True)
+
+    # all samples are one batch; the first is shown as it is written, the others when it is done
+    rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    shown = [start for start in starts for _ in range(config.num_samples)]
+    texts = [Text(tokenizer, config.stop) for _ in rows]
+    written = [''] * len(rows)
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace')
+    print(shown[0], end='', flush=True)
+    begin = time.perf_counter()
+    stream = model.stream(rows, config.max_new_tokens, config.temperature, config.top_k, top_p=config.top_p, min_p=config.min_p,
+                          repetition_penalty=config.repetition_penalty, seed=config.seed,
+                          slide=config.slide or max(1, block_size // 8), vocab_size=tokenizer.vocab_size)
+    try:
+        for tokens in stream:
+            for i, token in enumerate(tokens.tolist()):
+                text = texts[i].add(token)
+                written[i] += text
+                if i == 0 and text:
+                    print(text, end='', flush=True)
+            if all(text.ended for text in texts):
+                break
+    except KeyboardInterrupt:  # show what there is
+        print('stopped', file=sys.stderr)
+    seconds = time.perf_counter() - begin
+    for i, text in enumerate(texts):
+        print(text.finish() if i == 0 else shown[i] + written[i] + text.finish())
+        print('-' * 15)
+    sys.stdout.flush()
+    n_tokens = sum(text.n_tokens for text in texts)
+    print(f'{n_tokens} tokens in {seconds:.2f} s ({n_tokens / seconds:.1f} tokens/s)', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    with user_errors():
+        main(config)
