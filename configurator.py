@@ -168,7 +168,7 @@ def check_type(key, value, type_):
                 all(isinstance(v, typing.get_args(option)) for v in value):
             return list(value)
     choices = [c for o in options for c in (typing.get_args(o) if typing.get_origin(o) is typing.Literal else [])]
-    hint = nearest(value, choices) if isinstance(value, str) else ''
+    hint = nearest(value, choices) if isinstance(value, str) and choices else ''
     raise UserError(f'{key} = {value!r}: give {describe(type_)}{hint}')
 
 
@@ -181,7 +181,8 @@ def describe(type_):
     if type_ in WORDS:
         return WORDS[type_]
     if typing.get_origin(type_) is typing.Literal:
-        return ', '.join(typing.get_args(type_)[:-1]) + ' or ' + typing.get_args(type_)[-1]
+        *others, last = typing.get_args(type_)
+        return f'{", ".join(others)} or {last}' if others else last
     if typing.get_origin(type_) is list:
         return 'a list'
     return ', or '.join(describe(option) for option in typing.get_args(type_))

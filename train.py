@@ -24,39 +24,39 @@ class Config:
     sample_every_eval: bool = False  # print a sample at each evaluation
     seed: int = 1337  # of weights, batches and dropout
     # wandb
-    wandb_log: bool = False
-    wandb_project: str = 'plaingpt'
-    wandb_run_name: str = 'gpt'
+    wandb_log: bool = False  # log to wandb too; without a network it logs offline
+    wandb_project: str = 'plaingpt'  # the project on wandb
+    wandb_run_name: str = 'gpt'  # the run's name there
     # data
     dataset: str = 'openwebtext'  # a folder in data/, or a path, with train.bin and val.bin
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per step, of all processes together
     batch_size: int = 12  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence: the context
     # model: model.py says more of each
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads in a block
+    n_embd: int = 768  # width: numbers per token in the residual stream
     dropout: float = 0.0  # for pretraining 0 is good, for small data or finetuning try 0.1 or more
     bias: bool = False  # in Linear and LayerNorm; GPT-2 has them, without is a bit better and faster
-    position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'
-    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'
-    activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'
+    position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # how a token knows where it stands
+    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # the normalisation before attention, MLP and head
+    activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # of the MLP; gelu_tanh is GPT-2's
     n_kv_head: int | None = None  # key/value heads; None: as many as n_head
-    qk_norm: bool = False
+    qk_norm: bool = False  # normalise queries and keys
     tie_weights: bool = True  # the output head is the token embedding
-    logit_softcap: float = 0.0  # 0: off
+    logit_softcap: float = 0.0  # bound logits by this, smoothly; 0: off
     zero_init: bool = False  # output projections start at 0
     attention: Literal['sdpa', 'math'] = 'sdpa'  # math: the same written out, slower
     # optimizer: AdamW
     learning_rate: float = 6e-4  # the highest
     max_iters: int = 600000  # steps
-    weight_decay: float = 1e-1
-    beta1: float = 0.9
-    beta2: float = 0.95
+    weight_decay: float = 1e-1  # on matrices and embeddings, not on gains and biases
+    beta1: float = 0.9  # AdamW's average of gradients
+    beta2: float = 0.95  # AdamW's average of squared gradients
     grad_clip: float = 1.0  # the longest gradient norm; 0: no clipping
     # learning-rate schedule
-    decay_lr: bool = True  # False: constant after the warm-up's first step, as in nanoGPT
-    schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'
+    decay_lr: bool = True  # False: learning_rate all the time, without warm-up
+    schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'  # how it falls; optimizer.py has the formulas
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
     min_lr: float | None = None  # None: learning_rate / 10
@@ -145,8 +145,8 @@ def main(config, given):
     config.min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
 
     # data and model ------------------------------------------------------------------------------------------------------
-    folder = find_or_prepare(config.dataset, first)
     model_config = choose_model_config(config, given, checkpoint)
+    folder = find_or_prepare(config.dataset, first)
     data = bins.open_dataset(folder, model_config['block_size'])
     token_bytes = torch.tensor([len(b) for b in data.tokenizer.token_bytes])
     if data.tokenizer.eot is not None:
@@ -155,10 +155,7 @@ def main(config, given):
     step = samples_seen = 0
     best_val_loss = math.inf
     if checkpoint is None:
-        try:
-            raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
-        except ValueError as error:
-            require(False, str(error))
+        raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
     else:
         check_tokenizers(checkpoint, data.tokenizer, folder)
         raw_model = checkpoint.build_model(dropout=config.dropout, attention=config.attention)
@@ -332,7 +329,12 @@ def choose_model_config(config, given, checkpoint):
     """The fields of GPTConfig: the config's, or the checkpoint's. Raises UserError where a key given differs from it."""
     keys = [field.name for field in fields(GPTConfig) if field.name != 'vocab_size']
     if checkpoint is None:
-        return {key: getattr(config, key) for key in keys}
+        chosen = {key: getattr(config, key) for key in keys}
+        try:
+            GPTConfig(**chosen)
+        except ValueError as error:
+            require(False, str(error))
+        return chosen
     saved = {field.name: field.default for field in fields(GPTConfig)} | checkpoint.model_config
     for key in keys:
         if key in given and key not in ('dropout', 'attention'):

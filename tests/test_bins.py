@@ -1,0 +1,223 @@
+"""Bins: what is written is what is read, nothing wraps, nothing is half, and batches follow from (seed, samples seen)."""
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from configurator import UserError
+from data import bins, tokenizer
+
+
+class Wide(tokenizer.ByteTokenizer):
+    """Ids beyond uint16."""
+    token_bytes = [b'?'] * 70000
+
+    def encode_to_numpy(self, text):
+        return super().encode_to_numpy(text) * 270
+
+    def to_dict(self):
+        return {'kind': 'byte'}
+
+
+def write(folder, text, made=None, **options):
+    made = made or tokenizer.train_char([text])
+    return bins.write_dataset(folder, bins.split_at_end([(text, False)], len(text.encode())), made, 'a test', **options)
+
+
+def test_text_comes_back_whole(tmp_path, text):
+    meta = write(tmp_path, text)
+    data = bins.open_dataset(tmp_path, 64)
+    assert data.tokenizer.decode(data.train.tokens.tolist()) + data.tokenizer.decode(data.val.tokens.tolist()) == text
+    assert data.train.n_tokens == int(len(text) * 0.9)  # as nanoGPT cuts it
+    assert meta == json.loads((tmp_path / 'meta.json').read_text())
+    import hashlib
+    assert meta['source_sha256'] == hashlib.sha256(text.encode()).hexdigest()
+    assert (meta['dtype'], meta['vocab_size'], meta['train_tokens'], meta['train_bytes'], meta['format']) == \
+        ('uint16', len(set(text)), data.train.n_tokens, data.train.n_tokens, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path, text):
+    meta = write(tmp_path, text, Wide())
+    assert meta['dtype'] == 'uint32'
+    raw = np.fromfile(tmp_path / 'train.bin', dtype='<u4')
+    assert raw.tolist() == [b * 270 for b in text[:len(raw)].encode()] and raw.max() > 2**14
+
+
+def test_an_id_beyond_the_vocabulary_is_never_wrapped(tmp_path):
+    writer = bins.BinWriter(tmp_path / 'x.bin', 65536)
+    writer.append([1, 2, 3])
+    for wrong in ([5, 65536], [5, -1]):
+        with pytest.raises(UserError, match=f'token id {wrong[1]} at position 4 '):
+            writer.append(wrong)
+
+
+def test_a_failed_prepare_leaves_the_old_data_set(tmp_path, text):
+    write(tmp_path, text)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match='not one of'):
+        write(tmp_path, text + '🙂', tokenizer.train_char([text]))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_documents_end_and_splits_fall_on_whole_characters(tmp_path):
+    documents = [('é' * 50, True), ('日本' * 30, True)]
+    size = sum(len(t.encode()) for t, _ in documents)
+    pieces = list(bins.split_at_end(documents, size, 0.3))
+    assert ''.join(p.text for p in pieces) == 'é' * 50 + '日本' * 30
+    assert [(p.split, p.ends_document) for p in pieces] == [('train', True), ('train', False), ('val', True)]
+    made = tokenizer.train_bpe([t for t, _ in documents], 260)
+    bins.write_dataset(tmp_path, pieces, made, 'two documents')
+    data = bins.open_dataset(tmp_path, 4)
+    assert (np.asarray(data.train.tokens) == made.eot).sum() == 1 and data.val.tokens[-1] == made.eot
+
+
+@pytest.mark.parametrize('content', ['日本語 ' * 1000, 'x' * 3000, '🙂' * 800, 'ab\n' * 900, 'short', ''])
+def test_a_file_is_read_in_pieces_of_bounded_size(tmp_path, content):
+    (tmp_path / 'x.txt').write_bytes(content.encode())
+    for size in (16, 101, 4096):
+        pieces = list(bins.read_pieces(tmp_path / 'x.txt', size))
+        assert ''.join(pieces) == content
+        assert all(0 < len(p.encode()) <= size for p in pieces)
+    (tmp_path / 'x.txt').write_bytes(b'fine ' * 10 + b'\xff\xfe' + b' fine' * 10)
+    with pytest.raises(UserError, match='byte 50 is not UTF-8'):
+        list(bins.read_pieces(tmp_path / 'x.txt', 16))
+
+
+def make_bin(tmp_path, n_tokens, block_size, name='x.bin'):
+    np.arange(n_tokens, dtype='<u2').tofile(tmp_path / name)
+    return bins.TokenBin(tmp_path / name, np.dtype('<u2'), 65536, block_size)
+
+
+def test_batches_are_a_pure_function_of_seed_and_samples_seen(tmp_path):
+    data = make_bin(tmp_path, 1000, 16)
+    x, y = data.batch(0, 200, seed=1)
+    assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (200, 16)
+    np.testing.assert_array_equal(y, x + 1)  # the bin counts upwards: y is what follows x
+    for first, count in ((0, 1), (7, 50), (190, 10), (60, 9)):
+        again_x, again_y = data.batch(first, count, seed=1)
+        np.testing.assert_array_equal(again_x, x[first:first + count])
+        np.testing.assert_array_equal(again_y, y[first:first + count])
+    assert not np.array_equal(data.batch(0, 200, seed=2)[0], x)
+
+
+@pytest.mark.parametrize('n_tokens, block_size', [(1000, 16), (50, 16), (33, 16), (32, 16), (18, 16), (17, 16), (5, 1), (2, 1)])
+def test_every_epoch_visits_every_block_once(tmp_path, n_tokens, block_size):
+    data = make_bin(tmp_path, n_tokens, block_size)
+    n_blocks = max(1, (n_tokens - 1 - block_size) // block_size)
+    starts = data.batch(0, 5 * n_blocks, seed=3)[0][:, 0].reshape(5, n_blocks)
+    orders = set()
+    for epoch in starts:
+        assert len(set(epoch % block_size)) == 1 or n_blocks == 1  # one offset per epoch
+        offset = epoch.min()
+        assert sorted((epoch - offset).tolist()) == [i * block_size for i in range(n_blocks)]
+        orders.add(tuple(epoch.tolist()))
+    if n_blocks > 5:
+        assert len(orders) == 5
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 10, 64, 65, 1000])
+def test_permute_is_a_permutation_for_every_key(n):
+    results = [bins.permute(np.arange(n, dtype=np.uint64), n, np.uint64(key)).tolist() for key in range(20)]
+    assert all(sorted(result) == list(range(n)) for result in results)
+    if n >= 64:
+        assert len(set(map(tuple, results))) == 20
+        at_first = np.mean([result[0] for result in results]) / n
+        assert 0.2 < at_first < 0.8
+
+
+def test_mix_is_splitmix64():
+    # the first outputs of Vigna's splitmix64.c for seed 1234567
+    gamma, state, out = 0x9E3779B97F4A7C15, 1234567, []
+    for _ in range(3):
+        out.append(int(bins.mix(np.uint64(state))))
+        state = (state + gamma) % 2**64
+    assert out == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize('n_tokens', [100, 97, 96, 81, 17])
+def test_windows_cover_a_split_once(tmp_path, n_tokens):
+    data = make_bin(tmp_path, n_tokens, 16)
+    x, y = data.windows(data.evaluation_windows(-1))
+    assert y[y >= 0].tolist() == list(range(1, n_tokens))  # every token but the first is predicted once
+    np.testing.assert_array_equal(x[y >= 0] + 1, y[y >= 0])
+    some = data.evaluation_windows(3)
+    assert len(set(some.tolist())) == min(3, data.n_windows)
+    np.testing.assert_array_equal(some, data.evaluation_windows(3))
+
+
+def break_folder(folder, what):
+    if what == 'missing':
+        (folder / 'val.bin').unlink()
+    elif what == 'empty':
+        (folder / 'train.bin').write_bytes(b'')
+    elif what == 'odd':
+        (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-1])
+    elif what == 'short':
+        (folder / 'val.bin').write_bytes((folder / 'val.bin').read_bytes()[:20])
+    elif what == 'beyond':
+        tokens = np.fromfile(folder / 'train.bin', dtype='<u2')
+        tokens[123] = 40000
+        tokens.tofile(folder / 'train.bin')
+    elif what == 'other':
+        (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-200])
+    elif what == 'meta':
+        (folder / 'meta.json').write_text('{"format": 1}')
+    elif what == 'format':
+        (folder / 'meta.json').write_text('{"format": 99}')
+
+
+@pytest.mark.parametrize('what, words', [
+    ('missing', 'val.bin'), ('empty', 'train.bin is empty'), ('odd', 'train.bin: its size'), ('short', 'val.bin has 10 tokens: block_size = 64'),
+    ('beyond', 'train.bin: token id 40000 at position 123'), ('other', 'tokens where meta.json says'), ('meta', 'meta.json'),
+    ('format', 'format 99')])
+def test_a_broken_data_set_is_named(tmp_path, text, what, words):
+    write(tmp_path, text)
+    break_folder(tmp_path, what)
+    with pytest.raises(UserError, match=re.escape(words)):
+        bins.open_dataset(tmp_path, 64)
+
+
+def test_an_id_that_was_not_scanned_is_found_when_it_is_drawn(tmp_path, monkeypatch):
+    np.full(1000, 3, dtype='<u2').tofile(tmp_path / 'x.bin')
+    data = bins.TokenBin(tmp_path / 'x.bin', np.dtype('<u2'), 10, 16)
+    np.full(1000, 11, dtype='<u2').tofile(tmp_path / 'x.bin')  # the map shows what came after the scan
+    with pytest.raises(UserError, match='token id 11 at position'):
+        data.batch(0, 1, seed=0)
+
+
+def nanogpt_folder(folder, text):
+    chars = sorted(set(text))
+    stoi = {c: i for i, c in enumerate(chars)}
+    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
+    ids[:int(len(ids) * 0.9)].tofile(folder / 'train.bin')
+    ids[int(len(ids) * 0.9):].tofile(folder / 'val.bin')
+    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': stoi}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+
+
+def test_nanogpts_bins_are_read(tmp_path, text):
+    nanogpt_folder(tmp_path, text)
+    data = bins.open_dataset(tmp_path, 64)
+    assert data.tokenizer.decode(data.train.tokens.tolist()) + data.tokenizer.decode(data.val.tokens.tolist()) == text
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('payload', ['evil', 'garbage', 'list', 'words'])
+def test_a_pickle_can_do_nothing(tmp_path, text, payload):
+    nanogpt_folder(tmp_path, text)
+    content = {'evil': pickle.dumps({'vocab_size': 2, 'itos': Evil(str(tmp_path / 'ran'))}), 'garbage': b'\x80\x04hello',
+               'list': pickle.dumps([1, 2]), 'words': pickle.dumps({'vocab_size': 2, 'itos': {0: 'ab', 1: 'c'}})}[payload]
+    (tmp_path / 'meta.pkl').write_bytes(content)
+    with pytest.raises(UserError, match='meta.pkl'):
+        bins.open_dataset(tmp_path, 64)
+    assert not (tmp_path / 'ran').exists()

@@ -1,0 +1,351 @@
+"""The model against references that we did not write: transformers, torch.nn, and formulas worked out by hand."""
+import math
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+import checkpoint
+from model import (GPT, CausalSelfAttention, GPTConfig, KVCache, MLP, apply_rotary, attend_fused, attend_written_out, filter_logits,
+                   position_angles, sinusoidal_embedding)
+
+POSITIONS = ('learned', 'sinusoidal', 'rope', 'none')
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{'block_size': 16, 'vocab_size': 40, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | options))
+    for p in model.parameters():
+        if p.dim() > 1:  # larger than at initialisation: every part has a say in the logits
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def tokens(*shape, vocab_size=40, seed=1):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 16, 50, 8), (2, 4, 32, 100, 16), (3, 3, 48, 257, 64), (2, 12, 768, 50257, 32)])
+@pytest.mark.parametrize('suffix', ['safetensors', 'bin'])
+def test_gpt2_equals_transformers(shape, suffix, tmp_path):
+    n_layer, n_head, n_embd, vocab_size, n_positions = shape
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size, n_positions=n_positions, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+    theirs.save_pretrained(tmp_path)
+    if suffix == 'bin':
+        (tmp_path / 'model.safetensors').unlink()
+        torch.save(theirs.state_dict(), tmp_path / 'pytorch_model.bin')
+    ours = GPT.from_pretrained(str(tmp_path), {'dropout': 0.0})
+    assert ours.get_num_params(non_embedding=False) == theirs.num_parameters()
+    idx, targets = tokens(2, n_positions, vocab_size=vocab_size), tokens(2, n_positions, vocab_size=vocab_size, seed=2)
+    logits, loss = ours(idx, targets)
+    expected = theirs(idx).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    loss.backward()
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    for layer in range(n_layer):
+        torch.testing.assert_close(ours.transformer.h[layer].mlp.c_fc.weight.grad, theirs.transformer.h[layer].mlp.c_fc.weight.grad.t(),
+                                   atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.transformer.h[layer].attn.c_attn.bias.grad, theirs.transformer.h[layer].attn.c_attn.bias.grad,
+                                   atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.lm_head.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-4, rtol=0)
+
+
+def test_greedy_text_equals_transformers(tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=60, n_positions=64,
+                                                                  initializer_range=0.3, bos_token_id=0, eos_token_id=None))
+    theirs.eval().save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    idx = tokens(2, 5, vocab_size=60)
+    expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=50, do_sample=False, pad_token_id=0)
+    assert ours.generate(idx, 50, temperature=0).tolist() == expected.tolist()
+
+
+def test_sizes_of_gpt2():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert model.get_num_params(non_embedding=False) == 124_439_808  # of OpenAI's checkpoint
+    assert model.get_num_params() == 124_439_808 - 1024 * 768
+    assert model.flops_per_token() == 6 * 123_653_376 + 12 * 12 * 768 * 1024  # PaLM, appendix B: 6N + 12LHQT
+    assert model.estimate_mfu(8, 2.0, peak_flops=1e12) == pytest.approx(model.flops_per_token() * 1024 * 8 / 2e12)
+
+
+def test_attention_equals_torch():
+    config = GPTConfig(n_head=4, n_embd=32, bias=True)
+    ours = CausalSelfAttention(config, 0)
+    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(ours.c_attn.weight)
+        theirs.in_proj_bias.copy_(ours.c_attn.bias)
+        theirs.out_proj.weight.copy_(ours.c_proj.weight)
+        theirs.out_proj.bias.copy_(ours.c_proj.bias)
+    x = torch.randn(2, 7, 32)
+    expected, _ = theirs(x, x, x, attn_mask=torch.nn.Transformer.generate_square_subsequent_mask(7), is_causal=True)
+    torch.testing.assert_close(ours(x), expected)
+
+
+@pytest.mark.parametrize('n_kv_head', [4, 2, 1])
+@pytest.mark.parametrize('masked', [False, True])
+def test_fused_attention_equals_the_formula(n_kv_head, masked):
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 6, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, n_kv_head, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.rand(2, 1, 6, 6) < 0.5 if masked else None
+    if masked:
+        mask = mask | torch.eye(6, dtype=torch.bool)
+    fused, written = attend_fused(q, k, v, mask), attend_written_out(q, k, v, mask)
+    torch.testing.assert_close(fused, written)
+    weight = torch.randn_like(fused)
+    for a, b in zip(torch.autograd.grad((fused * weight).sum(), (q, k, v)), torch.autograd.grad((written * weight).sum(), (q, k, v)),
+                    strict=True):
+        torch.testing.assert_close(a, b)
+    if not masked:  # softmax(q k / sqrt(d)) v of one query and its past, by hand
+        q, k, v = q.detach(), k.detach(), v.detach()
+        weights = [math.exp(q[1, 3, 2] @ k[1, 3 * n_kv_head // 4, s] / math.sqrt(8)) for s in range(3)]
+        by_hand = sum(w * v[1, 3 * n_kv_head // 4, s] for s, w in enumerate(weights)) / sum(weights)
+        torch.testing.assert_close(written[1, 3, 2], by_hand)
+
+
+def test_sinusoidal_positions_follow_the_paper():
+    table = sinusoidal_embedding(torch.arange(20), 12)
+    for position in range(20):
+        for i in range(6):
+            angle = position / 10000 ** (2 * i / 12)
+            assert table[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
+            assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+def test_rotary_positions_equal_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
+    angles = position_angles(torch.arange(9), 8)
+    both = torch.cat((angles, angles), dim=-1)[None]
+    expected = apply_rotary_pos_emb(q, k, both.cos(), both.sin())
+    ours = [apply_rotary(x, angles.cos(), angles.sin()) for x in (q, k)]
+    torch.testing.assert_close(ours, list(expected))
+    # and a score depends on the distance alone: the same vectors at positions 2 and 5, and at 12 and 15
+    score = [apply_rotary(q[0, 0, 0], *cos_sin(p + 3, 8)) @ apply_rotary(k[0, 0, 0], *cos_sin(p, 8)) for p in (2, 12)]
+    torch.testing.assert_close(score[0], score[1])
+
+
+def cos_sin(position, dim):
+    angles = position_angles(torch.tensor(position), dim)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize('activation, formula', [
+    ('gelu', lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
+    ('gelu_tanh', lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    ('relu', lambda x: x.clamp(min=0)),
+    ('relu2', lambda x: x.clamp(min=0) ** 2),
+    ('swiglu', lambda x: x[..., :88] * torch.sigmoid(x[..., :88]) * x[..., 88:]),
+])
+def test_activations_follow_their_formulas(activation, formula):
+    mlp = MLP(GPTConfig(n_embd=32, n_head=4, activation=activation))
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(mlp(x), mlp.c_proj(formula(mlp.c_fc(x))))
+    plain = sum(p.numel() for p in MLP(GPTConfig(n_embd=384, n_head=4)).parameters())
+    size = sum(p.numel() for p in MLP(GPTConfig(n_embd=384, n_head=4, activation=activation)).parameters())
+    assert size == pytest.approx(plain, rel=0.01)  # a gated MLP is as large as a plain one
+
+
+ARCHITECTURES = [{'position': p} for p in POSITIONS] + [{'norm': 'rmsnorm'}, {'qk_norm': True}, {'n_kv_head': 2}, {'n_kv_head': 1},
+    {'bias': False}, {'tie_weights': False}, {'logit_softcap': 5.0}, {'attention': 'math'}] + \
+    [{'activation': a} for a in ('gelu', 'relu', 'relu2', 'swiglu')] + \
+    [{'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'n_kv_head': 2, 'qk_norm': True, 'bias': False}]
+
+
+@pytest.mark.parametrize('options', ARCHITECTURES, ids=str)
+def test_a_later_token_never_changes_an_earlier_logit(options):
+    model = tiny(**options)
+    idx = tokens(1, 16)
+    logits, _ = model(idx, idx)
+    for t in (1, 7, 15):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 40
+        other, _ = model(changed, changed)
+        torch.testing.assert_close(other[:, :t], logits[:, :t], atol=0, rtol=0)
+        assert not torch.equal(other[:, t], logits[:, t])
+
+
+@pytest.mark.parametrize('options', ARCHITECTURES, ids=str)
+def test_cached_logits_equal_uncached(options):
+    model = tiny(**options)
+    idx = tokens(2, 16)
+    expected, _ = model(idx, idx)
+    cache = KVCache(model.config, 2, 16)
+    with torch.no_grad():
+        got = [model(idx[:, :5], cache=cache)[0]] + [model(idx[:, t:t + 1], cache=cache)[0] for t in range(5, 12)] + \
+              [model(idx[:, 12:], cache=cache)[0]]  # one by one, then four at once
+    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, [*range(4, 12), 15]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('position', POSITIONS)
+def test_padded_rows_have_the_logits_of_rows_alone(position):
+    model = tiny(position=position)
+    long, short = tokens(10), tokens(3, seed=5)
+    padded = torch.stack((long, torch.cat((torch.zeros(7, dtype=torch.long), short))))
+    cache = KVCache(model.config, 2, 16, padding=torch.tensor([0, 7]))
+    with torch.no_grad():
+        together = [model(padded, cache=cache)[0], model(tokens(2, 1), cache=cache)[0]]
+    for row, alone in ((0, long), (1, short)):
+        for step, logits in enumerate(together):
+            idx = torch.cat((alone, tokens(2, 1)[row]))[:len(alone) + step][None]
+            torch.testing.assert_close(logits[row, -1], model(idx)[0][0, -1], atol=1e-5, rtol=0)
+
+
+def nanogpt_greedy(model, ids, n):
+    """The loop of nanoGPT: the whole context, at most block_size tokens of it, once for each new token."""
+    ids = list(ids)
+    for _ in range(n):
+        ids.append(model(torch.tensor([ids[-model.config.block_size:]]))[0][0, -1].argmax().item())
+    return ids
+
+
+@pytest.mark.parametrize('options', [{'position': p} for p in POSITIONS] + [{'n_kv_head': 2, 'attention': 'math', 'position': 'rope'}])
+def test_generation_equals_the_plain_loop_far_past_block_size(options):
+    model = tiny(**options)
+    prompts = [[1, 2, 3, 4, 5], [7], list(range(20))]
+    expected = [nanogpt_greedy(model, prompt, 40) for prompt in prompts]
+    assert model.generate(prompts, 40, temperature=0) == expected
+    assert model.generate(prompts, 40, temperature=0, use_cache=False) == expected
+    assert model.generate(torch.tensor(prompts[:1]), 40, temperature=0)[0].tolist() == expected[0]
+
+
+@pytest.mark.parametrize('position', ['learned', 'rope'])
+def test_a_window_that_slides_by_several_tokens_sees_what_is_promised(position):
+    model, slide, block_size = tiny(position=position), 5, 16
+    ids, seen = [3, 1, 2], 3
+    for _ in range(40):  # by hand: when the window is full, it starts again with its last block_size - slide + 1 tokens
+        ids.append(model(torch.tensor([ids[-seen:]]))[0][0, -1].argmax().item())
+        seen = seen + 1 if seen < block_size else block_size - slide + 1
+    assert model.generate([[3, 1, 2]], 40, temperature=0, slide=slide) == [ids]
+
+
+def test_sampling_is_reproducible_and_leaves_the_training_stream_alone():
+    model = tiny().train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = model.generate(tokens(3, 4), 12, temperature=1.0, top_k=10, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert torch.equal(first, model.generate(tokens(3, 4), 12, temperature=1.0, top_k=10, seed=7))
+    assert not torch.equal(first, model.generate(tokens(3, 4), 12, temperature=1.0, top_k=10, seed=8))
+    assert len({tuple(row.tolist()) for row in model.generate(tokens(1, 4).repeat(5, 1), 12, seed=1)}) > 1
+    assert model.generate(tokens(1, 4), 200, temperature=5.0, seed=1, vocab_size=7)[0, 4:].max() < 7
+
+
+def test_draws_follow_the_probabilities():
+    model = tiny()
+    probs = (model(tokens(1, 4))[0][0, -1] / 2).softmax(0)
+    drawn = model.generate(tokens(1, 4).repeat(20000, 1), 1, temperature=2.0, seed=3)[:, -1]
+    frequency = torch.bincount(drawn, minlength=40) / 20000
+    assert (frequency - probs).abs().max() < 5 * math.sqrt(0.25 / 20000)  # five standard deviations
+
+
+def test_a_stop_token_ends_its_row():
+    model = tiny()
+    plain = model.generate([[1, 2], [3, 4]], 20, temperature=0)
+    stop = plain[0][6]
+    stopped = model.generate([[1, 2], [3, 4]], 20, temperature=0, stop_tokens=(stop,))
+    assert stopped[0] == plain[0][:plain[0].index(stop, 2) + 1]
+    assert stopped[1] == (plain[1][:plain[1].index(stop, 2) + 1] if stop in plain[1][2:] else plain[1])
+
+
+def test_filters_equal_transformers():
+    from transformers import (MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper,
+                              TopPLogitsWarper)
+
+    torch.manual_seed(0)
+    logits, ids = torch.randn(6, 50) * 3, torch.randint(50, (6, 9))
+    seen = torch.zeros(6, 50, dtype=torch.bool).scatter(1, ids, True)
+    for ours, theirs in (({'temperature': 0.7}, [TemperatureLogitsWarper(0.7)]), ({'top_k': 5}, [TopKLogitsWarper(5)]),
+                         ({'top_p': 0.8}, [TopPLogitsWarper(0.8)]), ({'top_p': 0.01}, [TopPLogitsWarper(0.01)]),
+                         ({'min_p': 0.1}, [MinPLogitsWarper(0.1)]),
+                         ({'repetition_penalty': 1.3}, [RepetitionPenaltyLogitsProcessor(1.3)]),
+                         ({'repetition_penalty': 1.3, 'temperature': 0.7, 'top_k': 20, 'top_p': 0.9, 'min_p': 0.05},
+                          [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7), TopKLogitsWarper(20),
+                           TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)])):
+        expected = logits
+        for step in theirs:
+            expected = step(ids, expected)
+        torch.testing.assert_close(filter_logits(logits, seen=seen, **ours), expected)
+
+
+@pytest.mark.parametrize('options', ARCHITECTURES + [{'zero_init': True}, {'dropout': 0.1}], ids=str)
+def test_every_architecture_learns_and_survives_a_checkpoint(options, tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{'block_size': 8, 'vocab_size': 20, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | options))
+    idx, targets = tokens(4, 8, vocab_size=20), tokens(4, 8, vocab_size=20, seed=2)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    first = model(idx, targets)[1].item()
+    assert first == pytest.approx(math.log(20), abs=0.3)  # it begins by knowing nothing
+    for _ in range(30):
+        loss = model(idx, targets)[1]
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.7 * first
+    config, weights = checkpoint.model_state(model)
+    path = checkpoint.save(tmp_path, checkpoint.Checkpoint(config, weights, step=30, tokenizer={'kind': 'byte'}))
+    loaded = checkpoint.load(path).build_model()
+    assert loaded.config == model.config
+    assert torch.equal(loaded.eval()(idx, targets)[0], model.eval()(idx, targets)[0])
+
+
+def test_one_batch_is_learnt_by_heart():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=4, n_embd=64))
+    idx, targets = tokens(4, 32, vocab_size=65), tokens(4, 32, vocab_size=65, seed=2)
+    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), 'cpu')
+    for _ in range(300):
+        loss = model(idx, targets)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.01
+
+
+def test_targets_of_minus_one_have_no_loss():
+    model = tiny()
+    idx, targets = tokens(2, 8), tokens(2, 8, seed=2)
+    targets[:, ::2] = -1
+    logits, loss = model(idx, targets)
+    expected = -logits.log_softmax(-1)[:, 1::2].gather(2, targets[:, 1::2, None]).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_choices_do_what_they_say():
+    assert tiny(logit_softcap=2.0)(tokens(2, 8))[0].abs().max() <= 2.0
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=4, n_embd=32, zero_init=True))
+    embedded = model.transformer.wte(tokens(1, 8, vocab_size=20)) + model.transformer.wpe.weight
+    torch.testing.assert_close(model(tokens(1, 8, vocab_size=20))[0], model.lm_head(model.transformer.ln_f(embedded))[:, [-1]])
+    tied, untied = tiny(), tiny(tie_weights=False)
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    assert untied.get_num_params() == tied.get_num_params() + 40 * 32
+    assert not any('bias' in name for name, _ in tiny(bias=False).named_parameters())
+
+
+def test_crop_block_size_keeps_the_logits_of_short_contexts():
+    model = tiny()
+    expected, _ = model(tokens(2, 6))
+    model.crop_block_size(6)
+    torch.testing.assert_close(model(tokens(2, 6))[0], expected, atol=0, rtol=0)
+    with pytest.raises(ValueError, match='block_size'):
+        model(tokens(2, 7))
+    with pytest.raises(ValueError, match='block_size'):
+        model.crop_block_size(12)
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'n_embd': 30}, 'n_embd = 30 is not divisible by n_head = 4'), ({'n_kv_head': 3}, 'n_kv_head = 3'), ({'n_layer': 0}, 'n_layer = 0'),
+    ({'position': 'rope', 'n_embd': 36}, 'rope'), ({'dropout': 1.0}, 'dropout = 1.0'), ({'logit_softcap': -1.0}, 'logit_softcap')])
+def test_an_architecture_that_cannot_be_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        GPTConfig(**{'n_head': 4, 'n_embd': 32} | options)

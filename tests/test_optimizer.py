@@ -1,0 +1,64 @@
+"""Learning rates against the formulas of their papers, parameter groups, and AdamW by hand."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optimizer import adamw, learning_rate_at
+
+BASE = {'learning_rate': 1e-3, 'min_lr': 1e-4, 'warmup_iters': 10, 'lr_decay_iters': 110, 'schedule': 'cosine', 'decay_fraction': 0.2}
+
+
+def rates(**options):
+    config = SimpleNamespace(**BASE | options)
+    return [learning_rate_at(step, config) for step in range(130)]
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'])
+def test_every_schedule_warms_up_to_the_peak(schedule):
+    lr = rates(schedule=schedule)
+    assert lr[:10] == pytest.approx([1e-3 * (step + 1) / 11 for step in range(10)])  # nanoGPT's warm-up: never 0
+    assert lr[10] == pytest.approx(1e-3) == max(lr)
+    assert all(a >= b for a, b in zip(lr[10:], lr[11:], strict=False))
+
+
+def test_schedules_fall_as_their_formulas_say():
+    cosine = rates()
+    assert cosine[60] == pytest.approx((1e-3 + 1e-4) / 2) and cosine[35] == pytest.approx(1e-4 + 0.5 * (1 + math.cos(math.pi / 4)) * 9e-4)
+    linear = rates(schedule='linear')
+    assert linear[60] == pytest.approx((1e-3 + 1e-4) / 2) and linear[35] == pytest.approx(1e-3 - 9e-4 / 4)
+    wsd = rates(schedule='wsd')
+    assert wsd[10:91] == pytest.approx([1e-3] * 81) and wsd[100] == pytest.approx((1e-3 + 1e-4) / 2)
+    assert rates(schedule='constant')[10:] == [1e-3] * 120
+    noam = rates(schedule='inverse_sqrt')  # d^-0.5 min(s^-0.5, s w^-1.5): ratios do not depend on d
+    assert noam[40] / noam[90] == pytest.approx(math.sqrt(90 / 40)) and noam[40] == pytest.approx(1e-3 * math.sqrt(10 / 40))
+    for lr in (cosine, linear, wsd):
+        assert lr[110:] == [1e-4] * 20
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'])
+def test_no_warm_up_and_a_short_run(schedule):
+    assert rates(schedule=schedule, warmup_iters=0)[0] == pytest.approx(1e-3)
+    assert all(0 < lr <= 1e-3 for lr in rates(schedule=schedule, warmup_iters=50, lr_decay_iters=20))
+
+
+def test_matrices_decay_and_gains_and_biases_do_not():
+    model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8))
+    decay, rest = adamw(model, 0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
+    assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].split('.')[-2] for p in decay['params']} == {'wte', 'wpe', 'c_attn', 'c_proj', 'c_fc'}
+    assert all(names[id(p)].endswith('bias') or '.ln_' in names[id(p)] for p in rest['params'])
+    assert len(decay['params']) + len(rest['params']) == len(names)
+
+
+def test_a_step_is_adamw():
+    model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8))
+    optimizer = adamw(model, 0.1, 1e-2, (0.9, 0.95), 'cpu')
+    p = model.transformer.wpe.weight
+    before, grad = p.detach().clone(), torch.randn_like(p)
+    p.grad = grad.clone()
+    optimizer.step()  # the first step: m / (1 - beta1) = g, v / (1 - beta2) = g^2 (Loshchilov & Hutter 2019, algorithm 2)
+    torch.testing.assert_close(p.detach(), before * (1 - 1e-2 * 0.1) - 1e-2 * grad / (grad.abs() + 1e-8))
