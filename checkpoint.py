@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -86,6 +86,7 @@ def lock(out_dir):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            file.close()
             raise UserError(f'out_dir = {str(out_dir)!r}: another run is writing there; choose another --out_dir') from None
     return file
 
@@ -110,6 +111,11 @@ def cut_log(out_dir, step):
         lines = path.read_text(encoding='utf-8').splitlines()
         kept = [line for line in lines if line.endswith('}') and json.loads(line).get('step', 0) < step]
         write_text(path, ''.join(line + '\n' for line in kept))
+
+
+def write_config(out_dir, values):
+    """out_dir/config.py: every key of the run, as a config file that runs it again."""
+    write_text(Path(out_dir) / 'config.py', ''.join(f'{key} = {value!r}\n' for key, value in values.items()))
 
 
 def write_text(path, text):
@@ -138,10 +144,16 @@ class HashingFile:
     def flush(self):
         self.file.flush()
 
-    def sync(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is None:  # what is there counts only if it is on the disk
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
 
 
 def replace(temporary, path):
@@ -165,9 +177,8 @@ def save(out_dir, checkpoint, keep_last=2):
     state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != 'path'}
     try:
         manifest_path.unlink(missing_ok=True)  # a step that is done again
-        file = HashingFile(temporary)
-        torch.save(state | {'format': FORMAT}, file)
-        file.sync()
+        with HashingFile(temporary) as file:
+            torch.save(state | {'format': FORMAT}, file)
         replace(temporary, path)
         manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step, 'samples_seen': checkpoint.samples_seen,
                     'val_loss': checkpoint.val_loss, 'bytes': file.bytes, 'sha256': file.sha256.hexdigest(),
@@ -228,7 +239,8 @@ def load(where, prefer_best=False, mmap=False):
         manifest = where.with_suffix('.json')
         if manifest.exists():
             known = [m for m in manifests(where.parent) if m['file'] == where.name]
-            require(known and sha256_of(where) == known[0]['sha256'], f'{where} is damaged: its sha256 is not the one in {manifest}')
+            whole = known and sha256_of(where) == known[0]['sha256']
+            require(whole, f'{where} is damaged: its sha256 is not the one in {manifest}')
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s folder, a .pt file or one of '
                             f'{", ".join(GPT2_SIZES)}')
@@ -290,11 +302,6 @@ def load_file(path, mmap=False):
         raise UserError(f'{path}: not a whole checkpoint: {error}') from None
 
 
-def model_state(model):
-    """(model_config, weights) for a Checkpoint."""
-    return asdict(model.config), model.state_dict()
-
-
 # GPT-2's weights ------------------------------------------------------------------------------------------------------------
 
 def download_gpt2(name):
@@ -317,9 +324,10 @@ def load_huggingface(folder):
         activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}
         activation = config.get('activation_function', 'gelu_new')
         require(activation in activations, f'activation_function = {activation!r} is not one of {", ".join(activations)}')
-        for key, plain in {'n_inner': (None, 4 * config['n_embd']), 'layer_norm_epsilon': (1e-5,), 'scale_attn_weights': (True,),
-                           'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}.items():
-            require(config.get(key, plain[0]) in plain, f'{key} = {config[key] if key in config else None} is not GPT-2\'s')
+        for key, plain in {'n_inner': (None, 4 * config['n_embd']), 'layer_norm_epsilon': (1e-5,),
+                           'add_cross_attention': (False,), 'scale_attn_weights': (True,),
+                           'scale_attn_by_inverse_layer_idx': (False,)}.items():
+            require(config.get(key, plain[0]) in plain, f'{key} = {config.get(key)} is not GPT-2\'s')
         model_config = {'block_size': config['n_positions'], 'vocab_size': config['vocab_size'], 'n_layer': config['n_layer'],
                         'n_head': config['n_head'], 'n_embd': config['n_embd'], 'activation': activations[activation],
                         'tie_weights': config.get('tie_word_embeddings', True)}

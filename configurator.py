@@ -9,6 +9,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import operator
 import re
@@ -30,12 +31,17 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def user_errors():
-    """Entry points run inside: a UserError is printed without a traceback and exits with 2; a bug keeps its traceback."""
+    """Entry points run inside: a UserError, or a full disk, is one sentence and exits with 2; a bug keeps its traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and error.errno != errno.ENOSPC:
+            raise
         print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        sys.exit(130)
 
 
 def configure(cls, argv=None):
@@ -88,7 +94,8 @@ def read_config_file(path, cls):
         match statement:
             case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):  # `import time`, a docstring
                 continue
-            case ast.Assign(targets=[ast.Name(id=key)], value=node) | ast.AnnAssign(target=ast.Name(id=key), value=ast.AST() as node):
+            case (ast.Assign(targets=[ast.Name(id=key)], value=node)
+                  | ast.AnnAssign(target=ast.Name(id=key), value=ast.AST() as node)):
                 require(key in types_, f'{where}: {key}: no such key{nearest(key, types_)}')
                 try:
                     values[key] = names[key] = check_type(key, evaluate(node, names), types_[key])
@@ -133,7 +140,7 @@ def evaluate(node, names):
 
 def parse_value(key, text, type_):
     """A value of the command line. A key that takes text gets it as it was typed; otherwise it is read like a file's value."""
-    accepts_text = type_ is str or str in typing.get_args(type_)
+    accepts_text = str in typing.get_args(type_)
     if type_ is str:
         return text
     try:
@@ -142,32 +149,35 @@ def parse_value(key, text, type_):
         value = text
     try:
         return check_type(key, text if accepts_text and not isinstance(value, (list, types.NoneType)) else value, type_)
-    except UserError:
-        return check_type(key, text, type_)
+    except UserError as error:
+        with contextlib.suppress(UserError):  # a choice that reads like a value: --position=none
+            return check_type(key, text, type_)
+        raise error from None
 
 
 def check_type(key, value, type_):
     """value as type_: a whole number where a float is meant, 0 or 1 for a bool, one text for a list of them. Or UserError."""
-    if typing.get_origin(type_) is list:
-        return list(value) if isinstance(value, (list, tuple)) else [value]
-    options = typing.get_args(type_) if isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union else [type_]
+    union = isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union
+    options = typing.get_args(type_) if union else [type_]
+    choices = []
     for option in options:
-        if typing.get_origin(option) is typing.Literal and isinstance(value, str) and value in typing.get_args(option):
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if origin is typing.Literal:
+            choices += arguments
+            if isinstance(value, str) and value in arguments:
+                return value
+        elif origin is list:
+            values = value if isinstance(value, (list, tuple)) else [value] if not union else [None]
+            if all(isinstance(v, arguments) and not isinstance(v, bool) for v in values):
+                return list(values)
+        elif option is types.NoneType and value is None or option is str and isinstance(value, str):
             return value
-        if option is types.NoneType and value is None:
-            return value
-        if option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
+        elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
-        if option is int and is_number(value) and value == value // 1:
+        elif option is int and is_number(value) and value == value // 1:
             return int(value)
-        if option is float and is_number(value):
+        elif option is float and is_number(value):
             return float(value)
-        if option is str and isinstance(value, str):
-            return value
-        if typing.get_origin(option) is list and isinstance(value, (list, tuple)) and \
-                all(isinstance(v, typing.get_args(option)) for v in value):
-            return list(value)
-    choices = [c for o in options for c in (typing.get_args(o) if typing.get_origin(o) is typing.Literal else [])]
     hint = nearest(value, choices) if isinstance(value, str) and choices else ''
     raise UserError(f'{key} = {value!r}: give {describe(type_)}{hint}')
 

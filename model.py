@@ -46,7 +46,8 @@ class GPTConfig:
             raise ValueError(f'n_head = {self.n_head} is not divisible by n_kv_head = {self.n_kv_head}: '
                              f'n_kv_head must be one of the divisors of n_head')
         if self.position == 'rope' and self.n_embd // self.n_head % 2:
-            raise ValueError(f'position = rope turns pairs of dimensions: n_embd / n_head = {self.n_embd // self.n_head} must be even')
+            raise ValueError(f'position = rope turns pairs of dimensions: n_embd / n_head = {self.n_embd // self.n_head} must '
+                             f'be even')
         if self.position == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
         if not 0 <= self.dropout < 1:
@@ -392,6 +393,9 @@ class GPT(nn.Module):
             for b, row in enumerate(idx):
                 seen[b, torch.as_tensor(row, device=device)] = True
 
+        dtype = self.lm_head.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         was_training = self.training
         self.eval()
         cache = None
@@ -402,7 +406,6 @@ class GPT(nn.Module):
                     first = max(0, end - kept)
                     padding = (start - first).clamp(min=0) if max(lengths) != min(lengths) else None
                     size = min(block_size, longest + max_new_tokens - first)
-                    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.lm_head.weight.dtype
                     cache = KVCache(self.config, len(lengths), size, device, dtype, padding)
                     logits, _ = self(tokens[:, first:end], cache=cache)
                 else:

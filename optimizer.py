@@ -18,9 +18,10 @@ def adamw(model, weight_decay, learning_rate, betas, device_type):
 
 
 def learning_rate_at(step, config):
-    """The learning rate of a step, counted from 0. config: schedule, learning_rate, min_lr, warmup_iters, lr_decay_iters.
+    """The learning rate of a step, counted from 0, by train.py's keys; without decay_lr it is learning_rate all the time.
 
-    Warm-up is linear over warmup_iters and ends at learning_rate. Then, with min_lr from lr_decay_iters on:
+    Warm-up is linear over warmup_iters and ends at learning_rate. Then, by schedule, with min_lr (None: learning_rate / 10)
+    from lr_decay_iters (None: max_iters) on:
 
     cosine        half a cosine down to min_lr (Loshchilov & Hutter 2017, without restarts)
     linear        a straight line down to min_lr
@@ -29,7 +30,11 @@ def learning_rate_at(step, config):
     inverse_sqrt  learning_rate * sqrt(warmup_iters / step): Vaswani et al. 2017, section 5.3, where the peak is
                   1 / sqrt(n_embd * warmup_iters); here the peak is learning_rate
     """
-    peak, low, warmup, end = config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters
+    peak, warmup = config.learning_rate, config.warmup_iters
+    low = peak / 10 if config.min_lr is None else config.min_lr
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    if not config.decay_lr:
+        return peak
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if config.schedule == 'constant':

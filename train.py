@@ -7,7 +7,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import check_type, configure, differences, require, user_errors
+from configurator import UserError, check_type, configure, differences, require, user_errors
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Config:
     grad_clip: float = 1.0  # the longest gradient norm; 0: no clipping
     # learning-rate schedule
     decay_lr: bool = True  # False: learning_rate all the time, without warm-up
-    schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'  # how it falls; optimizer.py has the formulas
+    schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'  # optimizer.py has the formulas
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
     min_lr: float | None = None  # None: learning_rate / 10
@@ -98,6 +98,7 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -110,50 +111,42 @@ from model import GPT, GPTConfig
 from optimizer import adamw, learning_rate_at
 
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
-# what a resumed run takes from its command line only; everything else not given there is as it was
-NOT_RESUMED = ('init_from', 'out_dir', 'eval_only')
 
 
 def main(config, given):
     # processes and device ------------------------------------------------------------------------------------------------
     ddp = 'RANK' in os.environ  # started by torchrun
     rank, world_size = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
-    first = rank == 0  # this process prints and writes
+    main_process = rank == 0  # it prints and writes
+    sys.stdout.reconfigure(line_buffering=True)
+    say = tqdm.write if main_process else lambda text: None
+    resume = config.init_from == 'resume'
     checkpoint = None
-    if config.init_from == 'resume':
-        checkpoint = ckpt.load(config.out_dir)
+    if config.init_from != 'scratch':
+        checkpoint = ckpt.load(config.out_dir if resume else config.init_from)
+    if resume:
         take_saved_config(config, given, checkpoint)
-    elif config.init_from != 'scratch':
-        checkpoint = ckpt.load(config.init_from)
-    device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}' if ddp and config.device in ('auto', 'cuda') and
-                         torch.cuda.is_available() else config.device)
+    name = config.device
+    if ddp and name in ('auto', 'cuda') and torch.cuda.is_available():
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU for each process
+    device = pick_device(name)
     dtype = pick_dtype(config.dtype, device)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
-    if ddp:
-        dist.init_process_group(config.backend if config.backend != 'auto' else 'nccl' if device.type == 'cuda' else 'gloo')
-    sys.stdout.reconfigure(line_buffering=True)
-    say = tqdm.write if first else lambda text: None
-
     accumulation = config.gradient_accumulation_steps // world_size  # of this process
     require(accumulation * world_size == config.gradient_accumulation_steps,
-            f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} processes: '
-            f'try {accumulation * world_size or world_size} or {(accumulation + 1) * world_size}')
-    samples_per_step = config.batch_size * config.gradient_accumulation_steps
-    config.lr_decay_iters = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
-    config.min_lr = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+            f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
+            f'processes: try {accumulation * world_size or world_size} or {(accumulation + 1) * world_size}')
+    if ddp:
+        fitting = 'nccl' if device.type == 'cuda' else 'gloo'
+        dist.init_process_group(fitting if config.backend == 'auto' else config.backend)
 
-    # data and model ------------------------------------------------------------------------------------------------------
-    model_config = choose_model_config(config, given, checkpoint)
-    folder = find_or_prepare(config.dataset, first)
+    # data, model, optimizer ----------------------------------------------------------------------------------------------
+    model_config = choose_model_config(config, given, checkpoint, resume)
+    folder = find_or_prepare(config.dataset, main_process)
     data = bins.open_dataset(folder, model_config['block_size'])
-    token_bytes = torch.tensor([len(b) for b in data.tokenizer.token_bytes])
-    if data.tokenizer.eot is not None:
-        token_bytes[data.tokenizer.eot] = 0  # it is not in the text
     torch.manual_seed(config.seed)
-    step = samples_seen = 0
-    best_val_loss = math.inf
     if checkpoint is None:
         raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
     else:
@@ -163,24 +156,24 @@ def main(config, given):
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
     raw_model.to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = adamw(raw_model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type)
-    if config.init_from == 'resume':
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # otherwise it does nothing
+    step, samples_seen, best_val_loss = 0, 0, math.inf
+    if resume:
         step, samples_seen = checkpoint.step, checkpoint.samples_seen
         best_val_loss = math.inf if checkpoint.best_val_loss is None else checkpoint.best_val_loss
-        load_optimizer(optimizer, checkpoint)
-        if checkpoint.scaler:
-            scaler.load_state_dict(checkpoint.scaler)
-    start_step, checkpoint = step, None  # free the memory
+        load_optimizer(optimizer, scaler, checkpoint)
+    start_step, checkpoint = step, None  # free its memory
+    samples_per_step = config.batch_size * config.gradient_accumulation_steps
 
     # files ---------------------------------------------------------------------------------------------------------------
     log = None
-    if first:
+    if main_process:
         lock = ckpt.lock(config.out_dir)  # noqa: F841, held until the process ends
         if not config.eval_only:
-            if config.init_from != 'resume':
+            if not resume:
                 ckpt.set_aside(config.out_dir, say)
-            ckpt.write_text(Path(config.out_dir) / 'config.py', '\n'.join(f'{k} = {v!r}' for k, v in asdict(config).items()) + '\n')
+            ckpt.write_config(config.out_dir, asdict(config))
             ckpt.cut_log(config.out_dir, start_step)
         log = Log(config, say)
     say('\n'.join(differences(config)))
@@ -190,66 +183,64 @@ def main(config, given):
         say(f'note: warmup_iters = {config.warmup_iters} is not over within max_iters = {config.max_iters}: the learning rate '
             f'stays below learning_rate; try --warmup_iters={config.max_iters // 10}')
 
-    def batch(micro_step):
-        """This process's micro-batch: micro-batches are laid out along the samples, process after process."""
-        start = samples_seen + (rank * accumulation + micro_step) * config.batch_size
-        return to_device(*data.train.batch(start, config.batch_size, config.seed), device)
-
-    def seed_dropout(micro_step):
-        if config.dropout > 0:  # masks are a function of (seed, step, micro-batch), whatever was drawn before
-            number = (step * config.gradient_accumulation_steps + rank * accumulation + micro_step) * 2 + 1
-            torch.manual_seed(int(bins.mix(bins.mix(config.seed) + bins.np.uint64(number))) % 2**63)
+    def loss_of(model, x, y):
+        """Mean loss of a batch x, y (B, T) of token ids."""
+        with autocast(device, dtype):
+            return model(*to_device(x, y, device))[1]
 
     def first_step(model):
-        with autocast(device, dtype):
-            scaler.scale(model(*batch(0))[1]).backward()
+        scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
         raw_model.zero_grad(set_to_none=True)
 
-    model = compile_or_not(raw_model, config.compile, device, first_step, say) if not config.eval_only else raw_model
+    model = raw_model if config.eval_only else compile_or_not(raw_model, config.compile, device, first_step, say)
     if ddp:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
 
     def save(val_loss=None):
-        if first:
-            model_config, weights = ckpt.model_state(raw_model)
+        if main_process:
             path = ckpt.save(config.out_dir, ckpt.Checkpoint(
-                model_config, weights, step, samples_seen, val_loss, min(best_val_loss, val_loss or math.inf), asdict(config),
+                asdict(raw_model.config), raw_model.state_dict(), step, samples_seen, val_loss, best_val_loss, asdict(config),
                 optimizer.state_dict(), scaler.state_dict(), data.tokenizer.to_dict()), config.keep_last)
             say(f'saved {path}')
 
-    stop = StopSignal()
+    stop = StopSignal(device, ddp)
     peak = config.peak_flops or peak_flops(device, dtype)
     bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step', dynamic_ncols=True,
-               disable=None if first and not config.eval_only else True)  # None: shown on a terminal only
+               disable=None if main_process and not config.eval_only else True)  # None: on a terminal only
     logged_at, logged_step = time.perf_counter(), step
 
     # the loop ------------------------------------------------------------------------------------------------------------
     while True:
-        lr = learning_rate_at(step, config) if config.decay_lr else config.learning_rate
+        lr = learning_rate_at(step, config)
         for group in optimizer.param_groups:
             group['lr'] = lr
 
-        if step % config.eval_interval == 0 or step >= config.max_iters or config.eval_only:
-            val_loss = run_evaluation(model, raw_model, data, config, device, dtype, token_bytes, rank, world_size, step, log, say)
+        done = step >= config.max_iters or config.eval_only
+        if step % config.eval_interval == 0 or done:
+            model.eval()
+            val_loss = run_evaluation(lambda x, y: loss_of(model, x, y), raw_model, data, config, rank, world_size, step, log,
+                                      say)
+            model.train()
             improved = val_loss < best_val_loss
-            last = step >= config.max_iters
-            if not config.eval_only and step > start_step and (improved or config.always_save_checkpoint or last):
-                save(val_loss)
             best_val_loss = min(best_val_loss, val_loss)
+            if step > start_step and not config.eval_only and (done or improved or config.always_save_checkpoint):
+                save(val_loss)
             logged_at, logged_step = time.perf_counter(), step  # the time of the evaluation is not the training's
-        if step >= config.max_iters or config.eval_only:
+        if done:
             break
 
-        loss_sum = torch.zeros((), device=device)
+        step_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
-            x, y = batch(micro_step)
-            seed_dropout(micro_step)
+            # micro-batches are laid out along the samples process after process: the same ones for any number of them
+            number = rank * accumulation + micro_step
+            x, y = data.train.batch(samples_seen + number * config.batch_size, config.batch_size, config.seed)
+            if config.dropout > 0:  # masks follow from (seed, step, micro-batch), whatever was drawn before
+                torch.manual_seed(bins.seed_of(config.seed, step * config.gradient_accumulation_steps + number))
             if ddp:  # gradients are summed over the processes once a step, in the last backward
                 model.require_backward_grad_sync = micro_step == accumulation - 1
-            with autocast(device, dtype):
-                _, loss = model(x, y)
-            scaler.scale(loss / accumulation).backward()
-            loss_sum += loss.detach() / accumulation
+            loss = loss_of(model, x, y) / accumulation
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -259,37 +250,36 @@ def main(config, given):
 
         if step % config.log_interval == 0:
             if ddp:
-                dist.all_reduce(loss_sum, dist.ReduceOp.SUM)
-            loss = loss_sum.item() / world_size  # waits for the device
+                dist.all_reduce(step_loss)
+            step_loss = step_loss.item() / world_size  # waits for the device
             now = time.perf_counter()
             speed = (step + 1 - logged_step) * samples_per_step * config.block_size / (now - logged_at)
             logged_at, logged_step = now, step + 1
-            mfu = f'{raw_model.flops_per_token() * speed / (peak * world_size):.1%}' if peak else 'n/a'
-            if first:
-                log.write({'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'tokens_per_second': round(speed, 1),
-                           'samples_seen': samples_seen})
-                text = f'loss {loss:.4f}, {speed:,.0f} tokens/s, mfu {mfu}'
+            if main_process:
+                log.write({'step': step, 'loss': step_loss, 'lr': lr, 'grad_norm': grad_norm.item(),
+                           'tokens_per_second': round(speed, 1), 'samples_seen': samples_seen})
+                mfu = f'{raw_model.flops_per_token() * speed / (peak * world_size):.1%}' if peak else 'n/a'
+                text = f'loss {step_loss:.4f}, {speed:,.0f} tokens/s, mfu {mfu}'
                 bar.set_postfix_str(text)
                 if bar.disable:
                     say(f'step {step}: {text}, lr {lr:.2e}')
         step += 1
         bar.update()
-        if stop.requested(device, ddp):
-            bar.close()
-            save()
-            say(f'stopped by {signal.Signals(stop.number).name if stop.number else "another process"} after {step} steps; go on '
-                f'with: python train.py --init_from=resume --out_dir={config.out_dir}')
+        if stop.requested():
             break
 
     bar.close()
+    if stop.name:
+        save()
+        say(f'stopped by {stop.name} after {step} steps; go on with: '
+            f'python train.py --init_from=resume --out_dir={config.out_dir}')
+    elif not config.eval_only:
+        say(f'done; now: python sample.py --out_dir={config.out_dir}')
     if log:
         log.close()
     if ddp:
         dist.destroy_process_group()
-    if stop.number:
-        sys.exit(128 + stop.number)
-    if not config.eval_only:
-        say(f'done; now: python sample.py --out_dir={config.out_dir}')
+    sys.exit(128 + stop.number if stop.number else 0)
 
 
 # Before the first step ----------------------------------------------------------------------------------------------------
@@ -297,25 +287,45 @@ def main(config, given):
 def take_saved_config(config, given, checkpoint):
     """Resuming: keys that the command line does not give are as they were."""
     nanogpt = 'position' not in checkpoint.config  # its device, dtype, compile and backend may be another machine's
-    skip = NOT_RESUMED + (('device', 'dtype', 'compile', 'backend') if nanogpt else ())
+    skip = {'out_dir', 'eval_only'} | ({'init_from', 'device', 'dtype', 'compile', 'backend'} if nanogpt else set())
     for field in fields(config):
-        if field.name in checkpoint.config and field.name not in given and field.name not in skip:
+        if field.name in checkpoint.config and field.name not in skip and (field.name not in given or field.name == 'init_from'):
             setattr(config, field.name, check_type(field.name, checkpoint.config[field.name], field.type))
 
 
-def find_or_prepare(dataset, first):
+def choose_model_config(config, given, checkpoint, resume):
+    """The fields of GPTConfig: the config's, or the checkpoint's. Raises UserError where a key given differs from it."""
+    keys = [field.name for field in fields(GPTConfig) if field.name != 'vocab_size']
+    chosen = {key: getattr(config, key) for key in keys}
+    if checkpoint is None:
+        try:
+            GPTConfig(**chosen)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return chosen
+    saved = {field.name: field.default for field in fields(GPTConfig)} | checkpoint.model_config
+    for key in given & set(keys) - {'dropout', 'attention'}:
+        shorter = key == 'block_size' and not resume and chosen[key] < saved[key]  # a context can be cut
+        require(shorter or chosen[key] == saved[key], f'{key} = {chosen[key]} but {checkpoint.path} has {key} = {saved[key]}: '
+                                                      f'leave {key} out, or train from scratch')
+    block_size = min(chosen['block_size'], saved['block_size']) if 'block_size' in given else saved['block_size']
+    return {key: saved[key] for key in keys} | {'block_size': block_size}
+
+
+def find_or_prepare(dataset, main_process):
     """The folder of the data set's bins; a small one that is missing is prepared. Raises UserError with the command to type."""
     folder = bins.find_dataset(dataset)
     if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
         return folder
-    script = Path(__file__).parent / 'data' / dataset / 'prepare.py'
-    known = ', '.join(sorted(path.parent.name for path in (Path(__file__).parent / 'data').glob('*/prepare.py')))
+    root = Path(__file__).parent
+    script = root / 'data' / dataset / 'prepare.py'
+    known = ', '.join(sorted(path.parent.name for path in root.glob('data/*/prepare.py')))
     require(script.exists(), f'dataset = {dataset!r}: there is no {folder / "train.bin"} and no {dataset} among {known}; for '
                              f'your own text: python data/text/prepare.py --input=PATH --dataset={dataset}')
     command = f'python data/{dataset}/prepare.py' + (' --input=PATH' if dataset == 'text' else '')
     require(dataset in SMALL_DATASETS, f'dataset = {dataset!r}: there is no {folder / "train.bin"}; make it with: {command}'
                                        f' (or start small: python train.py config/quickstart.py)')
-    if first:
+    if main_process:
         print(f'{folder / "train.bin"} is missing: running {command}', flush=True)
         code = subprocess.run([sys.executable, script]).returncode
         if code:
@@ -323,26 +333,6 @@ def find_or_prepare(dataset, first):
     if dist.is_initialized():
         dist.barrier()
     return bins.find_dataset(dataset)
-
-
-def choose_model_config(config, given, checkpoint):
-    """The fields of GPTConfig: the config's, or the checkpoint's. Raises UserError where a key given differs from it."""
-    keys = [field.name for field in fields(GPTConfig) if field.name != 'vocab_size']
-    if checkpoint is None:
-        chosen = {key: getattr(config, key) for key in keys}
-        try:
-            GPTConfig(**chosen)
-        except ValueError as error:
-            require(False, str(error))
-        return chosen
-    saved = {field.name: field.default for field in fields(GPTConfig)} | checkpoint.model_config
-    for key in keys:
-        if key in given and key not in ('dropout', 'attention'):
-            shorter = key == 'block_size' and config.init_from != 'resume' and config.block_size < saved['block_size']
-            require(shorter or getattr(config, key) == saved[key], f'{key} = {getattr(config, key)} but {checkpoint.path} has '
-                                                                   f'{key} = {saved[key]}: leave {key} out, or train from scratch')
-    block_size = min(config.block_size, saved['block_size']) if 'block_size' in given else saved['block_size']
-    return {key: saved[key] for key in keys} | {'block_size': block_size}
 
 
 def check_tokenizers(checkpoint, tokenizer, folder):
@@ -355,15 +345,18 @@ def check_tokenizers(checkpoint, tokenizer, folder):
                   f'{checkpoint.path} ({vocab_size} tokens): prepare the data set with the tokenizer of the weights')
 
 
-def load_optimizer(optimizer, checkpoint):
+def load_optimizer(optimizer, scaler, checkpoint):
+    """Restore the state; weight decay and betas stay the config's. Raises UserError if it does not fit."""
     require(checkpoint.optimizer is not None, f'{checkpoint.path} has no optimizer state: use --init_from={checkpoint.path}')
     settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint.optimizer)
     except (ValueError, KeyError, TypeError) as error:
-        require(False, f'{checkpoint.path}: its optimizer state does not fit: {error}')
+        raise UserError(f'{checkpoint.path}: its optimizer state does not fit: {error}') from None
     for group, wanted in zip(optimizer.param_groups, settings):
-        group.update(wanted)  # weight decay and betas are the config's, not the file's
+        group.update(wanted)
+    if checkpoint.scaler:
+        scaler.load_state_dict(checkpoint.scaler)
 
 
 # Inside the loop ----------------------------------------------------------------------------------------------------------
@@ -376,38 +369,34 @@ def to_device(x, y, device):
 
 
 @torch.no_grad()
-def evaluate(model, split, n_windows, config, device, dtype, token_bytes, rank, world_size):
+def evaluate(loss_of, split, n_windows, batch_size, token_bytes, rank, world_size):
     """(loss in nats per token, bits per byte) over windows of a split that are the same at every evaluation; -1: all.
 
     Bits per byte = total nats / (ln 2 * bytes of the targets' text) compares models with different tokenizers.
     """
     index = split.evaluation_windows(n_windows)[rank::world_size]
-    totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for at in range(0, len(index), config.batch_size):
-        x, y = split.windows(index[at:at + config.batch_size])
-        targets = torch.from_numpy(y[y >= 0])
-        missing = config.batch_size - len(x)  # the last batch is filled up: one shape is compiled once
-        x, y = (bins.np.pad(a, ((0, missing), (0, 0)), constant_values=fill) for a, fill in ((x, 0), (y, -1)))
-        with autocast(device, dtype):
-            _, loss = model(*to_device(x, y, device))
-        totals += torch.tensor([loss.item() * len(targets), len(targets), token_bytes[targets].sum()], dtype=torch.float64)
+    nats, n_tokens, n_bytes = 0.0, 0, 0
+    for at in range(0, len(index), batch_size):
+        x, y = split.windows(index[at:at + batch_size])
+        targets = y[y >= 0]
+        missing = ((0, batch_size - len(x)), (0, 0))  # the last batch is filled up: a compiled model sees one shape
+        loss = loss_of(np.pad(x, missing), np.pad(y, missing, constant_values=-1))
+        nats += loss.item() * len(targets)
+        n_tokens += len(targets)
+        n_bytes += int(token_bytes[targets].sum())
     if world_size > 1:
-        shared = totals.to(device)
-        dist.all_reduce(shared)
-        totals = shared.cpu()
-    nats, n_tokens, n_bytes = totals.tolist()
+        shares = [None] * world_size
+        dist.all_gather_object(shares, (nats, n_tokens, n_bytes))
+        nats, n_tokens, n_bytes = map(sum, zip(*shares))
     return nats / n_tokens, nats / math.log(2) / n_bytes
 
 
-def run_evaluation(model, raw_model, data, config, device, dtype, token_bytes, rank, world_size, step, log, say):
+def run_evaluation(loss_of, raw_model, data, config, rank, world_size, step, log, say):
     """Evaluate both splits, print and log the result, and a sample if asked for; returns the val loss."""
     start = time.perf_counter()
-    model.eval()
-    n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else -1
-    rest = (config, device, dtype, token_bytes, rank, world_size)
-    val_loss, bits = evaluate(model, data.val, n_windows, *rest)
-    train_loss, _ = evaluate(model, data.train, n_windows if n_windows > 0 else data.val.n_windows, *rest)
-    model.train()
+    n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else data.val.n_windows
+    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, rank, world_size)
+    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, rank, world_size)
     seconds = time.perf_counter() - start
     say(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}, '
         f'{bits:.4f} bits per byte ({seconds:.1f} s)')
@@ -428,16 +417,17 @@ class Log:
     def __init__(self, config, say):
         self.say, self.wandb = say, None
         self.file = open(Path(config.out_dir) / 'log.jsonl', 'a', encoding='utf-8', buffering=1)
-        if config.wandb_log:
-            try:
-                import wandb
-                if not wandb.api.api_key and os.environ.get('WANDB_MODE') not in ('offline', 'disabled'):
-                    say('wandb: not logged in, so it logs offline; wandb sync uploads it later')
-                    os.environ['WANDB_MODE'] = 'offline'
-                self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config),
-                                        dir=config.out_dir)
-            except Exception as error:
-                say(f'wandb does not work, going on without it: {type(error).__name__}: {str(error).splitlines()[0]}')
+        if not config.wandb_log:
+            return
+        try:
+            import wandb
+            if not wandb.api.api_key and os.environ.get('WANDB_MODE') not in ('offline', 'disabled'):
+                say('wandb: not logged in, so it logs offline; wandb sync uploads it later')
+                os.environ['WANDB_MODE'] = 'offline'
+            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config),
+                                    dir=config.out_dir)
+        except Exception as error:
+            say(f'wandb does not work, going on without it: {type(error).__name__}: {str(error).strip().splitlines()[0]}')
 
     def write(self, line):
         self.file.write(json.dumps(line) + '\n')
@@ -457,8 +447,8 @@ class Log:
 class StopSignal:
     """SIGINT (Ctrl-C) and SIGTERM ask for a stop after the step that is running; a second one stops at once."""
 
-    def __init__(self):
-        self.number = 0
+    def __init__(self, device, ddp):
+        self.device, self.ddp, self.number, self.name = device, ddp, 0, ''
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
@@ -466,13 +456,15 @@ class StopSignal:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
-    def requested(self, device, ddp):
+    def requested(self):
         """Whether any process was asked to stop: all of them stop after the same step."""
-        if not ddp:
-            return bool(self.number)
-        flag = torch.tensor(self.number, device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        number = self.number
+        if self.ddp:
+            flag = torch.tensor(number, device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            number = flag.item()
+        self.name = signal.Signals(number).name if number else ''
+        return bool(number)
 
 
 if __name__ == '__main__':

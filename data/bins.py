@@ -24,7 +24,10 @@ PIECE_BYTES = 2**20  # a text file is read in pieces of at most this size, each 
 # Writing ------------------------------------------------------------------------------------------------------------------
 
 class BinWriter:
-    """Appends token ids to a file of uint16, or uint32 where the vocabulary needs it. Raises UserError on an id beyond it."""
+    """Appends token ids to a file of uint16, or uint32 where the vocabulary needs it. Raises UserError on an id beyond it.
+
+    To be used in a with statement, which closes the file; what is written is on the disk after `sync`.
+    """
 
     def __init__(self, path, vocab_size):
         self.file = open(path, 'wb')
@@ -41,9 +44,14 @@ class BinWriter:
         self.file.write(ids.astype(self.dtype).tobytes())
         self.n_tokens += ids.size
 
-    def close(self):
+    def sync(self):
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.file.close()
 
 
@@ -65,10 +73,12 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     folder.mkdir(parents=True, exist_ok=True)
     names = ('meta.json', 'train.bin', 'val.bin')
     temporary = {name: folder / f'{name}.{os.getpid()}.tmp' for name in names}
+    sha256, n_bytes = hashlib.sha256(), {'train': 0, 'val': 0}
     try:
-        writers = {split: BinWriter(temporary[f'{split}.bin'], tokenizer.vocab_size) for split in ('train', 'val')}
-        sha256, n_bytes = hashlib.sha256(), {'train': 0, 'val': 0}
-        with tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
+        with BinWriter(temporary['train.bin'], tokenizer.vocab_size) as train, \
+                BinWriter(temporary['val.bin'], tokenizer.vocab_size) as val, \
+                tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
+            writers = {'train': train, 'val': val}
             for group in groups(pieces):
                 for piece, ids in zip(group, pool.map(lambda piece: tokenizer.encode_to_numpy(piece.text), group)):
                     writers[piece.split].append(ids)
@@ -78,14 +88,15 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                     sha256.update(raw)
                     n_bytes[piece.split] += len(raw)
                     bar.update(len(raw))
-                if max_tokens and sum(w.n_tokens for w in writers.values()) >= max_tokens:
+                if max_tokens and train.n_tokens + val.n_tokens >= max_tokens:
                     break
+            train.sync()
+            val.sync()
         meta = {'format': FORMAT, 'source': source, 'source_sha256': sha256.hexdigest(),
                 'vocab_size': tokenizer.vocab_size, 'dtype': writers['train'].dtype.name,
                 **{f'{split}_tokens': writer.n_tokens for split, writer in writers.items()},
                 **{f'{split}_bytes': n_bytes[split] for split in writers}, 'tokenizer': tokenizer.to_dict()}
         for split, writer in writers.items():
-            writer.close()
             require(writer.n_tokens > 1, f'{source}: too little text, nothing is left for {split}.bin')
         temporary['meta.json'].write_text(json.dumps(meta, ensure_ascii=False), encoding='utf-8')
         if (folder / 'train.bin').exists():
@@ -99,8 +110,9 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+    bytes_per_token = sum(n_bytes.values()) / (meta['train_tokens'] + meta['val_tokens'])
     print(f'{folder}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,} tokens, '
-          f'vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {sum(n_bytes.values()) / sum(w.n_tokens for w in writers.values()):.2f} bytes/token')
+          f'vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {bytes_per_token:.2f} bytes/token')
     return meta
 
 
@@ -243,6 +255,7 @@ class Dataset:
     train: TokenBin
     val: TokenBin
     tokenizer: Tokenizer
+    token_bytes: np.ndarray  # (vocab_size,) the length of each token's text; `<|endoftext|>` is not in the text: 0
 
 
 def find_dataset(name):
@@ -267,7 +280,10 @@ def open_dataset(folder, block_size):
         require(meta is None or tokens.n_tokens == meta[f'{split}_tokens'],
                 f'{tokens.path} has {tokens.n_tokens} tokens where meta.json says {meta and meta[f"{split}_tokens"]}; '
                 f'prepare the data set again')
-    return Dataset(train, val, tokenizer)
+    token_bytes = np.array([len(token) for token in tokenizer.token_bytes])
+    if tokenizer.eot is not None:
+        token_bytes[tokenizer.eot] = 0
+    return Dataset(train, val, tokenizer, token_bytes)
 
 
 def read_meta(folder):
@@ -310,7 +326,7 @@ def read_nanogpt_meta(path):
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f'{path}: {error}') from None
     except Exception as error:  # whatever unpickling garbage raises
-        raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({type(error).__name__}: {error}); prepare the data set again') from None
+        raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({error!r}); prepare the data set again') from None
 
 
 # A random order without a table ---------------------------------------------------------------------------------------------
@@ -322,6 +338,11 @@ def mix(x):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def seed_of(seed, number):
+    """A seed for torch.manual_seed that follows from a run's seed and a counter."""
+    return int(mix(mix(seed) ^ mix(~np.uint64(number)))) % 2**63
 
 
 def permute(index, n, key):

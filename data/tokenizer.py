@@ -63,7 +63,7 @@ class Tokenizer:
                 case {'kind': 'byte'}:
                     return ByteTokenizer()
                 case {'kind': 'gpt2' | 'bpe' as kind, 'pattern': str(pattern), 'tokens': list(tokens)}:
-                    return BPETokenizer(kind, pattern, [base64.b64decode(token) for token in tokens])
+                    return BPETokenizer(kind, pattern, [base64.b64decode(token, validate=True) for token in tokens])
         except (TypeError, ValueError) as error:
             raise UserError(f'not a saved tokenizer: {error}') from None
         raise UserError(f'not a saved tokenizer: {str(saved)[:60]!r}; kinds are char, byte, gpt2 and bpe')
@@ -206,8 +206,8 @@ def train_bpe(texts, vocab_size, max_bytes=16 * 2**20):
     while len(tokens) < vocab_size - 1:
         while heap and -heap[0][0] != pairs[heap[0][1]]:
             heapq.heappop(heap)  # its count has changed since; the new count is in the heap too
-        require(heap and pairs[heap[0][1]] > 0, f'vocab_size = {vocab_size}: the text has pairs for {len(tokens) + 1} tokens only; '
-                                                f'ask for at most that')
+        require(heap and heap[0][0] < 0, f'vocab_size = {vocab_size}: the text has pairs for {len(tokens) + 1} tokens only; '
+                                         f'ask for at most that')
         pair = heapq.heappop(heap)[1]
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])

@@ -47,11 +47,11 @@ def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path, text):
 
 
 def test_an_id_beyond_the_vocabulary_is_never_wrapped(tmp_path):
-    writer = bins.BinWriter(tmp_path / 'x.bin', 65536)
-    writer.append([1, 2, 3])
-    for wrong in ([5, 65536], [5, -1]):
-        with pytest.raises(UserError, match=f'token id {wrong[1]} at position 4 '):
-            writer.append(wrong)
+    with bins.BinWriter(tmp_path / 'x.bin', 65536) as writer:
+        writer.append([1, 2, 3])
+        for wrong in ([5, 65536], [5, -1]):
+            with pytest.raises(UserError, match=f'token id {wrong[1]} at position 4 '):
+                writer.append(wrong)
 
 
 def test_a_failed_prepare_leaves_the_old_data_set(tmp_path, text):

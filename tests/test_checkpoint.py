@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ def tiny_model(**options):
 
 
 def write(folder, step, val_loss=None, model=None, keep_last=2, **options):
-    config, weights = ckpt.model_state(model or tiny_model())
-    return ckpt.save(folder, Checkpoint(config, weights, step, step * 4, val_loss, tokenizer={'kind': 'char', 'characters': 'abcde'},
-                                        **options), keep_last)
+    model = model or tiny_model()
+    return ckpt.save(folder, Checkpoint(asdict(model.config), model.state_dict(), step, step * 4, val_loss,
+                                        tokenizer={'kind': 'char', 'characters': 'abcde'}, **options), keep_last)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

@@ -23,7 +23,7 @@ class Config:
     out_dir: str = 'out'
     position: Literal['learned', 'rope'] = 'learned'
     start: str | list[str] = '\n'
-    stop: list = field(default_factory=list)
+    stop: list[str | int] = field(default_factory=list)
 
 
 def read(*argv):
@@ -124,5 +124,5 @@ def test_help_shows_every_key_without_importing_torch(clone, script):
     for line in (clone / script).read_text().split('class Config:')[1].split('\n\n')[0].splitlines()[1:]:
         if not line.strip().startswith('#'):
             key, _, comment = line.partition('  # ')
-            shown_line = next(x for x in shown.splitlines() if f'--{key.split(":")[0].strip()}=' in x)
+            shown_line = next(x for x in shown.splitlines() if x.startswith(f'  --{key.split(":")[0].strip()}='))
             assert comment and shown_line.endswith(comment), line

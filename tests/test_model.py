@@ -1,5 +1,6 @@
 """The model against references that we did not write: transformers, torch.nn, and formulas worked out by hand."""
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -7,8 +8,19 @@ import transformers
 from torch.nn import functional as F
 
 import checkpoint
-from model import (GPT, CausalSelfAttention, GPTConfig, KVCache, MLP, apply_rotary, attend_fused, attend_written_out, filter_logits,
-                   position_angles, sinusoidal_embedding)
+from model import (
+    GPT,
+    MLP,
+    CausalSelfAttention,
+    GPTConfig,
+    KVCache,
+    apply_rotary,
+    attend_fused,
+    attend_written_out,
+    filter_logits,
+    position_angles,
+    sinusoidal_embedding,
+)
 
 POSITIONS = ('learned', 'sinusoidal', 'rope', 'none')
 
@@ -258,8 +270,13 @@ def test_a_stop_token_ends_its_row():
 
 
 def test_filters_equal_transformers():
-    from transformers import (MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper,
-                              TopPLogitsWarper)
+    from transformers import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     torch.manual_seed(0)
     logits, ids = torch.randn(6, 50) * 3, torch.randint(50, (6, 9))
@@ -292,8 +309,7 @@ def test_every_architecture_learns_and_survives_a_checkpoint(options, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.7 * first
-    config, weights = checkpoint.model_state(model)
-    path = checkpoint.save(tmp_path, checkpoint.Checkpoint(config, weights, step=30, tokenizer={'kind': 'byte'}))
+    path = checkpoint.save(tmp_path, checkpoint.Checkpoint(asdict(model.config), model.state_dict(), step=30))
     loaded = checkpoint.load(path).build_model()
     assert loaded.config == model.config
     assert torch.equal(loaded.eval()(idx, targets)[0], model.eval()(idx, targets)[0])

@@ -8,7 +8,8 @@ import torch
 from model import GPT, GPTConfig
 from optimizer import adamw, learning_rate_at
 
-BASE = {'learning_rate': 1e-3, 'min_lr': 1e-4, 'warmup_iters': 10, 'lr_decay_iters': 110, 'schedule': 'cosine', 'decay_fraction': 0.2}
+BASE = {'learning_rate': 1e-3, 'min_lr': 1e-4, 'warmup_iters': 10, 'lr_decay_iters': 110, 'max_iters': 110, 'schedule': 'cosine',
+        'decay_fraction': 0.2, 'decay_lr': True}
 
 
 def rates(**options):
@@ -42,6 +43,11 @@ def test_schedules_fall_as_their_formulas_say():
 def test_no_warm_up_and_a_short_run(schedule):
     assert rates(schedule=schedule, warmup_iters=0)[0] == pytest.approx(1e-3)
     assert all(0 < lr <= 1e-3 for lr in rates(schedule=schedule, warmup_iters=50, lr_decay_iters=20))
+
+
+def test_what_is_left_out_follows_from_the_rest():
+    assert rates(min_lr=None, lr_decay_iters=None) == rates()
+    assert rates(decay_lr=False) == [1e-3] * 130  # nanoGPT: no warm-up either
 
 
 def test_matrices_decay_and_gains_and_biases_do_not():

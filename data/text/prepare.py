@@ -54,7 +54,8 @@ def main(config):
     files = [root] if root.is_file() else text_files(root)
     size = sum(path.stat().st_size for path in files)
     require(size > 0, f'--input={config.input}: there is no text in it')
-    tokens = tokenizer.make(config.tokenizer, lambda: (piece for path in files for piece in bins.read_pieces(path)), config.vocab_size)
+    everything = lambda: (piece for path in files for piece in bins.read_pieces(path))  # noqa: E731
+    tokens = tokenizer.make(config.tokenizer, everything, config.vocab_size)
 
     def texts():
         for path in files:

@@ -1,0 +1,7 @@
+# The loss of OpenAI's gpt2-large (36 layers, 20 heads, 1280 wide: 774M parameters) on a data set in GPT-2's tokens
+
+init_from = 'gpt2-large'
+dataset = 'openwebtext'
+eval_only = True
+eval_iters = 500  # many, for a good estimate
+batch_size = 8

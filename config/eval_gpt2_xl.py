@@ -1,0 +1,7 @@
+# The loss of OpenAI's gpt2-xl (48 layers, 25 heads, 1600 wide: 1558M parameters) on a data set in GPT-2's tokens
+
+init_from = 'gpt2-xl'
+dataset = 'openwebtext'
+eval_only = True
+eval_iters = 500  # many, for a good estimate
+batch_size = 8

@@ -1,0 +1,19 @@
+# Finetune GPT-2 on Shakespeare. nanoGPT takes gpt2-xl; the smallest one fits any machine: --init_from=gpt2-xl for the other.
+
+out_dir = 'out-shakespeare'
+init_from = 'gpt2'
+dataset = 'shakespeare'
+
+eval_interval = 5
+eval_iters = 40
+always_save_checkpoint = False  # it overfits soon: keep the best
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-gpt2'
+
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens a step; the data has 301,966: 9 steps an epoch
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+
+learning_rate = 3e-5
+decay_lr = False
