@@ -37,8 +37,8 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if device.type == 'cuda':
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = device.type == 'cpu' and torch.cpu.get_capabilities().get('amx_bf16', False)
-    return torch.bfloat16 if native else torch.float32
+    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
+    return torch.bfloat16 if cpu.get('amx_bf16') or cpu.get('avx512_bf16') else torch.float32
 
 
 def autocast(device, dtype):

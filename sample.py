@@ -18,7 +18,7 @@ class Config:
     start: str | list[str] = '\n'  # the text to continue, FILE:path for that of a file, or a list of them
     num_samples: int = 10  # for each prompt
     max_new_tokens: int = 500  # in each sample
-    stop: list[str | int] = field(default_factory=list)  # a sample ends before the first of these texts, or behind a token (a number)
+    stop: list[str | int] = field(default_factory=list)  # a sample ends before one of these texts, or behind a token id
     # choice of the next token, in this order
     repetition_penalty: float = 1.0  # above 1: tokens that were there before become less likely
     temperature: float = 0.8  # below 1 bolder on what is likely, above 1 more random, 0 always the likeliest

@@ -3,6 +3,7 @@
 Writing never leaves half a data set and never wraps an id. Reading maps the files and draws batches as a pure function of
 (seed, number of samples seen). nanoGPT's bins (uint16, no meta.json, perhaps a meta.pkl) are read too.
 """
+import codecs
 import hashlib
 import json
 import os
@@ -137,11 +138,15 @@ def hub_documents(path, name, val_every):
         from datasets import load_dataset
     except ImportError:
         raise UserError('streaming from the hub needs the optional package datasets: pip install datasets') from None
-    try:
-        for i, document in enumerate(load_dataset(path, name, split='train', streaming=True)):
-            yield Piece('val' if i % val_every == val_every - 1 else 'train', document['text'], ends_document=True)
-    except (OSError, ValueError, KeyError) as error:  # no network, no such data set, no column of text
-        raise UserError(f'{path}: cannot be read: {str(error).splitlines()[0]}; check the network and the name') from None
+
+    def pieces():
+        try:
+            for i, document in enumerate(load_dataset(path, name, split='train', streaming=True)):
+                yield Piece('val' if i % val_every == val_every - 1 else 'train', document['text'], ends_document=True)
+        except (OSError, ValueError, KeyError) as error:  # no network, no such data set, no column of text
+            raise UserError(f'{path}: cannot be read: {str(error).splitlines()[0]}; check the network and the name') from None
+
+    return pieces()
 
 
 def split_at_end(texts, total_bytes, val_fraction=0.1):
@@ -159,27 +164,23 @@ def split_at_end(texts, total_bytes, val_fraction=0.1):
 
 
 def read_pieces(path, size=PIECE_BYTES):
-    """The text of a UTF-8 file in pieces of at most `size` bytes, cut behind a line or a space where there is one."""
-    rest, position = b'', 0
+    """The text of a UTF-8 file in pieces of about `size` bytes, cut behind a line or a word where there is one."""
+    decoder, rest, position = codecs.getincrementaldecoder('utf-8')(), '', 0
     with open(path, 'rb') as file:
         while True:
-            block = file.read(size - len(rest))
-            buffer = rest + block
-            if not buffer:
-                return
-            end = len(buffer)
-            if block:
-                end = max(buffer.rfind(b'\n'), buffer.rfind(b' ')) + 1
-                if end < size // 2:  # no line ends here: cut at a whole character
-                    end = len(buffer)
-                    while end and end > len(buffer) - 4 and buffer[end - 1] & 0xC0 == 0x80:
-                        end -= 1
-                    end = end - 1 if buffer[end - 1] >= 0xC0 else len(buffer)
+            block = file.read(size)
             try:
-                yield buffer[:end].decode('utf-8')
+                text = rest + decoder.decode(block, final=not block)  # the decoder keeps half a character for the next block
             except UnicodeDecodeError as error:
-                raise UserError(f'{path}: byte {position + error.start} is not UTF-8 text; convert the file to UTF-8') from None
-            rest, position = buffer[end:], position + end
+                position += error.start + len(block) - len(error.object)
+                raise UserError(f'{path}: byte {position} is not UTF-8 text; convert the file to UTF-8') from None
+            position += len(block)
+            end = max(text.rfind('\n'), text.rfind(' ')) + 1 if block else 0
+            if text[:end or None]:
+                yield text[:end or None]
+            rest = text[end:] if end else ''
+            if not block:
+                return
 
 
 # Reading ------------------------------------------------------------------------------------------------------------------
@@ -202,14 +203,19 @@ class TokenBin:
                                             f'{block_size + 1}; lower --block_size or prepare more text')
         self.n_windows = -(-(self.n_tokens - 1) // block_size)  # of the whole split, the last one perhaps shorter
         if vocab_size <= np.iinfo(dtype).max:
-            for first in range(0, min(self.n_tokens, 2**29), 2**24):  # 1 GB of uint16; what lies beyond is checked as drawn
-                self._check(self.tokens[first:first + 2**24], first)
+            for first in range(0, min(self.n_tokens, 2**29), 2**24):  # 1 GB of uint16; what lies beyond is checked as read
+                block = self.tokens[first:first + 2**24]
+                if block.max() >= vocab_size:
+                    self._read(first + np.argmax(block >= vocab_size))
 
-    def _check(self, ids, first):
+    def _read(self, at):
+        """The ids at these positions, as int64. Raises UserError if one is beyond the vocabulary."""
+        ids = self.tokens[at]
         if ids.max() >= self.vocab_size:
-            wrong = int((ids >= self.vocab_size).argmax())
-            raise UserError(f'{self.path}: token id {ids.flat[wrong]} at position {first + wrong} is not below vocab_size = '
+            wrong = np.argmax(ids >= self.vocab_size)
+            raise UserError(f'{self.path}: token id {ids.flat[wrong]} at position {at.flat[wrong]} is not below vocab_size = '
                             f'{self.vocab_size}; it was made with another tokenizer: prepare the data set again')
+        return ids.astype(np.int64)
 
     def batch(self, first_sample, count, seed):
         """Samples first_sample .. first_sample + count - 1 of the endless, shuffled row of training samples.
@@ -229,19 +235,15 @@ class TokenBin:
             block[here] = permute(place[here], n_blocks, key)
             offset[here] = mix(key) % np.uint64(min(T, self.n_tokens - n_blocks * T))
         start = (block * np.uint64(T) + offset).astype(np.int64)
-        window = self.tokens[start[:, None] + np.arange(T + 1)]  # (count, T + 1)
-        for row, position in zip(window, start):
-            self._check(row, int(position))
-        window = window.astype(np.int64)
+        window = self._read(start[:, None] + np.arange(T + 1))  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 
     def windows(self, index):
         """Windows of the split laid end to end, by number. -> x, y (len(index), block_size) int64; y is -1 past the end."""
         T = self.block_size
         at = np.asarray(index, dtype=np.int64)[:, None] * T + np.arange(T + 1)
-        window = self.tokens[np.minimum(at, self.n_tokens - 1)].astype(np.int64)
-        window[:, 1:][at[:, 1:] >= self.n_tokens] = -1
-        return np.maximum(window[:, :-1], 0), window[:, 1:]
+        window = self._read(np.minimum(at, self.n_tokens - 1))  # (len(index), T + 1)
+        return window[:, :-1], np.where(at[:, 1:] < self.n_tokens, window[:, 1:], -1)
 
     def evaluation_windows(self, count):
         """Numbers of `count` windows, always the same ones, spread over the split by chance; -1: all."""

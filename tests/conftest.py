@@ -1,4 +1,5 @@
 """What the tests share: a clone of the working tree to run the programs in, as a person would, and a small real text."""
+
 import os
 import shutil
 import subprocess
@@ -24,8 +25,15 @@ def run(clone):
     """run('train.py', '--key=value', ...) -> the finished process; code: the exit code it must have."""
 
     def run(script, *arguments, code=0, cwd=clone, env=None, **options):
-        result = subprocess.run([sys.executable, str(clone / script), *map(str, arguments)], cwd=cwd, text=True, timeout=200,
-                                capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '2', **(env or {})}, **options)
+        result = subprocess.run(
+            [sys.executable, str(clone / script), *map(str, arguments)],
+            cwd=cwd,
+            text=True,
+            timeout=200,
+            capture_output=True,
+            env=os.environ | {'OMP_NUM_THREADS': '2', **(env or {})},
+            **options,
+        )
         assert result.returncode == code, f'{script} {arguments}: exit {result.returncode}\n{result.stdout}\n{result.stderr}'
         return result
 
@@ -64,8 +72,19 @@ def char_data(tmp_path_factory, text):
 
 
 # a model that trains in a second
-TINY = ('--device=cpu', '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=1', '--n_layer=2', '--n_head=2',
-        '--n_embd=32', '--warmup_iters=2', '--learning_rate=3e-3', '--eval_iters=2', '--eval_interval=10')
+TINY = (
+    '--device=cpu',
+    '--block_size=32',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=1',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--warmup_iters=2',
+    '--learning_rate=3e-3',
+    '--eval_iters=2',
+    '--eval_interval=10',
+)
 
 
 @pytest.fixture(scope='session')

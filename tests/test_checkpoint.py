@@ -1,4 +1,5 @@
 """Checkpoints: whole or not there, and nothing in them runs."""
+
 import json
 import os
 import pickle
@@ -21,8 +22,19 @@ def tiny_model(**options):
 
 def write(folder, step, val_loss=None, model=None, keep_last=2, **options):
     model = model or tiny_model()
-    return ckpt.save(folder, Checkpoint(asdict(model.config), model.state_dict(), step, step * 4, val_loss,
-                                        tokenizer={'kind': 'char', 'characters': 'abcde'}, **options), keep_last)
+    return ckpt.save(
+        folder,
+        Checkpoint(
+            asdict(model.config),
+            model.state_dict(),
+            step,
+            step * 4,
+            val_loss,
+            tokenizer={'kind': 'char', 'characters': 'abcde'},
+            **options,
+        ),
+        keep_last,
+    )
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -52,7 +64,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage, capsys)
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     elif damage == 'truncate':
-        path.write_bytes(content[:len(content) // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif damage == 'empty':
         path.write_bytes(b'')
     elif damage == 'missing':
@@ -111,10 +123,25 @@ def nanogpt_checkpoint(path, prefix=''):
         model(torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long))[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.save({'model': {prefix + k: v for k, v in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
-                'model_args': {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 8, 'bias': False, 'vocab_size': 5, 'dropout': 0.0},
-                'iter_num': 3, 'best_val_loss': torch.tensor(1.5),
-                'config': {'batch_size': 2, 'gradient_accumulation_steps': 4, 'dataset': 'none', 'device': 'cuda'}}, path)
+    torch.save(
+        {
+            'model': {prefix + k: v for k, v in model.state_dict().items()},
+            'optimizer': optimizer.state_dict(),
+            'model_args': {
+                'n_layer': 1,
+                'n_head': 2,
+                'n_embd': 8,
+                'block_size': 8,
+                'bias': False,
+                'vocab_size': 5,
+                'dropout': 0.0,
+            },
+            'iter_num': 3,
+            'best_val_loss': torch.tensor(1.5),
+            'config': {'batch_size': 2, 'gradient_accumulation_steps': 4, 'dataset': 'none', 'device': 'cuda'},
+        },
+        path,
+    )
     return model
 
 
@@ -144,7 +171,13 @@ def test_load_model_gives_a_model_ready_to_use_and_its_tokenizer(tmp_path):
 def test_tensors_of_a_safetensors_file(tmp_path):
     from safetensors.torch import save_file
 
-    tensors = {'a': torch.randn(3, 4), 'b': torch.arange(5), 'c': torch.randn(2).bfloat16(), 'd': torch.tensor(True), 'e': torch.zeros(0)}
+    tensors = {
+        'a': torch.randn(3, 4),
+        'b': torch.arange(5),
+        'c': torch.randn(2).bfloat16(),
+        'd': torch.tensor(True),
+        'e': torch.zeros(0),
+    }
     save_file(tensors, tmp_path / 'x.safetensors', metadata={'k': 'v'})
     found = ckpt.read_safetensors(tmp_path / 'x.safetensors')
     assert found.keys() == tensors.keys()
@@ -157,12 +190,22 @@ def test_tensors_of_a_safetensors_file(tmp_path):
             ckpt.read_safetensors(tmp_path / 'x.safetensors')
 
 
-@pytest.mark.parametrize('change, words', [({'model_type': 'llama'}, 'llama'), ({'activation_function': 'tanh'}, 'tanh'),
-                                           ({'n_inner': 7}, 'n_inner = 7'), ({'n_embd': 12}, 'do not fit'), ({'n_layer': 9}, 'do not fit')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'model_type': 'llama'}, 'llama'),
+        ({'activation_function': 'tanh'}, 'tanh'),
+        ({'n_inner': 7}, 'n_inner = 7'),
+        ({'n_embd': 12}, 'do not fit'),
+        ({'n_layer': 9}, 'do not fit'),
+    ],
+)
 def test_a_folder_that_is_not_gpt2_is_named(tmp_path, change, words):
     import transformers
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=5, n_positions=8,
-                                                                  bos_token_id=0, eos_token_id=0))
+
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=5, n_positions=8, bos_token_id=0, eos_token_id=0)
+    )
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text()) | change
     (tmp_path / 'config.json').write_text(json.dumps(config))

@@ -1,4 +1,5 @@
 """Config files and the command line, as a nanoGPT user types them."""
+
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from configurator import UserError, configure, differences
 @dataclass
 class Config:
     """What the tests configure."""
+
     # numbers
     batch_size: int = 12  # sequences
     learning_rate: float = 6e-4
@@ -30,30 +32,53 @@ def read(*argv):
     return configure(Config, list(argv))[0]
 
 
-@pytest.mark.parametrize('argument, key, value', [
-    ('--batch_size=32', 'batch_size', 32), ('--batch_size=4*8', 'batch_size', 32), ('--batch_size=1e3', 'batch_size', 1000),
-    ('--learning_rate=1', 'learning_rate', 1.0), ('--learning_rate=-1e-3', 'learning_rate', -0.001),
-    ('--n_kv_head=None', 'n_kv_head', None), ('--n_kv_head=2', 'n_kv_head', 2),
-    ('--eval_only', 'eval_only', True), ('--eval_only=true', 'eval_only', True), ('--eval_only=1', 'eval_only', True),
-    ('--eval_only=False', 'eval_only', False), ('--eval_only=0', 'eval_only', False),
-    ('--compile=False', 'compile', False), ('--compile', 'compile', True), ('--compile=auto', 'compile', 'auto'),
-    ('--out_dir=a=b', 'out_dir', 'a=b'), ('--out_dir=5', 'out_dir', '5'), ('--out_dir=None', 'out_dir', 'None'), ('--out_dir=', 'out_dir', ''),
-    ('--position=rope', 'position', 'rope'), ('--start=12', 'start', '12'), ('--start=def f(x=1):', 'start', 'def f(x=1):'),
-    ('--start=["a", "b"]', 'start', ['a', 'b']), ('--start=[1, 2]', 'start', '[1, 2]'),
-    ('--stop=["\\n", 50256]', 'stop', ['\n', 50256]), ('--stop=END', 'stop', ['END']),
-])
+@pytest.mark.parametrize(
+    'argument, key, value',
+    [
+        ('--batch_size=32', 'batch_size', 32),
+        ('--batch_size=4*8', 'batch_size', 32),
+        ('--batch_size=1e3', 'batch_size', 1000),
+        ('--learning_rate=1', 'learning_rate', 1.0),
+        ('--learning_rate=-1e-3', 'learning_rate', -0.001),
+        ('--n_kv_head=None', 'n_kv_head', None),
+        ('--n_kv_head=2', 'n_kv_head', 2),
+        ('--eval_only', 'eval_only', True),
+        ('--eval_only=true', 'eval_only', True),
+        ('--eval_only=1', 'eval_only', True),
+        ('--eval_only=False', 'eval_only', False),
+        ('--eval_only=0', 'eval_only', False),
+        ('--compile=False', 'compile', False),
+        ('--compile', 'compile', True),
+        ('--compile=auto', 'compile', 'auto'),
+        ('--out_dir=a=b', 'out_dir', 'a=b'),
+        ('--out_dir=5', 'out_dir', '5'),
+        ('--out_dir=None', 'out_dir', 'None'),
+        ('--out_dir=', 'out_dir', ''),
+        ('--position=rope', 'position', 'rope'),
+        ('--start=12', 'start', '12'),
+        ('--start=def f(x=1):', 'start', 'def f(x=1):'),
+        ('--start=["a", "b"]', 'start', ['a', 'b']),
+        ('--start=[1, 2]', 'start', '[1, 2]'),
+        ('--stop=["\\n", 50256]', 'stop', ['\n', 50256]),
+        ('--stop=END', 'stop', ['END']),
+    ],
+)
 def test_a_value_has_the_type_of_its_key(argument, key, value):
     got = getattr(read(argument), key)
     assert got == value and type(got) is type(value)
 
 
 def test_a_value_may_follow_behind_a_space():
-    assert configure(Config, ['--batch_size', '8', '--eval_only', '--out_dir', 'x'])[0] == Config(batch_size=8, eval_only=True, out_dir='x')
+    assert configure(Config, ['--batch_size', '8', '--eval_only', '--out_dir', 'x'])[0] == Config(
+        batch_size=8, eval_only=True, out_dir='x'
+    )
 
 
 def test_files_and_overrides_apply_in_order(tmp_path):
-    (tmp_path / 'a.py').write_text('"""Words."""\nimport time\n# more\nbatch_size = 5 * 8  # forty\nout_dir = "ft-" + str(time.time())\n'
-                                   'learning_rate = batch_size / 10\nn_kv_head: int = -batch_size // 2\nstop = ["a", 1]\n')
+    (tmp_path / 'a.py').write_text(
+        '"""Words."""\nimport time\n# more\nbatch_size = 5 * 8  # forty\nout_dir = "ft-" + str(time.time())\n'
+        'learning_rate = batch_size / 10\nn_kv_head: int = -batch_size // 2\nstop = ["a", 1]\n'
+    )
     config, given = configure(Config, ['--batch_size=1', str(tmp_path / 'a.py'), '--learning_rate=9'])
     assert (config.batch_size, config.learning_rate, config.n_kv_head, config.stop) == (40, 9.0, -20, ['a', 1])
     assert config.out_dir.startswith('ft-1')
@@ -61,24 +86,49 @@ def test_files_and_overrides_apply_in_order(tmp_path):
     assert differences(Config(batch_size=3)) == ['batch_size = 3']
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['--batch_sise=3'], 'batch_sise.*did you mean batch_size'), (['--batch_size=x'], "batch_size = 'x': give a whole number"),
-    (['--batch_size=1.5'], 'batch_size = 1.5'), (['--batch_size=True'], 'batch_size'), (['--batch_size=None'], 'batch_size'),
-    (['--eval_only=2'], 'eval_only'), (['--eval_only=maybe'], 'eval_only'), (['--position=rotary'], 'learned or rope'),
-    (['--position=rop'], 'did you mean rope'), (['-b=3'], '--key=value'), (['--batch_size'], 'value is missing'),
-    (['--learning_rate=1/0'], 'learning_rate'), (['--n_kv_head=10**10**10'], 'n_kv_head'), (['nothing.py'], 'nothing.py'),
-    (['--learning_rate=' + '(' * 5000], 'learning_rate'), (['--learning_rate=nan'], 'learning_rate')])
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--batch_sise=3'], 'batch_sise.*did you mean batch_size'),
+        (['--batch_size=x'], "batch_size = 'x': give a whole number"),
+        (['--batch_size=1.5'], 'batch_size = 1.5'),
+        (['--batch_size=True'], 'batch_size'),
+        (['--batch_size=None'], 'batch_size'),
+        (['--eval_only=2'], 'eval_only'),
+        (['--eval_only=maybe'], 'eval_only'),
+        (['--position=rotary'], 'learned or rope'),
+        (['--position=rop'], 'did you mean rope'),
+        (['-b=3'], '--key=value'),
+        (['--batch_size'], 'value is missing'),
+        (['--learning_rate=1/0'], 'learning_rate'),
+        (['--n_kv_head=10**10**10'], 'n_kv_head'),
+        (['nothing.py'], 'nothing.py'),
+        (['--learning_rate=' + '(' * 5000], 'learning_rate'),
+        (['--learning_rate=nan'], 'learning_rate'),
+    ],
+)
 def test_a_mistake_is_named(argv, words):
     with pytest.raises(UserError, match=words):
         read(*argv)
 
 
-@pytest.mark.parametrize('line, words', [
-    ('batch_sise = 3', 'line 2: batch_sise.*did you mean batch_size'), ('batch_size = "x"', "line 2: batch_size = 'x'"),
-    ('batch_size = other', 'line 2: other'), ('batch_size = open("x", "w")', 'line 2: open'), ('batch_size =', 'line 2'),
-    ('for x in y: pass', 'line 2: only lines of key = value'), ('batch_size, out_dir = 1, "x"', 'line 2'),
-    ('batch_size = __import__("os").system("touch evil")', 'line 2'), ('batch_size = 9**9**9', 'too large'),
-    ('out_dir = "x" * 10', 'two numbers'), ('out_dir = time.sleep(9)', 'line 2'), ('batch_size = "a\0"', 'not a config file')])
+@pytest.mark.parametrize(
+    'line, words',
+    [
+        ('batch_sise = 3', 'line 2: batch_sise.*did you mean batch_size'),
+        ('batch_size = "x"', "line 2: batch_size = 'x'"),
+        ('batch_size = other', 'line 2: other'),
+        ('batch_size = open("x", "w")', 'line 2: open'),
+        ('batch_size =', 'line 2'),
+        ('for x in y: pass', 'line 2: only lines of key = value'),
+        ('batch_size, out_dir = 1, "x"', 'line 2'),
+        ('batch_size = __import__("os").system("touch evil")', 'line 2'),
+        ('batch_size = 9**9**9', 'too large'),
+        ('out_dir = "x" * 10', 'two numbers'),
+        ('out_dir = time.sleep(9)', 'line 2'),
+        ('batch_size = "a\0"', 'not a config file'),
+    ],
+)
 def test_a_config_file_is_parsed_never_executed(tmp_path, line, words):
     path = tmp_path / 'bad.py'
     path.write_text(f'out_dir = "x"\n{line}\n')
@@ -87,8 +137,8 @@ def test_a_config_file_is_parsed_never_executed(tmp_path, line, words):
 
 
 NANOGPT = {  # what nanoGPT's config files hold, written as they write it
-    'train_gpt2': "wandb_log = True\nwandb_run_name='gpt2-124M'\nbatch_size = 12\ngradient_accumulation_steps = 5 * 8\nweight_decay = 1e-1\n",
-    'finetune_shakespeare': "import time\nwandb_run_name = 'ft-' + str(time.time())\ninit_from = 'gpt2-xl' # largest\ndecay_lr = False\n",
+    'train_gpt2': "wandb_run_name='gpt2-124M'\nbatch_size = 12\ngradient_accumulation_steps = 5 * 8\nweight_decay = 1e-1\n",
+    'finetune_shakespeare': "import time\nwandb_run_name = 'ft-' + str(time.time())\ninit_from = 'gpt2-xl' # large\ndecay_lr = False\n",
     'eval_gpt2': "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n",
 }
 
@@ -117,8 +167,10 @@ def test_all_config_files_of_the_repo_are_valid():
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'data/text/prepare.py'])
 def test_help_shows_every_key_without_importing_torch(clone, script):
-    code = f'import sys, runpy; sys.argv = [{script!r}, "--help"]\ntry: runpy.run_path({script!r}, run_name="__main__")\n' \
-           f'except SystemExit as e: print("code", e.code, "torch" in sys.modules, "numpy" in sys.modules)'
+    code = (
+        f'import sys, runpy; sys.argv = [{script!r}, "--help"]\ntry: runpy.run_path({script!r}, run_name="__main__")\n'
+        f'except SystemExit as e: print("code", e.code, "torch" in sys.modules, "numpy" in sys.modules)'
+    )
     shown = subprocess.run([sys.executable, '-c', code], cwd=clone, capture_output=True, text=True, check=True).stdout
     assert 'code 0 False False' in shown
     for line in (clone / script).read_text().split('class Config:')[1].split('\n\n')[0].splitlines()[1:]:

@@ -1,4 +1,5 @@
 """What 'auto' picks, and what is said where a device is not there. (No GPU is needed: CUDA's answers are put in its place.)"""
+
 import pytest
 import torch
 
@@ -27,7 +28,13 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     cuda(monkeypatch, count=1)
     assert device.pick_device('cuda:0').index == 0
-    for name, words in (('cuda:1', '1 CUDA devices'), ('mps', 'no Apple GPU'), ('gpu', 'give auto'), ('xpu', 'give auto'), ('', 'give auto')):
+    for name, words in (
+        ('cuda:1', '1 CUDA devices'),
+        ('mps', 'no Apple GPU'),
+        ('gpu', 'give auto'),
+        ('xpu', 'give auto'),
+        ('', 'give auto'),
+    ):
         with pytest.raises(UserError, match=words):
             device.pick_device(name)
     cuda(monkeypatch, count=0)
@@ -48,9 +55,19 @@ def test_auto_picks_the_number_format_of_the_hardware(monkeypatch):
     assert device.pick_dtype('float16', torch.device('cpu')) == torch.float16
 
 
-@pytest.mark.parametrize('name, peak', [('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA L4', 121e12),
-                                        ('NVIDIA L40S', 362e12), ('Tesla T4', 65e12), ('NVIDIA GeForce RTX 4090', 165e12),
-                                        ('NVIDIA A10', 125e12), ('Some New GPU', None)])
+@pytest.mark.parametrize(
+    'name, peak',
+    [
+        ('NVIDIA H100 80GB HBM3', 989e12),
+        ('NVIDIA A100-SXM4-80GB', 312e12),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA L40S', 362e12),
+        ('Tesla T4', 65e12),
+        ('NVIDIA GeForce RTX 4090', 165e12),
+        ('NVIDIA A10', 125e12),
+        ('Some New GPU', None),
+    ],
+)
 def test_peaks_are_found_by_name(monkeypatch, name, peak):
     cuda(monkeypatch, name)
     assert device.peak_flops(torch.device('cuda'), torch.bfloat16) == peak
@@ -76,6 +93,8 @@ def test_a_compiled_model_computes_the_same():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, position='rope', norm='rmsnorm'))
     idx, steps, said = torch.randint(11, (2, 8)), [], []
-    compiled = device.compile_or_not(model, True, torch.device('cpu'), lambda m: steps.append(m(idx, idx)[1].backward()), said.append)
+    compiled = device.compile_or_not(
+        model, True, torch.device('cpu'), lambda m: steps.append(m(idx, idx)[1].backward()), said.append
+    )
     assert compiled is not model and len(steps) == 1 and len(said) == 1
     torch.testing.assert_close(compiled(idx, idx)[1], model(idx, idx)[1])

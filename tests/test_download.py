@@ -1,4 +1,5 @@
 """Downloads from a real server on this machine: whole, broken off, resumed, and not what was expected."""
+
 import hashlib
 import re
 import threading

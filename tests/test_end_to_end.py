@@ -1,11 +1,16 @@
 """The programs as a person runs them: real processes, real files."""
+
+import hashlib
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +32,7 @@ def weights(out_dir):
 
 
 # Training -----------------------------------------------------------------------------------------------------------------
+
 
 def test_a_run_leaves_its_log_its_config_and_a_checkpoint(trained, char_data):
     steps = log_lines(trained, 'loss')
@@ -53,8 +59,8 @@ def test_the_loss_of_the_whole_split_is_that_of_the_model(run, trained, char_dat
     val = torch.from_numpy(np.fromfile(char_data / 'val.bin', dtype='<u2').astype(np.int64))
     nats = 0.0
     for start in range(0, len(val) - 1, 32):  # windows laid end to end, the last one shorter
-        targets = val[start + 1:start + 33]
-        logits, _ = model(val[None, start:start + len(targets)], targets[None])
+        targets = val[start + 1 : start + 33]
+        logits, _ = model(val[None, start : start + len(targets)], targets[None])
         nats -= logits[0].log_softmax(-1).gather(1, targets[:, None]).sum().item()
     assert line['val_loss'] == pytest.approx(nats / (len(val) - 1), abs=1e-5)
     n_bytes = len(characters.decode(val[1:].tolist()).encode())
@@ -77,16 +83,39 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, char_data, tmp_p
 
 def test_accumulation_does_not_change_the_step(run, char_data, tmp_path):
     for name, options in (('one', ('--batch_size=6',)), ('three', ('--batch_size=2', '--gradient_accumulation_steps=3'))):
-        run('train.py', f'--out_dir={tmp_path / name}', f'--dataset={char_data}', *TINY, '--max_iters=5', '--dtype=float32', *options)
+        run(
+            'train.py',
+            f'--out_dir={tmp_path / name}',
+            f'--dataset={char_data}',
+            *TINY,
+            '--max_iters=5',
+            '--dtype=float32',
+            *options,
+        )
     one, three = ([line['loss'] for line in log_lines(tmp_path / name, 'loss')] for name in ('one', 'three'))
     assert one == pytest.approx(three, abs=1e-5)
 
 
 def test_two_processes_train_as_one(clone, run, char_data, tmp_path):
-    common = (f'--dataset={char_data}', *TINY, '--gradient_accumulation_steps=4', '--max_iters=6', '--dtype=float32', '--dropout=0.1')
+    common = (
+        f'--dataset={char_data}',
+        *TINY,
+        '--gradient_accumulation_steps=4',
+        '--max_iters=6',
+        '--dtype=float32',
+        '--dropout=0.1',
+    )
     run('train.py', f'--out_dir={tmp_path}/one', *common)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', clone / 'train.py',
-               f'--out_dir={tmp_path}/two', *common]
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        clone / 'train.py',
+        f'--out_dir={tmp_path}/two',
+        *common,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=clone)
     assert result.returncode == 0, result.stderr
     for key in ('loss', 'val_loss', 'grad_norm'):
@@ -95,8 +124,13 @@ def test_two_processes_train_as_one(clone, run, char_data, tmp_path):
 
 
 def start(clone, *arguments):
-    return subprocess.Popen([sys.executable, clone / 'train.py', *map(str, arguments)], cwd=clone, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, clone / 'train.py', *map(str, arguments)],
+        cwd=clone,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def read_until(process, words):
@@ -109,12 +143,12 @@ def read_until(process, words):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_another_run_is_kept_out(clone, run, refused, char_data, tmp_path, number):
     common = (f'--out_dir={tmp_path}/out', f'--dataset={char_data}', *TINY)
-    process = start(clone, *common, '--max_iters=1000000', '--eval_interval=1000000')
-    read_until(process, 'step 3:')
-    refused('train.py', *common, says='another run is writing there')
-    process.send_signal(number)
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 128 + number
+    with start(clone, *common, '--max_iters=1000000', '--eval_interval=1000000') as process:
+        read_until(process, 'step 3:')
+        refused('train.py', *common, says='another run is writing there')
+        process.send_signal(number)
+        rest = process.stdout.read()
+    assert process.returncode == 128 + number
     assert f'stopped by {number.name}' in rest and 'Traceback' not in rest
     step = ckpt.load(tmp_path / 'out').step
     assert step >= 4 and f'after {step} steps' in rest
@@ -131,14 +165,16 @@ def test_a_second_run_keeps_the_first(run, char_data, tmp_path):
 
 
 def test_a_sample_at_each_evaluation_and_nothing_else_changes(run, trained, char_data, tmp_path):
-    result = run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', '--max_iters=20', *TINY, '--sample_every_eval')
+    result = run(
+        'train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', '--max_iters=20', *TINY, '--sample_every_eval'
+    )
     assert result.stdout.count('  | ') >= 3
     assert [line['loss'] for line in log_lines(tmp_path / 'out', 'loss')] == [line['loss'] for line in log_lines(trained, 'loss')]
 
 
 def test_wandb_logs_offline_and_never_stops_training(run, char_data, tmp_path):
     common = (f'--dataset={char_data}', *TINY, '--max_iters=2', '--wandb_log')
-    no_account = {'WANDB_MODE': '', 'WANDB_API_KEY': '', 'HOME': str(tmp_path), 'WANDB_SILENT': 'true'}
+    no_account = {'WANDB_API_KEY': '', 'HOME': str(tmp_path), 'WANDB_SILENT': 'true'}
     result = run('train.py', f'--out_dir={tmp_path}/out', *common, env=no_account)
     assert 'logs offline' in result.stdout and list((tmp_path / 'out' / 'wandb').glob('offline-run-*/*.wandb'))
     (tmp_path / 'wandb.py').write_text('def init(**options): raise RuntimeError("no such project")\nclass api: api_key = "x"\n')
@@ -149,16 +185,22 @@ def test_wandb_logs_offline_and_never_stops_training(run, char_data, tmp_path):
 
 # Weights of others --------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope='module')
 def gpt2_folder(tmp_path_factory, bpe_data):
     """GPT-2 in miniature, in Hugging Face's layout, with the vocabulary of bpe_data."""
     folder = tmp_path_factory.mktemp('gpt2')
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=400, n_positions=64, bos_token_id=399,
-                                                         eos_token_id=399)).save_pretrained(folder)
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=2, n_head=2, n_embd=32, vocab_size=400, n_positions=64, bos_token_id=399, eos_token_id=399
+        )
+    ).save_pretrained(folder)
     made = bins.open_tokenizer(bpe_data)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    char_of = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
+    char_of = {b: chr(b) for b in printable} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)
+    }
     vocabulary = {''.join(char_of[b] for b in token): i for i, token in enumerate(made.token_bytes[:-1])}
     (folder / 'vocab.json').write_text(json.dumps(vocabulary | {'<|endoftext|>': 399}))
     return folder
@@ -167,6 +209,7 @@ def gpt2_folder(tmp_path_factory, bpe_data):
 @pytest.fixture(scope='module')
 def bpe_data(tmp_path_factory, text):
     from data import tokenizer
+
     folder = tmp_path_factory.mktemp('data') / 'bpe'
     pieces = bins.split_at_end([(text, True)], len(text.encode()))
     bins.write_dataset(folder, pieces, tokenizer.train_bpe([text], 400), 'test')
@@ -176,15 +219,74 @@ def bpe_data(tmp_path_factory, text):
 def test_gpt2_weights_are_finetuned_and_sampled(run, refused, gpt2_folder, bpe_data, char_data, tmp_path):
     sampled = run('sample.py', f'--init_from={gpt2_folder}', '--start=def ', '--num_samples=1', '--max_new_tokens=5')
     assert sampled.stdout.startswith('def ')
-    common = ('--device=cpu', f'--out_dir={tmp_path}/out', '--max_iters=3', '--batch_size=2', '--gradient_accumulation_steps=1',
-              '--eval_iters=2', '--warmup_iters=0', '--learning_rate=1e-3')
+    common = (
+        '--device=cpu',
+        f'--out_dir={tmp_path}/out',
+        '--max_iters=3',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=1',
+        '--eval_iters=2',
+        '--warmup_iters=0',
+        '--learning_rate=1e-3',
+    )
     run('train.py', f'--init_from={gpt2_folder}', f'--dataset={bpe_data}', *common, '--block_size=16')
     tuned = ckpt.load(tmp_path / 'out')
-    assert tuned.model_config['block_size'] == 16 and tuned.model_config['bias'] and tuned.model['transformer.wpe.weight'].shape == (16, 32)
+    assert (
+        tuned.model_config['block_size'] == 16
+        and tuned.model_config['bias']
+        and tuned.model['transformer.wpe.weight'].shape == (16, 32)
+    )
     before = ckpt.load(gpt2_folder).model['transformer.h.0.mlp.c_fc.weight']
     assert not torch.equal(tuned.model['transformer.h.0.mlp.c_fc.weight'], before)
     refused('train.py', f'--init_from={gpt2_folder}', f'--dataset={char_data}', *common, says='another tokenizer')
-    refused('train.py', f'--init_from={gpt2_folder}', f'--dataset={bpe_data}', *common, '--n_layer=5', says=('n_layer = 5', 'n_layer = 2'))
+    refused(
+        'train.py',
+        f'--init_from={gpt2_folder}',
+        f'--dataset={bpe_data}',
+        *common,
+        '--n_layer=5',
+        says=('n_layer = 5', 'n_layer = 2'),
+    )
+
+
+def test_gpt2_is_downloaded_once_and_verified(run, refused, gpt2_folder, tmp_path):
+    """The hub in miniature on this machine: each file with its sha256, as Hugging Face announces it."""
+    answers = {f'/openai-community/gpt2/resolve/main/{path.name}': path.read_bytes() for path in gpt2_folder.iterdir()}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = answers[self.path]
+            self.send_response(200)
+            self.send_header('X-Linked-Etag', f'"{hashlib.sha256(announced.get(self.path, content)).hexdigest()}"')
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            if self.command == 'GET':
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    announced = {'/openai-community/gpt2/resolve/main/model.safetensors': b'another file'}
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        hub = {'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}', 'XDG_CACHE_HOME': str(tmp_path)}
+        common = ('sample.py', '--init_from=gpt2', '--start=def ', '--num_samples=1', '--max_new_tokens=5', '--dtype=float32')
+        result = run(*common, code=2, env=hub)
+        assert 'sha256' in result.stderr and 'Traceback' not in result.stderr
+        announced.clear()
+        first = run(*common, env=hub)
+        server.shutdown()
+        thread.join()
+    assert sorted(p.name for p in (tmp_path / 'plaingpt' / 'gpt2').iterdir()) == [
+        'config.json',
+        'model.safetensors',
+        'vocab.json',
+    ]
+    assert run(*common, env=hub).stdout == first.stdout == run(*common, f'--init_from={gpt2_folder}').stdout
+    refused('sample.py', '--init_from=gpt2-medium', env=hub, says=('gpt2-medium', 'put config.json'))
 
 
 @pytest.fixture
@@ -193,6 +295,7 @@ def nanogpt_run(tmp_path, text):
     from test_bins import nanogpt_folder
 
     from model import GPT, GPTConfig
+
     (tmp_path / 'data' / 'mine').mkdir(parents=True)
     nanogpt_folder(tmp_path / 'data' / 'mine', text)
     size = pickle.loads((tmp_path / 'data' / 'mine' / 'meta.pkl').read_bytes())['vocab_size']
@@ -204,11 +307,32 @@ def nanogpt_run(tmp_path, text):
         model(torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long))[1].backward()
         optimizer.step()
     (tmp_path / 'out').mkdir()
-    torch.save({'model': {'_orig_mod.' + k: v for k, v in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
-                'model_args': shape | {'dropout': 0.0}, 'iter_num': 2, 'best_val_loss': torch.tensor(4.0),
-                'config': {'dataset': 'mine', 'batch_size': 4, 'gradient_accumulation_steps': 2, 'max_iters': 4, 'eval_iters': 2,
-                           'eval_interval': 1, 'learning_rate': 1e-3, 'warmup_iters': 0, 'lr_decay_iters': 4, 'min_lr': 1e-4,
-                           'device': 'cuda', 'dtype': 'float16', 'compile': True, 'block_size': 32}}, tmp_path / 'out' / 'ckpt.pt')
+    torch.save(
+        {
+            'model': {'_orig_mod.' + k: v for k, v in model.state_dict().items()},
+            'optimizer': optimizer.state_dict(),
+            'model_args': shape | {'dropout': 0.0},
+            'iter_num': 2,
+            'best_val_loss': torch.tensor(4.0),
+            'config': {
+                'dataset': 'mine',
+                'batch_size': 4,
+                'gradient_accumulation_steps': 2,
+                'max_iters': 4,
+                'eval_iters': 2,
+                'eval_interval': 1,
+                'learning_rate': 1e-3,
+                'warmup_iters': 0,
+                'lr_decay_iters': 4,
+                'min_lr': 1e-4,
+                'device': 'cuda',
+                'dtype': 'float16',
+                'compile': True,
+                'block_size': 32,
+            },
+        },
+        tmp_path / 'out' / 'ckpt.pt',
+    )
     return tmp_path
 
 
@@ -220,12 +344,23 @@ def test_a_run_of_nanogpt_is_sampled_resumed_and_finetuned(run, nanogpt_run):
     assert (resumed.step, resumed.samples_seen, resumed.model_config['activation']) == (4, 32, 'gelu')
     assert resumed.optimizer['state'][0]['step'] == 4  # two steps here on top of nanoGPT's two
     assert (nanogpt_run / 'out' / 'ckpt.pt').exists()
-    run('train.py', '--init_from=out/ckpt.pt', '--out_dir=tuned', '--dataset=mine', '--max_iters=1', '--eval_iters=1', '--warmup_iters=0',
-        '--batch_size=2', '--gradient_accumulation_steps=1', cwd=nanogpt_run)
+    run(
+        'train.py',
+        '--init_from=out/ckpt.pt',
+        '--out_dir=tuned',
+        '--dataset=mine',
+        '--max_iters=1',
+        '--eval_iters=1',
+        '--warmup_iters=0',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=1',
+        cwd=nanogpt_run,
+    )
     assert ckpt.load(nanogpt_run / 'tuned').step == 1
 
 
 # Data ---------------------------------------------------------------------------------------------------------------------
+
 
 def test_your_own_text_becomes_a_data_set(run, refused, clone, tmp_path, text):
     (tmp_path / 'in' / 'sub').mkdir(parents=True)
@@ -260,9 +395,14 @@ def test_a_small_data_set_is_prepared_when_it_is_missing(run, clone, tmp_path):
 
 def test_shakespeare_without_a_network_is_one_sentence(refused, run, clone):
     offline = {'https_proxy': 'http://127.0.0.1:9'}
-    refused('data/shakespeare_char/prepare.py', env=offline,
-            says=('https://raw.githubusercontent.com', 'data/shakespeare_char/input.txt', 'config/quickstart.py'))
-    (clone / 'data' / 'shakespeare_char' / 'input.txt').write_text('First Citizen:\nBefore we proceed any further, hear me speak.\n' * 50)
+    refused(
+        'data/shakespeare_char/prepare.py',
+        env=offline,
+        says=('https://raw.githubusercontent.com', 'data/shakespeare_char/input.txt', 'config/quickstart.py'),
+    )
+    (clone / 'data' / 'shakespeare_char' / 'input.txt').write_text(
+        'First Citizen:\nBefore we proceed any further, hear me speak.\n' * 50
+    )
     run('data/shakespeare_char/prepare.py', env=offline)
     (clone / 'data' / 'shakespeare_char' / 'input.txt').unlink()
 
@@ -275,6 +415,7 @@ def test_a_large_data_set_needs_its_package(refused, tmp_path):
 
 
 # Mistakes -----------------------------------------------------------------------------------------------------------------
+
 
 def test_mistakes_are_one_sentence_and_nothing_is_written(refused, char_data, trained, tmp_path):
     out = tmp_path / 'out'
@@ -289,21 +430,35 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(refused, char_data, tr
     refused('train.py', *common, '--device=tpu', says='tpu')
     refused('train.py', *common, '--init_from=resume', says=str(out))
     refused('train.py', *common, '--init_from=gpt3', says='gpt3')
-    for mistake in ('batch_size=0', 'eval_iters=0', 'eval_iters=-2', 'learning_rate=0', 'beta1=1', 'max_iters=-1', 'grad_clip=-1',
-                    'dropout=1', 'keep_last=0', 'decay_fraction=0', 'n_kv_head=3', 'seed=-1', 'log_interval=0'):
+    for mistake in (
+        'batch_size=0',
+        'eval_iters=0',
+        'eval_iters=-2',
+        'learning_rate=0',
+        'beta1=1',
+        'max_iters=-1',
+        'grad_clip=-1',
+        'dropout=1',
+        'keep_last=0',
+        'decay_fraction=0',
+        'n_kv_head=3',
+        'seed=-1',
+        'log_interval=0',
+    ):
         refused('train.py', *common, f'--{mistake}', says=mistake.split('=')[0])
     assert not out.exists()
     (tmp_path / 'file').write_text('x')
     refused('train.py', *common, f'--out_dir={tmp_path}/file/out', says=('out_dir', 'choose another'))
     refused('train.py', '--init_from=resume', f'--out_dir={trained}', '--n_layer=3', says=('n_layer = 3', 'n_layer = 2'))
-    refused('train.py', '--init_from=resume', f'--out_dir={trained}', '--block_size=16', says=('block_size = 16', 'block_size = 32'))
+    refused(
+        'train.py', '--init_from=resume', f'--out_dir={trained}', '--block_size=16', says=('block_size = 16', 'block_size = 32')
+    )
 
 
 def test_the_tools_of_the_readme_are_there():
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     command = 'pip install -r requirements-dev.txt && python -m pytest'
     assert command in readme and command in (ROOT / '.ci' / 'run').read_text()
-    import re
     for path in set(re.findall(r'(?:config|data|tests)/[\w/]+\.(?:py|md)', readme)):
         assert (ROOT / path).exists(), path
     requirements = (ROOT / 'requirements.txt').read_text().split()

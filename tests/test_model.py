@@ -1,4 +1,5 @@
 """The model against references that we did not write: transformers, torch.nn, and formulas worked out by hand."""
+
 import math
 from dataclasses import asdict
 
@@ -43,9 +44,20 @@ def tokens(*shape, vocab_size=40, seed=1):
 def test_gpt2_equals_transformers(shape, suffix, tmp_path):
     n_layer, n_head, n_embd, vocab_size, n_positions = shape
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size, n_positions=n_positions, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            vocab_size=vocab_size,
+            n_positions=n_positions,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
     theirs.save_pretrained(tmp_path)
     if suffix == 'bin':
         (tmp_path / 'model.safetensors').unlink()
@@ -59,17 +71,32 @@ def test_gpt2_equals_transformers(shape, suffix, tmp_path):
     loss.backward()
     F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
     for layer in range(n_layer):
-        torch.testing.assert_close(ours.transformer.h[layer].mlp.c_fc.weight.grad, theirs.transformer.h[layer].mlp.c_fc.weight.grad.t(),
-                                   atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours.transformer.h[layer].attn.c_attn.bias.grad, theirs.transformer.h[layer].attn.c_attn.bias.grad,
-                                   atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            ours.transformer.h[layer].mlp.c_fc.weight.grad,
+            theirs.transformer.h[layer].mlp.c_fc.weight.grad.t(),
+            atol=1e-4,
+            rtol=0,
+        )
+        torch.testing.assert_close(
+            ours.transformer.h[layer].attn.c_attn.bias.grad, theirs.transformer.h[layer].attn.c_attn.bias.grad, atol=1e-4, rtol=0
+        )
     torch.testing.assert_close(ours.lm_head.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-4, rtol=0)
 
 
 def test_greedy_text_equals_transformers(tmp_path):
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=60, n_positions=64,
-                                                                  initializer_range=0.3, bos_token_id=0, eos_token_id=None))
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            vocab_size=60,
+            n_positions=64,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=None,
+        )
+    )
     theirs.eval().save_pretrained(tmp_path)
     ours = GPT.from_pretrained(str(tmp_path))
     idx = tokens(2, 5, vocab_size=60)
@@ -112,8 +139,11 @@ def test_fused_attention_equals_the_formula(n_kv_head, masked):
     fused, written = attend_fused(q, k, v, mask), attend_written_out(q, k, v, mask)
     torch.testing.assert_close(fused, written)
     weight = torch.randn_like(fused)
-    for a, b in zip(torch.autograd.grad((fused * weight).sum(), (q, k, v)), torch.autograd.grad((written * weight).sum(), (q, k, v)),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad((fused * weight).sum(), (q, k, v)),
+        torch.autograd.grad((written * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
     if not masked:  # softmax(q k / sqrt(d)) v of one query and its past, by hand
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -150,13 +180,16 @@ def cos_sin(position, dim):
     return angles.cos(), angles.sin()
 
 
-@pytest.mark.parametrize('activation, formula', [
-    ('gelu', lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
-    ('gelu_tanh', lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
-    ('relu', lambda x: x.clamp(min=0)),
-    ('relu2', lambda x: x.clamp(min=0) ** 2),
-    ('swiglu', lambda x: x[..., :88] * torch.sigmoid(x[..., :88]) * x[..., 88:]),
-])
+@pytest.mark.parametrize(
+    'activation, formula',
+    [
+        ('gelu', lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
+        ('gelu_tanh', lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+        ('relu', lambda x: x.clamp(min=0)),
+        ('relu2', lambda x: x.clamp(min=0) ** 2),
+        ('swiglu', lambda x: x[..., :88] * torch.sigmoid(x[..., :88]) * x[..., 88:]),
+    ],
+)
 def test_activations_follow_their_formulas(activation, formula):
     mlp = MLP(GPTConfig(n_embd=32, n_head=4, activation=activation))
     x = torch.randn(5, 32)
@@ -166,10 +199,21 @@ def test_activations_follow_their_formulas(activation, formula):
     assert size == pytest.approx(plain, rel=0.01)  # a gated MLP is as large as a plain one
 
 
-ARCHITECTURES = [{'position': p} for p in POSITIONS] + [{'norm': 'rmsnorm'}, {'qk_norm': True}, {'n_kv_head': 2}, {'n_kv_head': 1},
-    {'bias': False}, {'tie_weights': False}, {'logit_softcap': 5.0}, {'attention': 'math'}] + \
-    [{'activation': a} for a in ('gelu', 'relu', 'relu2', 'swiglu')] + \
-    [{'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'n_kv_head': 2, 'qk_norm': True, 'bias': False}]
+ARCHITECTURES = (
+    [{'position': p} for p in POSITIONS]
+    + [
+        {'norm': 'rmsnorm'},
+        {'qk_norm': True},
+        {'n_kv_head': 2},
+        {'n_kv_head': 1},
+        {'bias': False},
+        {'tie_weights': False},
+        {'logit_softcap': 5.0},
+        {'attention': 'math'},
+    ]
+    + [{'activation': a} for a in ('gelu', 'relu', 'relu2', 'swiglu')]
+    + [{'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'n_kv_head': 2, 'qk_norm': True, 'bias': False}]
+)
 
 
 @pytest.mark.parametrize('options', ARCHITECTURES, ids=str)
@@ -192,8 +236,11 @@ def test_cached_logits_equal_uncached(options):
     expected, _ = model(idx, idx)
     cache = KVCache(model.config, 2, 16)
     with torch.no_grad():
-        got = [model(idx[:, :5], cache=cache)[0]] + [model(idx[:, t:t + 1], cache=cache)[0] for t in range(5, 12)] + \
-              [model(idx[:, 12:], cache=cache)[0]]  # one by one, then four at once
+        got = (
+            [model(idx[:, :5], cache=cache)[0]]
+            + [model(idx[:, t : t + 1], cache=cache)[0] for t in range(5, 12)]
+            + [model(idx[:, 12:], cache=cache)[0]]
+        )  # one by one, then four at once
     torch.testing.assert_close(torch.cat(got, dim=1), expected[:, [*range(4, 12), 15]], atol=1e-5, rtol=0)
 
 
@@ -207,7 +254,7 @@ def test_padded_rows_have_the_logits_of_rows_alone(position):
         together = [model(padded, cache=cache)[0], model(tokens(2, 1), cache=cache)[0]]
     for row, alone in ((0, long), (1, short)):
         for step, logits in enumerate(together):
-            idx = torch.cat((alone, tokens(2, 1)[row]))[:len(alone) + step][None]
+            idx = torch.cat((alone, tokens(2, 1)[row]))[: len(alone) + step][None]
             torch.testing.assert_close(logits[row, -1], model(idx)[0][0, -1], atol=1e-5, rtol=0)
 
 
@@ -215,11 +262,13 @@ def nanogpt_greedy(model, ids, n):
     """The loop of nanoGPT: the whole context, at most block_size tokens of it, once for each new token."""
     ids = list(ids)
     for _ in range(n):
-        ids.append(model(torch.tensor([ids[-model.config.block_size:]]))[0][0, -1].argmax().item())
+        ids.append(model(torch.tensor([ids[-model.config.block_size :]]))[0][0, -1].argmax().item())
     return ids
 
 
-@pytest.mark.parametrize('options', [{'position': p} for p in POSITIONS] + [{'n_kv_head': 2, 'attention': 'math', 'position': 'rope'}])
+@pytest.mark.parametrize(
+    'options', [{'position': p} for p in POSITIONS] + [{'n_kv_head': 2, 'attention': 'math', 'position': 'rope'}]
+)
 def test_generation_equals_the_plain_loop_far_past_block_size(options):
     model = tiny(**options)
     prompts = [[1, 2, 3, 4, 5], [7], list(range(20))]
@@ -265,8 +314,8 @@ def test_a_stop_token_ends_its_row():
     plain = model.generate([[1, 2], [3, 4]], 20, temperature=0)
     stop = plain[0][6]
     stopped = model.generate([[1, 2], [3, 4]], 20, temperature=0, stop_tokens=(stop,))
-    assert stopped[0] == plain[0][:plain[0].index(stop, 2) + 1]
-    assert stopped[1] == (plain[1][:plain[1].index(stop, 2) + 1] if stop in plain[1][2:] else plain[1])
+    assert stopped[0] == plain[0][: plain[0].index(stop, 2) + 1]
+    assert stopped[1] == (plain[1][: plain[1].index(stop, 2) + 1] if stop in plain[1][2:] else plain[1])
 
 
 def test_filters_equal_transformers():
@@ -281,13 +330,24 @@ def test_filters_equal_transformers():
     torch.manual_seed(0)
     logits, ids = torch.randn(6, 50) * 3, torch.randint(50, (6, 9))
     seen = torch.zeros(6, 50, dtype=torch.bool).scatter(1, ids, True)
-    for ours, theirs in (({'temperature': 0.7}, [TemperatureLogitsWarper(0.7)]), ({'top_k': 5}, [TopKLogitsWarper(5)]),
-                         ({'top_p': 0.8}, [TopPLogitsWarper(0.8)]), ({'top_p': 0.01}, [TopPLogitsWarper(0.01)]),
-                         ({'min_p': 0.1}, [MinPLogitsWarper(0.1)]),
-                         ({'repetition_penalty': 1.3}, [RepetitionPenaltyLogitsProcessor(1.3)]),
-                         ({'repetition_penalty': 1.3, 'temperature': 0.7, 'top_k': 20, 'top_p': 0.9, 'min_p': 0.05},
-                          [RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(0.7), TopKLogitsWarper(20),
-                           TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)])):
+    for ours, theirs in (
+        ({'temperature': 0.7}, [TemperatureLogitsWarper(0.7)]),
+        ({'top_k': 5}, [TopKLogitsWarper(5)]),
+        ({'top_p': 0.8}, [TopPLogitsWarper(0.8)]),
+        ({'top_p': 0.01}, [TopPLogitsWarper(0.01)]),
+        ({'min_p': 0.1}, [MinPLogitsWarper(0.1)]),
+        ({'repetition_penalty': 1.3}, [RepetitionPenaltyLogitsProcessor(1.3)]),
+        (
+            {'repetition_penalty': 1.3, 'temperature': 0.7, 'top_k': 20, 'top_p': 0.9, 'min_p': 0.05},
+            [
+                RepetitionPenaltyLogitsProcessor(1.3),
+                TemperatureLogitsWarper(0.7),
+                TopKLogitsWarper(20),
+                TopPLogitsWarper(0.9),
+                MinPLogitsWarper(0.05),
+            ],
+        ),
+    ):
         expected = logits
         for step in theirs:
             expected = step(ids, expected)
@@ -359,9 +419,17 @@ def test_crop_block_size_keeps_the_logits_of_short_contexts():
         model.crop_block_size(12)
 
 
-@pytest.mark.parametrize('options, words', [
-    ({'n_embd': 30}, 'n_embd = 30 is not divisible by n_head = 4'), ({'n_kv_head': 3}, 'n_kv_head = 3'), ({'n_layer': 0}, 'n_layer = 0'),
-    ({'position': 'rope', 'n_embd': 36}, 'rope'), ({'dropout': 1.0}, 'dropout = 1.0'), ({'logit_softcap': -1.0}, 'logit_softcap')])
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        ({'n_embd': 30}, 'n_embd = 30 is not divisible by n_head = 4'),
+        ({'n_kv_head': 3}, 'n_kv_head = 3'),
+        ({'n_layer': 0}, 'n_layer = 0'),
+        ({'position': 'rope', 'n_embd': 36}, 'rope'),
+        ({'dropout': 1.0}, 'dropout = 1.0'),
+        ({'logit_softcap': -1.0}, 'logit_softcap'),
+    ],
+)
 def test_an_architecture_that_cannot_be_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**{'n_head': 4, 'n_embd': 32} | options)

@@ -1,4 +1,5 @@
 """Learning rates against the formulas of their papers, parameter groups, and AdamW by hand."""
+
 import math
 from types import SimpleNamespace
 
@@ -8,8 +9,16 @@ import torch
 from model import GPT, GPTConfig
 from optimizer import adamw, learning_rate_at
 
-BASE = {'learning_rate': 1e-3, 'min_lr': 1e-4, 'warmup_iters': 10, 'lr_decay_iters': 110, 'max_iters': 110, 'schedule': 'cosine',
-        'decay_fraction': 0.2, 'decay_lr': True}
+BASE = {
+    'learning_rate': 1e-3,
+    'min_lr': 1e-4,
+    'warmup_iters': 10,
+    'lr_decay_iters': 110,
+    'max_iters': 110,
+    'schedule': 'cosine',
+    'decay_fraction': 0.2,
+    'decay_lr': True,
+}
 
 
 def rates(**options):
@@ -27,7 +36,9 @@ def test_every_schedule_warms_up_to_the_peak(schedule):
 
 def test_schedules_fall_as_their_formulas_say():
     cosine = rates()
-    assert cosine[60] == pytest.approx((1e-3 + 1e-4) / 2) and cosine[35] == pytest.approx(1e-4 + 0.5 * (1 + math.cos(math.pi / 4)) * 9e-4)
+    assert cosine[60] == pytest.approx((1e-3 + 1e-4) / 2) and cosine[35] == pytest.approx(
+        1e-4 + 0.5 * (1 + math.cos(math.pi / 4)) * 9e-4
+    )
     linear = rates(schedule='linear')
     assert linear[60] == pytest.approx((1e-3 + 1e-4) / 2) and linear[35] == pytest.approx(1e-3 - 9e-4 / 4)
     wsd = rates(schedule='wsd')

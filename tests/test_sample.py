@@ -1,4 +1,5 @@
 """sample.py as a person runs it: what comes on stdout, what on stderr, and what is refused."""
+
 import re
 
 import pytest
@@ -30,8 +31,16 @@ def test_samples_are_on_stdout_and_the_speed_on_stderr(run, trained):
 
 def test_greedy_text_is_that_of_the_plain_loop_past_block_size(run, trained, tmp_path):
     (tmp_path / 'prompt.txt').write_text('import os\n')
-    result = run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=60', f'--start=FILE:{tmp_path}/prompt.txt',
-                 '--temperature=0', '--slide=1', '--dtype=float32')
+    result = run(
+        'sample.py',
+        f'--out_dir={trained}',
+        '--num_samples=1',
+        '--max_new_tokens=60',
+        f'--start=FILE:{tmp_path}/prompt.txt',
+        '--temperature=0',
+        '--slide=1',
+        '--dtype=float32',
+    )
     model, characters = load_model(trained)
     ids = characters.encode('import os\n')
     for _ in range(60):
@@ -40,13 +49,27 @@ def test_greedy_text_is_that_of_the_plain_loop_past_block_size(run, trained, tmp
 
 
 def test_prompts_of_unequal_length_are_one_batch(run, trained):
-    result = run('sample.py', f'--out_dir={trained}', '--num_samples=2', '--max_new_tokens=10', '--start=["def main(", "x"]',
-                 '--temperature=0', '--dtype=float32')
+    result = run(
+        'sample.py',
+        f'--out_dir={trained}',
+        '--num_samples=2',
+        '--max_new_tokens=10',
+        '--start=["def main(", "x"]',
+        '--temperature=0',
+        '--dtype=float32',
+    )
     texts = samples(result, 4)
     assert texts[0] == texts[1] and texts[2] == texts[3]
     for prompt, text in (('def main(', texts[0]), ('x', texts[2])):
-        alone = run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=10', f'--start={prompt}', '--temperature=0',
-                    '--dtype=float32')
+        alone = run(
+            'sample.py',
+            f'--out_dir={trained}',
+            '--num_samples=1',
+            '--max_new_tokens=10',
+            f'--start={prompt}',
+            '--temperature=0',
+            '--dtype=float32',
+        )
         assert samples(alone, 1) == [text]
 
 
@@ -54,11 +77,15 @@ def test_a_sample_ends_at_its_stop(run, trained):
     model, characters = load_model(trained)
     plain = samples(run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=200', '--start=d'), 1)[0]
     stop = plain[20:22]
-    stopped = samples(run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=200', '--start=d', f'--stop=[{stop!r}]'), 1)
-    assert stopped == [plain[:plain.index(stop, 1)]]
+    stopped = samples(
+        run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=200', '--start=d', f'--stop=[{stop!r}]'), 1
+    )
+    assert stopped == [plain[: plain.index(stop, 1)]]
     token = characters.encode(plain[20])[0]
-    stopped = samples(run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=200', '--start=d', f'--stop=[{token}]'), 1)
-    assert stopped == [plain[:plain.index(plain[20], 1) + 1]]
+    stopped = samples(
+        run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=200', '--start=d', f'--stop=[{token}]'), 1
+    )
+    assert stopped == [plain[: plain.index(plain[20], 1) + 1]]
 
 
 def test_half_a_character_is_never_shown():
@@ -85,14 +112,26 @@ def test_mistakes_are_one_sentence(run, refused, trained, tmp_path):
     refused('sample.py', f'--out_dir={tmp_path}/none', says='there is no checkpoint')
     refused('sample.py', f'--out_dir={trained}', '--temprature=1', says='did you mean temperature')
     refused('sample.py', f'--out_dir={trained}', '--device=cuda:7', says='cuda:7')
-    for mistake in ('temperature=-1', 'top_k=0', 'top_p=0', 'top_p=2', 'min_p=-1', 'num_samples=0', 'max_new_tokens=0', 'slide=99',
-                    'repetition_penalty=0', 'stop=[""]'):
+    for mistake in (
+        'temperature=-1',
+        'top_k=0',
+        'top_p=0',
+        'top_p=2',
+        'min_p=-1',
+        'num_samples=0',
+        'max_new_tokens=0',
+        'slide=99',
+        'repetition_penalty=0',
+        'stop=[""]',
+    ):
         refused('sample.py', f'--out_dir={trained}', f'--{mistake}', says=mistake.split('=')[0])
     (tmp_path / 'ckpt.pt').write_bytes(b'garbage')
     refused('sample.py', f'--out_dir={tmp_path}', says='ckpt.pt')
 
 
-@pytest.mark.parametrize('option', ['--top_k=None', '--top_k=3', '--top_p=0.5', '--min_p=0.2', '--repetition_penalty=1.5', '--temperature=2'])
+@pytest.mark.parametrize(
+    'option', ['--top_k=None', '--top_k=3', '--top_p=0.5', '--min_p=0.2', '--repetition_penalty=1.5', '--temperature=2']
+)
 def test_every_option_has_its_effect(run, trained, option):
     common = (f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=60', '--start=d', '--temperature=1', '--top_k=50')
     assert run('sample.py', *common, option).stdout != run('sample.py', *common).stdout

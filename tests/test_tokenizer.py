@@ -1,4 +1,5 @@
 """Tokenizers against tiktoken and Hugging Face's tokenizers, on real text."""
+
 import json
 
 import pytest
@@ -8,7 +9,14 @@ import tokenizers as hf
 from configurator import UserError
 from data import tokenizer
 
-TEXTS = ['', 'a', 'def main(x):\n    return x + 1\n', 'naïve café, 日本語 🙂 \U0001F468‍\U0001F469', "it's 2024's   \n\n\t end ", 'x' * 5000]
+TEXTS = [
+    '',
+    'a',
+    'def main(x):\n    return x + 1\n',
+    'naïve café, 日本語 🙂 \U0001f468‍\U0001f469',
+    "it's 2024's   \n\n\t end ",
+    'x' * 5000,
+]
 
 
 @pytest.fixture(scope='module')
@@ -54,8 +62,10 @@ def test_bpe_merges_the_most_frequent_pair_first():
 def test_bpe_compresses_as_well_as_hugging_faces_trainer(text, bpe):
     theirs = hf.Tokenizer(hf.models.BPE())
     theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator([text], hf.trainers.BpeTrainer(
-        vocab_size=499, show_progress=False, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+    theirs.train_from_iterator(
+        [text],
+        hf.trainers.BpeTrainer(vocab_size=499, show_progress=False, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()),
+    )
     assert len(bpe.encode(text)) == pytest.approx(len(theirs.encode(text).ids), rel=0.005)  # they break ties differently
 
 
@@ -98,8 +108,17 @@ def test_gpt2_without_a_network_is_one_sentence(monkeypatch, tmp_path):
         tokenizer.gpt2()
 
 
-@pytest.mark.parametrize('saved', ['{', '[]', '{"kind": "char"}', '{"kind": "char", "characters": "aa"}', '{"kind": "magic"}',
-                                   '{"kind": "bpe", "pattern": "x", "tokens": ["!"]}'])
+@pytest.mark.parametrize(
+    'saved',
+    [
+        '{',
+        '[]',
+        '{"kind": "char"}',
+        '{"kind": "char", "characters": "aa"}',
+        '{"kind": "magic"}',
+        '{"kind": "bpe", "pattern": "x", "tokens": ["!"]}',
+    ],
+)
 def test_a_file_that_is_no_tokenizer_is_named(saved, tmp_path):
     (tmp_path / 't.json').write_text(saved)
     with pytest.raises(UserError, match='t.json'):
