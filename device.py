@@ -31,13 +31,16 @@ def pick_device(name):
     return device
 
 
-def pick_dtype(name, device):
-    """torch.dtype for 'auto' (bfloat16 where the hardware has it, else float16 on CUDA, else float32) or a dtype's name."""
+def pick_dtype(name, device, n_embd):
+    """torch.dtype for 'auto' or a dtype's name. auto: bfloat16 where the hardware has it, else float16 on CUDA, else float32.
+
+    On a CPU narrow models stay in float32: up to n_embd = 128 the conversions cost more than the faster products save.
+    """
     if name != 'auto':
         return getattr(torch, name)
     if device.type == 'cuda':
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
+    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' and n_embd > 128 else {}
     return torch.bfloat16 if cpu.get('amx_bf16') or cpu.get('avx512_bf16') else torch.float32
 
 

@@ -30,7 +30,7 @@ class Config:
     slide: int = 0  # tokens by which a full window moves on: 1 as nanoGPT, exact and slow; 0: an eighth of block_size
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights; auto: bfloat16 where it is native
-    compile: bool = False  # nanoGPT's flag: compile the forward pass
+    compile: bool = False  # nanoGPT's flag, without effect: compiling would cost more than it saves
 
 
 def check(config):
@@ -116,11 +116,11 @@ def encode_prompt(text, tokenizer, block_size):
 
 def main(config):
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     starts = [read_prompt(start) for start in (config.start if isinstance(config.start, list) else [config.start])]
     require(starts, 'start is an empty list: give at least one prompt')
     where = config.out_dir if config.init_from == 'resume' else config.init_from
     checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
+    dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()
     block_size = model.config.block_size
@@ -128,8 +128,6 @@ def main(config):
     require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
-    if config.compile:
-        model.compile(dynamic=True)
 
     # all samples are one batch; the first is shown as it is written, the others when it is done
     rows = [prompt for prompt in prompts for _ in range(config.num_samples)]

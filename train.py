@@ -130,7 +130,6 @@ def main(config, given):
     if ddp and name in ('auto', 'cuda') and torch.cuda.is_available():
         name = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU for each process
     device = pick_device(name)
-    dtype = pick_dtype(config.dtype, device)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
@@ -144,6 +143,7 @@ def main(config, given):
 
     # data, model, optimizer ----------------------------------------------------------------------------------------------
     model_config = choose_model_config(config, given, checkpoint, resume)
+    dtype = pick_dtype(config.dtype, device, model_config['n_embd'])
     folder = find_or_prepare(config.dataset, main_process)
     data = bins.open_dataset(folder, model_config['block_size'])
     torch.manual_seed(config.seed)
@@ -421,11 +421,12 @@ class Log:
             return
         try:
             import wandb
-            if not wandb.api.api_key and os.environ.get('WANDB_MODE') not in ('offline', 'disabled'):
+            mode = os.environ.get('WANDB_MODE')
+            if mode is None and not wandb.login(prompt=False, verify=False):
                 say('wandb: not logged in, so it logs offline; wandb sync uploads it later')
-                os.environ['WANDB_MODE'] = 'offline'
+                mode = 'offline'
             self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config),
-                                    dir=config.out_dir)
+                                    dir=config.out_dir, mode=mode, settings=wandb.Settings(init_timeout=30))
         except Exception as error:
             say(f'wandb does not work, going on without it: {type(error).__name__}: {str(error).strip().splitlines()[0]}')
 

@@ -138,7 +138,7 @@ def test_a_config_file_is_parsed_never_executed(tmp_path, line, words):
 
 NANOGPT = {  # what nanoGPT's config files hold, written as they write it
     'train_gpt2': "wandb_run_name='gpt2-124M'\nbatch_size = 12\ngradient_accumulation_steps = 5 * 8\nweight_decay = 1e-1\n",
-    'finetune_shakespeare': "import time\nwandb_run_name = 'ft-' + str(time.time())\ninit_from = 'gpt2-xl' # large\ndecay_lr = False\n",
+    'finetune_shakespeare': "import time\nwandb_run_name = 'ft-' + str(time.time())\ninit_from = 'gpt2' # small\ndecay_lr = 0\n",
     'eval_gpt2': "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n",
 }
 

@@ -44,15 +44,16 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 
 def test_auto_picks_the_number_format_of_the_hardware(monkeypatch):
     cuda(monkeypatch)
-    assert device.pick_dtype('auto', torch.device('cuda')) == torch.bfloat16
+    assert device.pick_dtype('auto', torch.device('cuda'), 256) == torch.bfloat16
     cuda(monkeypatch, bf16=False)
-    assert device.pick_dtype('auto', torch.device('cuda')) == torch.float16
+    assert device.pick_dtype('auto', torch.device('cuda'), 256) == torch.float16
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'amx_bf16': True})
-    assert device.pick_dtype('auto', torch.device('cpu')) == torch.bfloat16
+    assert device.pick_dtype('auto', torch.device('cpu'), 256) == torch.bfloat16
+    assert device.pick_dtype('auto', torch.device('cpu'), 128) == torch.float32
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {})
-    assert device.pick_dtype('auto', torch.device('cpu')) == torch.float32
-    assert device.pick_dtype('auto', torch.device('mps')) == torch.float32
-    assert device.pick_dtype('float16', torch.device('cpu')) == torch.float16
+    assert device.pick_dtype('auto', torch.device('cpu'), 256) == torch.float32
+    assert device.pick_dtype('auto', torch.device('mps'), 256) == torch.float32
+    assert device.pick_dtype('float16', torch.device('cpu'), 256) == torch.float16
 
 
 @pytest.mark.parametrize(

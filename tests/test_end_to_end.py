@@ -177,7 +177,8 @@ def test_wandb_logs_offline_and_never_stops_training(run, char_data, tmp_path):
     no_account = {'WANDB_API_KEY': '', 'HOME': str(tmp_path), 'WANDB_SILENT': 'true'}
     result = run('train.py', f'--out_dir={tmp_path}/out', *common, env=no_account)
     assert 'logs offline' in result.stdout and list((tmp_path / 'out' / 'wandb').glob('offline-run-*/*.wandb'))
-    (tmp_path / 'wandb.py').write_text('def init(**options): raise RuntimeError("no such project")\nclass api: api_key = "x"\n')
+    broken = 'Settings = dict\ndef login(**options): return True\ndef init(**options): raise RuntimeError("no such project")\n'
+    (tmp_path / 'wandb.py').write_text(broken)
     result = run('train.py', f'--out_dir={tmp_path}/broken', *common, env={'PYTHONPATH': str(tmp_path)})
     assert 'wandb does not work, going on without it: RuntimeError: no such project' in result.stdout
     assert len(log_lines(tmp_path / 'broken', 'loss')) == 2
