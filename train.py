@@ -362,7 +362,7 @@ def load_optimizer(optimizer, scaler, checkpoint):
 # Inside the loop ----------------------------------------------------------------------------------------------------------
 
 def to_device(x, y, device):
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    x, y = torch.from_numpy(x).contiguous(), torch.from_numpy(y).contiguous()
     if device.type == 'cuda':  # pinned memory lets the copy run beside the computation
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)

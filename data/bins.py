@@ -5,6 +5,7 @@ Writing never leaves half a data set and never wraps an id. Reading maps the fil
 """
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -80,15 +81,14 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                 BinWriter(temporary['val.bin'], tokenizer.vocab_size) as val, \
                 tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
             writers = {'train': train, 'val': val}
-            for group in groups(pieces):
-                for piece, ids in zip(group, pool.map(lambda piece: tokenizer.encode_to_numpy(piece.text), group)):
-                    writers[piece.split].append(ids)
-                    if piece.ends_document and tokenizer.eot is not None:
-                        writers[piece.split].append([tokenizer.eot])
-                    raw = piece.text.encode('utf-8')
-                    sha256.update(raw)
-                    n_bytes[piece.split] += len(raw)
-                    bar.update(len(raw))
+            for piece, ids in encoded(pieces, tokenizer, pool):
+                writers[piece.split].append(ids)
+                if piece.ends_document and tokenizer.eot is not None:
+                    writers[piece.split].append([tokenizer.eot])
+                raw = piece.text.encode('utf-8')
+                sha256.update(raw)
+                n_bytes[piece.split] += len(raw)
+                bar.update(len(raw))
                 if max_tokens and train.n_tokens + val.n_tokens >= max_tokens:
                     break
             train.sync()
@@ -117,17 +117,16 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     return meta
 
 
-def groups(pieces, size=2**24):
-    """Lists of pieces of about `size` characters together: the work of one round of threads."""
+def encoded(pieces, tokenizer, pool, size=2**24):
+    """(piece, its ids) for each piece, in order; the threads of pool work on about `size` characters at a time."""
     group, n = [], 0
-    for piece in pieces:
-        group.append(piece)
-        n += len(piece.text)
-        if n >= size:
-            yield group
+    for piece in itertools.chain(pieces, [None]):
+        if piece is not None:
+            group.append(piece)
+            n += len(piece.text)
+        if piece is None or n >= size:
+            yield from zip(group, pool.map(lambda piece: tokenizer.encode_to_numpy(piece.text), group))
             group, n = [], 0
-    if group:
-        yield group
 
 
 def hub_documents(path, name, val_every):

@@ -243,3 +243,9 @@ def test_a_pickle_can_do_nothing(tmp_path, text, payload):
     with pytest.raises(UserError, match='meta.pkl'):
         bins.open_dataset(tmp_path, 64)
     assert not (tmp_path / 'ran').exists()
+
+
+def test_no_more_tokens_are_written_than_asked_for(tmp_path):
+    pieces = [bins.Piece('val' if i % 5 == 4 else 'train', 'some words of a document ', True) for i in range(1000)]
+    meta = bins.write_dataset(tmp_path, iter(pieces), tokenizer.ByteTokenizer(), 'test', max_tokens=2000)
+    assert 2000 <= meta['train_tokens'] + meta['val_tokens'] < 2000 + 25
