@@ -3,19 +3,21 @@
 A run's folder holds ckpt_{step:08d}.pt with a manifest, ckpt_{step:08d}.json, that is written last and carries the sha256:
 without its manifest a file does not count. nanoGPT's ckpt.pt and GPT-2's weights in Hugging Face's layout are read too.
 """
+import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-from configurator import UserError, require
+from configurator import UserError, first_line, require
 from data import bins, tokenizer
 from data.download import download
 from model import GPT, GPTConfig
@@ -44,11 +46,24 @@ class Checkpoint:
     tokenizer: dict | None = None  # Tokenizer.to_dict()
     path: str = ''
 
-    def build_model(self, **override):
-        """The GPT with these weights; override: fields of GPTConfig that may differ, such as dropout."""
+    def __post_init__(self):
+        """Complete model_config and check what a file may have wrong. Raises UserError."""
         known = {f.name for f in fields(GPTConfig)}
         try:
-            config = GPTConfig(**{k: v for k, v in self.model_config.items() if k in known} | override)
+            self.model_config = asdict(GPTConfig(**{k: v for k, v in self.model_config.items() if k in known}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f'{self.path}: not a model that can be: {error}') from None
+        kinds = {'step': int, 'samples_seen': int, 'val_loss': float | None, 'best_val_loss': float | None, 'config': dict,
+                 'optimizer': dict | None, 'scaler': dict | None, 'tokenizer': dict | None}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            fits = isinstance(value, kind) and not (kind is int and value < 0)
+            require(fits, f'{self.path}: {name} = {str(value)[:40]} is not what a checkpoint has there')
+
+    def build_model(self, **override):
+        """The GPT with these weights; override: fields of GPTConfig that may differ, such as dropout."""
+        try:
+            config = GPTConfig(**self.model_config | override)
             with torch.device('meta'):  # no time is spent on weights that are replaced
                 model = GPT(config)
             model.load_state_dict(self.model, assign=True)
@@ -95,7 +110,7 @@ def set_aside(out_dir, say):
     """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
     out_dir = Path(out_dir)
     files = [path for pattern in ('ckpt*', 'log.jsonl', 'config.py') for path in out_dir.glob(pattern)]
-    if holds_run(out_dir):
+    if files:
         number = next(n for n in itertools.count(1) if not (out_dir / f'earlier-{n}').exists())
         folder = out_dir / f'earlier-{number}'
         folder.mkdir()
@@ -108,9 +123,12 @@ def cut_log(out_dir, step):
     """Drop the lines of log.jsonl from `step` on: the run continues from a checkpoint before them."""
     path = Path(out_dir) / 'log.jsonl'
     if path.exists():
-        lines = path.read_text(encoding='utf-8').splitlines()
-        kept = [line for line in lines if line.endswith('}') and json.loads(line).get('step', 0) < step]
-        write_text(path, ''.join(line + '\n' for line in kept))
+        kept = []
+        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be cut off
+                if json.loads(line)['step'] < step:
+                    kept.append(line + '\n')
+        write_text(path, ''.join(kept))
 
 
 def write_config(out_dir, values):
@@ -121,11 +139,8 @@ def write_config(out_dir, values):
 def write_text(path, text):
     """Replace a small file in one go."""
     temporary = path.with_name(path.name + '.tmp')
-    try:
-        temporary.write_text(text, encoding='utf-8')
-        replace(temporary, path)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from None
+    temporary.write_text(text, encoding='utf-8')
+    replace(temporary, path)
 
 
 # Writing ------------------------------------------------------------------------------------------------------------------
@@ -134,15 +149,22 @@ class HashingFile:
     """A file opened for writing that hashes what passes, so that it need not be read again."""
 
     def __init__(self, path):
-        self.file, self.sha256, self.bytes = open(path, 'wb'), hashlib.sha256(), 0
+        self.file, self.sha256, self.bytes, self.error = open(path, 'wb', buffering=0), hashlib.sha256(), 0, None
 
     def write(self, data):
         self.sha256.update(data)
         self.bytes += len(data)
-        return self.file.write(data)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self.file.write(left):]
+        except OSError as error:
+            self.error = error  # torch.save reports its own bookkeeping instead
+            raise
+        return len(data)
 
     def flush(self):
-        self.file.flush()
+        pass
 
     def __enter__(self):
         return self
@@ -150,7 +172,6 @@ class HashingFile:
     def __exit__(self, error, *_):
         try:
             if error is None:  # what is there counts only if it is on the disk
-                self.file.flush()
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()
@@ -166,15 +187,16 @@ def replace(temporary, path):
 
 
 def save(out_dir, checkpoint, keep_last=2):
-    """Write a Checkpoint into out_dir, then delete all but the last keep_last and the best by val loss; returns its path.
+    """Write a Checkpoint into out_dir, then delete earlier ones but the last keep_last and the best by val loss.
 
-    The order is: data to a temporary name, sync, rename, and the same for the manifest. Raises UserError if it cannot.
+    Returns its path. The order is: data to a temporary name, sync, rename, and the same for the manifest. Raises UserError.
     """
     out_dir = Path(out_dir)
     path = out_dir / f'ckpt_{checkpoint.step:08d}.pt'
     manifest_path = path.with_suffix('.json')
     temporary, manifest_temporary = path.with_suffix('.pt.tmp'), path.with_suffix('.json.tmp')
     state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != 'path'}
+    file = None
     try:
         manifest_path.unlink(missing_ok=True)  # a step that is done again
         with HashingFile(temporary) as file:
@@ -188,12 +210,15 @@ def save(out_dir, checkpoint, keep_last=2):
             f.flush()
             os.fsync(f.fileno())
         replace(manifest_temporary, manifest_path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         for leftover in (temporary, manifest_temporary):
             leftover.unlink(missing_ok=True)
-        raise UserError(f'{path}: cannot write the checkpoint: {" ".join(str(error).split())[:200]}; free some room or choose '
-                        f'another --out_dir, then continue with --init_from=resume') from None
-    found = manifests(out_dir)
+        error = file and file.error or error
+        last = manifests(out_dir)
+        advice = f'go on from step {last[0]["step"]} with --init_from=resume' if last else 'start again'
+        raise UserError(f'{path}: cannot write the checkpoint: {getattr(error, "strerror", None) or error}; free some room or '
+                        f'choose another --out_dir, then {advice}') from None
+    found = [manifest for manifest in manifests(out_dir) if manifest['step'] <= checkpoint.step]
     keep = found[:keep_last] + [min(found, key=val_loss_of)]
     for old in found:
         if old not in keep:
@@ -205,20 +230,26 @@ def save(out_dir, checkpoint, keep_last=2):
 # Reading ------------------------------------------------------------------------------------------------------------------
 
 def val_loss_of(manifest):
-    return manifest['val_loss'] if manifest['val_loss'] is not None else float('inf')
+    loss = manifest['val_loss']
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def manifests(out_dir):
     """The manifests of a run's folder, newest first. One that cannot be read is named and left out."""
-    found = []
-    for path in Path(out_dir).glob('ckpt_*.json'):
-        try:
-            manifest = json.loads(path.read_text(encoding='utf-8'))
-            manifest['step'], manifest['sha256'], manifest['val_loss']  # KeyError if it is no manifest
-            found.append(manifest | {'file': path.with_suffix('.pt').name})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f'{path} is damaged and passed over: {error!r}', file=sys.stderr)
+    found = [manifest for path in Path(out_dir).glob('ckpt_*.json') if (manifest := read_manifest(path))]
     return sorted(found, key=lambda m: m['step'], reverse=True)
+
+
+def read_manifest(path):
+    """The manifest with its file's name; None, and a line on stderr, if it is damaged."""
+    try:
+        manifest = json.loads(path.read_text(encoding='utf-8'))
+        require(isinstance(manifest['step'], int) and isinstance(manifest['sha256'], str), 'not a manifest')
+        require(isinstance(manifest['val_loss'], float | None), 'val_loss is not a number')
+        return manifest | {'file': path.with_suffix('.pt').name}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f'{path} is damaged and passed over: {error!r}', file=sys.stderr)
+        return None
 
 
 def holds_run(out_dir):
@@ -238,9 +269,8 @@ def load(where, prefer_best=False, mmap=False):
     if where.is_file():
         manifest = where.with_suffix('.json')
         if manifest.exists():
-            known = [m for m in manifests(where.parent) if m['file'] == where.name]
-            whole = known and sha256_of(where) == known[0]['sha256']
-            require(whole, f'{where} is damaged: its sha256 is not the one in {manifest}')
+            known = read_manifest(manifest)
+            require(known and sha256_of(where) == known['sha256'], f'{where} is damaged: its sha256 is not the one in {manifest}')
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s folder, a .pt file or one of '
                             f'{", ".join(GPT2_SIZES)}')
@@ -250,7 +280,7 @@ def load(where, prefer_best=False, mmap=False):
     if not found:
         if (where / 'ckpt.pt').exists():
             return load_file(where / 'ckpt.pt', mmap)
-        raise UserError(f'{where}: there is no whole checkpoint in this folder; train without --init_from=resume first')
+        raise UserError(f'{where}: there is no whole checkpoint in this folder; train one first')
     if prefer_best and not found[0].get('config', {}).get('always_save_checkpoint', True):
         found.sort(key=val_loss_of)
     for manifest in found:
@@ -281,25 +311,31 @@ def load_file(path, mmap=False):
         raise UserError(f'{path}: refused: ' + (f'it would run {named[1]}' if named else 'it is no checkpoint of plainGPT or '
                         'nanoGPT')) from None
     except Exception as error:  # a truncated or foreign file raises whatever its bytes lead to
-        raise UserError(f'{path}: cannot be read as a checkpoint: {" ".join(str(error).split())[:120]}') from None
-    require(isinstance(state, dict) and isinstance(state.get('model'), dict), f'{path}: not a checkpoint of plainGPT or nanoGPT')
+        raise UserError(f'{path}: not a whole checkpoint of plainGPT or nanoGPT ({type(error).__name__}); name another') from None
+    require(isinstance(state, dict) and isinstance(state.get('model'), dict) and
+            all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state['model'].items()),
+            f'{path}: not a checkpoint of plainGPT or nanoGPT; name another')
     weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): v for k, v in state['model'].items()}
-    if 'model_args' in state:  # nanoGPT
-        config = state.get('config', {})
-        # nanoGPT's GELU is the exact one; its first versions saved the causal mask as attn.bias
-        model_config = {'bias': True} | state['model_args'] | {'activation': 'gelu'}
-        weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
-        step = int(state.get('iter_num', 0))
-        samples = step * config.get('batch_size', 12) * config.get('gradient_accumulation_steps', 1)
-        best = state.get('best_val_loss')
-        best = None if best is None or best > 1e8 else float(best)
-        return Checkpoint(model_config, weights, step, samples, best, best, config, state.get('optimizer'), path=str(path))
-    require(state.get('format') == FORMAT, f'{path}: format {state.get("format")} is not {FORMAT}, the one this version reads')
-    known = {f.name for f in fields(Checkpoint)}
     try:
-        return Checkpoint(**{k: v for k, v in state.items() if k in known} | {'model': weights, 'path': str(path)})
-    except TypeError as error:
-        raise UserError(f'{path}: not a whole checkpoint: {error}') from None
+        if 'model_args' in state:  # nanoGPT
+            return from_nanogpt(state, weights, path)
+        require(state['format'] == FORMAT, f'{path}: format {state["format"]} is not {FORMAT}, the one this version reads')
+        saved = {f.name: state[f.name] for f in fields(Checkpoint) if f.name != 'path'} | {'model': weights, 'path': str(path)}
+        return Checkpoint(**saved)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(str(error) if isinstance(error, UserError) else f'{path}: not a whole checkpoint: {error!r}') from None
+
+
+def from_nanogpt(state, weights, path):
+    """nanoGPT's ckpt.pt. Its GELU is the exact one; its first versions saved the causal mask as attn.bias."""
+    config = state.get('config', {})
+    model_config = {'bias': True} | state['model_args'] | {'activation': 'gelu'}
+    weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
+    step = int(state.get('iter_num', 0))
+    samples = step * config.get('batch_size', 12) * config.get('gradient_accumulation_steps', 1)
+    best = float(state.get('best_val_loss', 1e9))
+    best = best if best < 1e8 else None  # 1e9 stands for none
+    return Checkpoint(model_config, weights, step, samples, best, best, config, state.get('optimizer'), path=str(path))
 
 
 # GPT-2's weights ------------------------------------------------------------------------------------------------------------
@@ -320,6 +356,7 @@ def load_huggingface(folder):
     folder = Path(folder)
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        require(isinstance(config, dict), 'not the config of a model')
         require(config.get('model_type') == 'gpt2', f'model_type = {config.get("model_type")!r} is not gpt2')
         activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}
         activation = config.get('activation_function', 'gelu_new')
@@ -354,9 +391,11 @@ def load_huggingface(folder):
 
 def load_file_of_tensors(path):
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        tensors = torch.load(path, map_location='cpu', weights_only=True)
+        require(all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()), 'not only tensors')
+        return tensors
     except Exception as error:
-        raise UserError(f'{path}: refused, it does not hold plain tensors only: {" ".join(str(error).split())[:120]}') from None
+        raise UserError(f'{path}: refused, it does not hold plain tensors only: {first_line(error)[:120]}') from None
 
 
 def read_safetensors(path):
@@ -370,6 +409,7 @@ def read_safetensors(path):
             length = int.from_bytes(file.read(8), 'little')
             require(0 < length <= size - 8, 'its header is cut off')
             header = json.loads(file.read(length))
+            require(isinstance(header, dict), 'its header is not a table')
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
         tensors = {}
         for name, entry in header.items():

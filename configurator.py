@@ -9,10 +9,12 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import errno
 import inspect
+import math
 import operator
+import os
 import re
+import signal
 import sys
 import time
 import types
@@ -24,6 +26,11 @@ class UserError(ValueError):
     """A user's mistake, told in one sentence that names the key or file, the value and the remedy."""
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+
+
 def require(condition, message):
     if not condition:
         raise UserError(message)
@@ -31,13 +38,25 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def user_errors():
-    """Entry points run inside: a UserError, or a full disk, is one sentence and exits with 2; a bug keeps its traceback."""
+    """Entry points run inside: what the user or the machine did wrong is one sentence and exit code 2, no traceback.
+
+    That is a UserError and an OSError (disk full, no permission, not a file). A bug keeps its traceback.
+    """
+    script = Path(sys.argv[0]).name
+    report = sys.excepthook
+    # Ctrl-C is no bug either, also while modules are imported after this; SIGTERM cleans up what is half written
+    sys.excepthook = lambda kind, *rest: print('stopped', file=sys.stderr) if kind is KeyboardInterrupt else report(kind, *rest)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
-    except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and error.errno != errno.ENOSPC:
-            raise
-        print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+    except UserError as error:
+        print(f'{script}: {error}', file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has gone, as in sample.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        print(f'{script}: {error.filename or "writing"}: {error.strerror or error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
@@ -183,7 +202,7 @@ def check_type(key, value, type_):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, float) and math.isfinite(value) or type(value) is int and abs(value) < 2**63
 
 
 def describe(type_):

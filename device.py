@@ -4,12 +4,12 @@ import re
 
 import torch
 
-from configurator import UserError, require
+from configurator import UserError, first_line, require
 
 # dense FLOP/s of bf16 (V100, T4: fp16) matrix products, from NVIDIA's data sheets
-PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12,
-              'L4': 121e12, 'A40': 150e12, 'A30': 165e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12,
-              'RTX 4090': 165e12, 'RTX 3090': 71e12}
+PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+              'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A40': 150e12, 'A30': 165e12, 'A10': 125e12,
+              'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
 def pick_device(name):
@@ -22,7 +22,8 @@ def pick_device(name):
         raise UserError(f'device = {name!r}: give auto, cpu, cuda, cuda:1, ... or mps') from None
     if device.type == 'cuda':
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        require(count > (device.index or 0), f'device = {name!r}: PyTorch sees {count} CUDA devices here; leave --device=auto '
+        device = torch.device('cuda', device.index or 0)
+        require(count > device.index, f'device = {name!r}: PyTorch sees {count} CUDA devices here; leave --device=auto '
                                              f'or use --device=cpu')
     else:
         require(device.type in ('cpu', 'mps'), f'device = {name!r}: give auto, cpu, cuda, cuda:1, ... or mps')
@@ -74,5 +75,5 @@ def compile_or_not(model, choice, device, first_step, say):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler on the machine, an unsupported platform, ...
-        say(f'torch.compile failed, going on without it: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}')
+        say(f'torch.compile failed, going on without it: {type(error).__name__}: {first_line(error)[:150]}')
         return model

@@ -86,8 +86,8 @@ class KVCache:
     def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None):
         n_kv_head = config.n_kv_head or config.n_head
         shape = (config.n_layer, batch_size, n_kv_head, size, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.padding = padding  # (B,) or None
         self.size = size
         self.length = 0  # columns filled
@@ -254,7 +254,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def get_num_params(self, non_embedding=True):
-        """Parameters; as in nanoGPT without the learned positions, with the token embedding, which is also the head."""
+        """Number of parameters; non_embedding, as in nanoGPT: without the learned positions."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding and 'wpe' in self.transformer:
             n -= self.transformer.wpe.weight.numel()
@@ -282,7 +282,8 @@ class GPT(nn.Module):
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(position)
         elif self.config.position == 'sinusoidal':
-            x = x + sinusoidal_embedding(position, self.config.n_embd).type_as(x)
+            # the paper scales the embeddings up to the size of the sines (section 3.4)
+            x = x * math.sqrt(self.config.n_embd) + sinusoidal_embedding(position, self.config.n_embd).type_as(x)
         elif self.config.position == 'rope':
             angles = position_angles(position, self.config.n_embd // self.config.n_head)
             angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
@@ -332,7 +333,10 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Floating-point operations of forward and backward: 6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B)."""
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        n = self.get_num_params()
+        if not c.tie_weights:  # then the token embedding is looked up only, never multiplied
+            n -= self.transformer.wte.weight.numel()
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilisation: the share of peak_flops (default: an A100's bf16) at fwdbwd_per_iter sequences in dt s."""
@@ -372,7 +376,8 @@ class GPT(nn.Module):
         Past block_size the window slides: the tokens that stay are read anew at positions 0, 1, ..., which is right for
         learned and for rotary positions alike, since the keys of deeper layers have seen tokens that left the window.
         slide=1 moves it by one token a step: each token is drawn given the last block_size ones, exactly as nanoGPT does.
-        slide=n moves it by n tokens every n steps, n times faster; the context is then never below block_size - n + 1.
+        slide=n moves it by n tokens every n steps, n times faster; the context is then never below block_size - n + 1. The
+        rows of a batch move together, when the longest of them fills the window.
         """
         device = self.lm_head.weight.device
         block_size = self.config.block_size
@@ -381,6 +386,8 @@ class GPT(nn.Module):
         lengths = [len(row) for row in idx]
         if not lengths or min(lengths) == 0:
             raise ValueError('generate needs at least one token to continue')
+        if max(max(row) for row in idx) >= self.config.vocab_size:
+            raise ValueError(f'a token id is not below vocab_size = {self.config.vocab_size}')
         longest = max(lengths)
         tokens = torch.zeros(len(lengths), longest + max_new_tokens, dtype=torch.long, device=device)  # (B, longest + new)
         for b, row in enumerate(idx):
@@ -398,13 +405,13 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         was_training = self.training
         self.eval()
-        cache = None
+        cache, first = None, max(0, longest - block_size)  # the window is tokens[:, first:end]
         try:
             for end in range(longest, longest + max_new_tokens):
-                if cache is None or cache.length == cache.size or not use_cache:
-                    kept = block_size if cache is None or not use_cache else block_size - slide + 1
-                    first = max(0, end - kept)
-                    padding = (start - first).clamp(min=0) if max(lengths) != min(lengths) else None
+                if end - first > block_size:
+                    cache, first = None, end - (block_size - slide + 1)
+                if cache is None or not use_cache:
+                    padding = (start - first).clamp(min=0) if first < longest - min(lengths) else None
                     size = min(block_size, longest + max_new_tokens - first)
                     cache = KVCache(self.config, len(lengths), size, device, dtype, padding)
                     logits, _ = self(tokens[:, first:end], cache=cache)
@@ -432,7 +439,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, r
     if seen is not None:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalised, logits)
-    logits = logits / temperature
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the largest is 0: nothing overflows
     if top_k is not None and top_k < logits.size(-1):
         kth = torch.topk(logits, top_k).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, float('-inf'))
@@ -442,8 +449,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, r
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # the mass before this token is enough; never true of the first
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float('-inf'))
     if min_p is not None and min_p > 0:
-        floor = logits.max(dim=-1, keepdim=True).values + math.log(min_p)
-        logits = logits.masked_fill(logits < floor, float('-inf'))
+        logits = logits.masked_fill(logits < math.log(min_p), float('-inf'))  # the likeliest has logit 0
     return logits
 
 

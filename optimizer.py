@@ -25,7 +25,8 @@ def learning_rate_at(step, config):
 
     cosine        half a cosine down to min_lr (Loshchilov & Hutter 2017, without restarts)
     linear        a straight line down to min_lr
-    wsd           warm-up, stable, decay: constant, then a line over the last decay_fraction (Hu et al. 2024, MiniCPM)
+    wsd           warm-up, stable, decay: constant, then a line over the last decay_fraction of the steps
+                  after warm-up (Hu et al. 2024, MiniCPM; the line is Hägele et al. 2024's)
     constant      learning_rate
     inverse_sqrt  learning_rate * sqrt(warmup_iters / step): Vaswani et al. 2017, section 5.3, where the peak is
                   1 / sqrt(n_embd * warmup_iters); here the peak is learning_rate

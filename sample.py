@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import configure, require, user_errors
+from configurator import UserError, configure, require, user_errors
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Config:
     top_k: int | None = 200  # only the k likeliest; None: all
     top_p: float | None = None  # only the likeliest that together hold this share of the probability
     min_p: float | None = None  # only those at least this many times as likely as the likeliest
-    seed: int = 1337  # the same seed draws the same samples
+    seed: int = 1337  # the same seed and options draw the same samples
     # system
     slide: int = 0  # tokens by which a full window moves on: 1 as nanoGPT, exact and slow; 0: an eighth of block_size
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
@@ -41,7 +41,10 @@ def check(config):
     require(config.top_k is None or config.top_k >= 1, f'top_k = {config.top_k}: give at least 1, or None')
     require(config.top_p is None or 0 < config.top_p <= 1, f'top_p = {config.top_p}: give a share above 0, at most 1, or None')
     require(config.min_p is None or 0 <= config.min_p <= 1, f'min_p = {config.min_p}: give a share from 0 to 1, or None')
-    require(config.repetition_penalty > 0, f'repetition_penalty = {config.repetition_penalty}: give more than 0; 1 is off')
+    penalty = config.repetition_penalty
+    require(0.01 <= penalty <= 100, f'repetition_penalty = {penalty}: give 0.01 to 100; 1 is off')
+    require(config.seed >= 0, f'seed = {config.seed}: give 0 or more')
+    require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
     require(config.slide >= 0, f'slide = {config.slide}: give 0 or more')
     require('' not in config.stop, f'stop = {config.stop}: an empty text is always there already; give others')
 
@@ -82,6 +85,7 @@ class Text:
         if found:
             self.ended = True
             text, self.held = self.held[:min(found)], ''
+            self.decoder.reset()
             return text
         if token in self.stop_tokens:
             self.ended = True
@@ -107,7 +111,11 @@ def read_prompt(start):
 
 def encode_prompt(text, tokenizer, block_size):
     """Token ids of a prompt, the last block_size of them. Raises UserError if it is empty or has an unknown character."""
-    ids = tokenizer.encode(text) or ([tokenizer.eot] if tokenizer.eot is not None else [])
+    try:
+        ids = tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(f'start: {error}') from None
+    ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])
     require(ids, 'start is empty: give at least one character to continue')
     if len(ids) > block_size:
         print(f'the prompt has {len(ids)} tokens: the model sees the last {block_size}', file=sys.stderr)
@@ -125,6 +133,9 @@ def main(config):
     model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()
     block_size = model.config.block_size
     prompts = [encode_prompt(start, tokenizer, block_size) for start in starts]
+    for stop in config.stop:
+        require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size, f'stop = {stop}: there is no such token id; the '
+                                                                           f'vocabulary has {tokenizer.vocab_size}')
     require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)

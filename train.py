@@ -7,7 +7,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import UserError, check_type, configure, differences, require, user_errors
+from configurator import UserError, check_type, configure, differences, first_line, require, user_errors
 
 
 @dataclass
@@ -60,12 +60,12 @@ class Config:
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
     min_lr: float | None = None  # None: learning_rate / 10
-    decay_fraction: float = 0.2  # wsd: the share of the steps that decay
+    decay_fraction: float = 0.2  # wsd: the share of the steps after warm-up that decay
     # system
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 scales its gradients
     compile: bool | Literal['auto'] = 'auto'  # auto: on CUDA
-    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torchrun; auto: nccl on CUDA
+    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torchrun, for gradients; auto: nccl on CUDA
     peak_flops: float | None = None  # of your device, for MFU; None: from a table
 
 
@@ -78,9 +78,14 @@ def check(config):
     for key in ('beta1', 'beta2'):
         require(0 <= getattr(config, key) < 1, f'{key} = {getattr(config, key)}: give at least 0 and less than 1')
     require(config.eval_iters >= 1 or config.eval_iters == -1, f'eval_iters = {config.eval_iters}: give at least 1, or -1')
+    for key in ('lr_decay_iters', 'peak_flops'):
+        value = getattr(config, key)
+        require(value is None or value > 0, f'{key} = {value}: give more than 0, or None')
+    low = config.min_lr
+    require(low is None or 0 <= low <= config.learning_rate, f'min_lr = {low}: give at least 0 and at most learning_rate')
     require(config.learning_rate > 0, f'learning_rate = {config.learning_rate}: give more than 0')
     require(0 < config.decay_fraction <= 1, f'decay_fraction = {config.decay_fraction}: give a share above 0, at most 1')
-    require(config.out_dir, 'out_dir is empty: name a folder')
+    require(config.out_dir and config.init_from, 'out_dir or init_from is empty: name a folder')
 
 
 if __name__ == '__main__':  # before the slow imports: --help and a mistyped key are answered at once
@@ -88,6 +93,7 @@ if __name__ == '__main__':  # before the slow imports: --help and a mistyped key
         config, given = configure(Config)
         check(config)
 
+import contextlib
 import json
 import math
 import os
@@ -118,16 +124,18 @@ def main(config, given):
     ddp = 'RANK' in os.environ  # started by torchrun
     rank, world_size = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
     main_process = rank == 0  # it prints and writes
-    sys.stdout.reconfigure(line_buffering=True)
-    say = tqdm.write if main_process else lambda text: None
+    say = make_say(main_process)
+    if ddp:  # gloo beside nccl: what is on the CPU, such as the wish to stop, is exchanged without the GPU
+        dist.init_process_group({'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}[config.backend])
     resume = config.init_from == 'resume'
     checkpoint = None
     if config.init_from != 'scratch':
-        checkpoint = ckpt.load(config.out_dir if resume else config.init_from)
+        with main_process_first(rank):  # it may download
+            checkpoint = ckpt.load(config.out_dir if resume else config.init_from)
     if resume:
         take_saved_config(config, given, checkpoint)
     name = config.device
-    if ddp and name in ('auto', 'cuda') and torch.cuda.is_available():
+    if ddp and (name == 'auto' and torch.cuda.is_available() or name.startswith('cuda')):
         name = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU for each process
     device = pick_device(name)
     if device.type == 'cuda':
@@ -136,15 +144,13 @@ def main(config, given):
     accumulation = config.gradient_accumulation_steps // world_size  # of this process
     require(accumulation * world_size == config.gradient_accumulation_steps,
             f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
-            f'processes: try {accumulation * world_size or world_size} or {(accumulation + 1) * world_size}')
-    if ddp:
-        fitting = 'nccl' if device.type == 'cuda' else 'gloo'
-        dist.init_process_group(fitting if config.backend == 'auto' else config.backend)
+            f'processes: try {f"{accumulation * world_size} or " * (accumulation > 0)}{(accumulation + 1) * world_size}')
 
     # data, model, optimizer ----------------------------------------------------------------------------------------------
     model_config = choose_model_config(config, given, checkpoint, resume)
     dtype = pick_dtype(config.dtype, device, model_config['n_embd'])
-    folder = find_or_prepare(config.dataset, main_process)
+    with main_process_first(rank):
+        folder = find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
     torch.manual_seed(config.seed)
     if checkpoint is None:
@@ -168,13 +174,13 @@ def main(config, given):
 
     # files ---------------------------------------------------------------------------------------------------------------
     log = None
-    if main_process:
+    if main_process and not config.eval_only:
         lock = ckpt.lock(config.out_dir)  # noqa: F841, held until the process ends
-        if not config.eval_only:
-            if not resume:
-                ckpt.set_aside(config.out_dir, say)
-            ckpt.write_config(config.out_dir, asdict(config))
-            ckpt.cut_log(config.out_dir, start_step)
+        if not resume:
+            ckpt.set_aside(config.out_dir, say)
+        ckpt.write_config(config.out_dir, asdict(config))
+        ckpt.cut_log(config.out_dir, start_step)
+    if main_process and (resume or not config.eval_only):  # a mere evaluation of other weights is no part of a run
         log = Log(config, say)
     say('\n'.join(differences(config)))
     say(f'{raw_model.get_num_params():,} parameters, vocabulary {raw_model.config.vocab_size:,}; {device}, {str(dtype)[6:]}, '
@@ -182,6 +188,9 @@ def main(config, given):
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0 and not config.eval_only:
         say(f'note: warmup_iters = {config.warmup_iters} is not over within max_iters = {config.max_iters}: the learning rate '
             f'stays below learning_rate; try --warmup_iters={config.max_iters // 10}')
+
+    if resume and step >= config.max_iters and not config.eval_only:
+        say(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: give a larger --max_iters to go on')
 
     def loss_of(model, x, y):
         """Mean loss of a batch x, y (B, T) of token ids."""
@@ -192,9 +201,11 @@ def main(config, given):
         scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
         raw_model.zero_grad(set_to_none=True)
 
-    model = raw_model if config.eval_only else compile_or_not(raw_model, config.compile, device, first_step, say)
-    if ddp:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+    model = raw_model
+    if ddp and not config.eval_only:  # before compiling, so that gradients are exchanged while backward still runs
+        model = ddp_model = DistributedDataParallel(raw_model, device_ids=[device.index] if device.type == 'cuda' else None)
+    if not config.eval_only:
+        model = compile_or_not(model, config.compile, device, first_step, say)
 
     def save(val_loss=None):
         if main_process:
@@ -203,7 +214,7 @@ def main(config, given):
                 optimizer.state_dict(), scaler.state_dict(), data.tokenizer.to_dict()), config.keep_last)
             say(f'saved {path}')
 
-    stop = StopSignal(device, ddp)
+    stop = StopSignal(config.eval_only)
     peak = config.peak_flops or peak_flops(device, dtype)
     bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step', dynamic_ncols=True,
                disable=None if main_process and not config.eval_only else True)  # None: on a terminal only
@@ -221,9 +232,11 @@ def main(config, given):
             val_loss = run_evaluation(lambda x, y: loss_of(model, x, y), raw_model, data, config, rank, world_size, step, log,
                                       say)
             model.train()
+            check_finite(val_loss, step, config.out_dir)
             improved = val_loss < best_val_loss
             best_val_loss = min(best_val_loss, val_loss)
-            if step > start_step and not config.eval_only and (done or improved or config.always_save_checkpoint):
+            new = step > start_step or not resume and done
+            if new and not config.eval_only and (done or improved or config.always_save_checkpoint):
                 save(val_loss)
             logged_at, logged_step = time.perf_counter(), step  # the time of the evaluation is not the training's
         if done:
@@ -237,7 +250,7 @@ def main(config, given):
             if config.dropout > 0:  # masks follow from (seed, step, micro-batch), whatever was drawn before
                 torch.manual_seed(bins.seed_of(config.seed, step * config.gradient_accumulation_steps + number))
             if ddp:  # gradients are summed over the processes once a step, in the last backward
-                model.require_backward_grad_sync = micro_step == accumulation - 1
+                ddp_model.require_backward_grad_sync = micro_step == accumulation - 1
             loss = loss_of(model, x, y) / accumulation
             scaler.scale(loss).backward()
             step_loss += loss.detach()
@@ -252,6 +265,7 @@ def main(config, given):
             if ddp:
                 dist.all_reduce(step_loss)
             step_loss = step_loss.item() / world_size  # waits for the device
+            check_finite(step_loss, step, config.out_dir)
             now = time.perf_counter()
             speed = (step + 1 - logged_step) * samples_per_step * config.block_size / (now - logged_at)
             logged_at, logged_step = now, step + 1
@@ -277,20 +291,44 @@ def main(config, given):
         say(f'done; now: python sample.py --out_dir={config.out_dir}')
     if log:
         log.close()
-    if ddp:
-        dist.destroy_process_group()
     sys.exit(128 + stop.number if stop.number else 0)
 
 
 # Before the first step ----------------------------------------------------------------------------------------------------
 
+def make_say(main_process):
+    """print for the main process, above the progress bar; a reader that has gone (train.py | head) does not stop training."""
+    sys.stdout.reconfigure(line_buffering=True)
+
+    def say(text):
+        try:
+            tqdm.write(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return say if main_process else lambda text: None
+
+
+@contextlib.contextmanager
+def main_process_first(rank):
+    """What may download or prepare something is done by one process, then by the others, who find it done."""
+    if dist.is_initialized() and rank > 0:
+        dist.all_reduce(torch.zeros(1))  # waits for the main process
+    yield
+    if dist.is_initialized() and rank == 0:
+        dist.all_reduce(torch.zeros(1))
+
+
 def take_saved_config(config, given, checkpoint):
     """Resuming: keys that the command line does not give are as they were."""
-    nanogpt = 'position' not in checkpoint.config  # its device, dtype, compile and backend may be another machine's
-    skip = {'out_dir', 'eval_only'} | ({'init_from', 'device', 'dtype', 'compile', 'backend'} if nanogpt else set())
+    saved = {'init_from': 'scratch'} | checkpoint.config
+    if 'position' not in saved:  # nanoGPT's: its device, dtype, compile and backend may be another machine's
+        saved = {k: v for k, v in saved.items() if k not in ('device', 'dtype', 'compile', 'backend')}
+        saved['init_from'] = checkpoint.path
     for field in fields(config):
-        if field.name in checkpoint.config and field.name not in skip and (field.name not in given or field.name == 'init_from'):
-            setattr(config, field.name, check_type(field.name, checkpoint.config[field.name], field.type))
+        wanted = field.name == 'init_from' or field.name not in given and field.name not in ('out_dir', 'eval_only')
+        if wanted and field.name in saved:
+            setattr(config, field.name, check_type(field.name, saved[field.name], field.type))
 
 
 def choose_model_config(config, given, checkpoint, resume):
@@ -312,7 +350,7 @@ def choose_model_config(config, given, checkpoint, resume):
     return {key: saved[key] for key in keys} | {'block_size': block_size}
 
 
-def find_or_prepare(dataset, main_process):
+def find_or_prepare(dataset):
     """The folder of the data set's bins; a small one that is missing is prepared. Raises UserError with the command to type."""
     folder = bins.find_dataset(dataset)
     if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
@@ -325,13 +363,10 @@ def find_or_prepare(dataset, main_process):
     command = f'python data/{dataset}/prepare.py' + (' --input=PATH' if dataset == 'text' else '')
     require(dataset in SMALL_DATASETS, f'dataset = {dataset!r}: there is no {folder / "train.bin"}; make it with: {command}'
                                        f' (or start small: python train.py config/quickstart.py)')
-    if main_process:
-        print(f'{folder / "train.bin"} is missing: running {command}', flush=True)
-        code = subprocess.run([sys.executable, script]).returncode
-        if code:
-            sys.exit(code)
-    if dist.is_initialized():
-        dist.barrier()
+    print(f'{folder / "train.bin"} is missing: running {command}', flush=True)
+    code = subprocess.run([sys.executable, script]).returncode
+    if code:
+        sys.exit(code)
     return bins.find_dataset(dataset)
 
 
@@ -348,13 +383,12 @@ def check_tokenizers(checkpoint, tokenizer, folder):
 def load_optimizer(optimizer, scaler, checkpoint):
     """Restore the state; weight decay and betas stay the config's. Raises UserError if it does not fit."""
     require(checkpoint.optimizer is not None, f'{checkpoint.path} has no optimizer state: use --init_from={checkpoint.path}')
-    settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
     try:
+        for saved, group in zip(checkpoint.optimizer['param_groups'], optimizer.param_groups):
+            saved.update({k: v for k, v in group.items() if k != 'params'})
         optimizer.load_state_dict(checkpoint.optimizer)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{checkpoint.path}: its optimizer state does not fit: {error}') from None
-    for group, wanted in zip(optimizer.param_groups, settings):
-        group.update(wanted)
     if checkpoint.scaler:
         scaler.load_state_dict(checkpoint.scaler)
 
@@ -375,15 +409,16 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes, rank, world_siz
     Bits per byte = total nats / (ln 2 * bytes of the targets' text) compares models with different tokenizers.
     """
     index = split.evaluation_windows(n_windows)[rank::world_size]
-    nats, n_tokens, n_bytes = 0.0, 0, 0
+    losses, n_tokens, n_bytes = [], 0, 0
     for at in range(0, len(index), batch_size):
         x, y = split.windows(index[at:at + batch_size])
         targets = y[y >= 0]
         missing = ((0, batch_size - len(x)), (0, 0))  # the last batch is filled up: a compiled model sees one shape
         loss = loss_of(np.pad(x, missing), np.pad(y, missing, constant_values=-1))
-        nats += loss.item() * len(targets)
+        losses.append(loss * len(targets))  # stays on the device: nothing waits
         n_tokens += len(targets)
         n_bytes += int(token_bytes[targets].sum())
+    nats = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     if world_size > 1:
         shares = [None] * world_size
         dist.all_gather_object(shares, (nats, n_tokens, n_bytes))
@@ -428,7 +463,7 @@ class Log:
             self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config),
                                     dir=config.out_dir, mode=mode, settings=wandb.Settings(init_timeout=30))
         except Exception as error:
-            say(f'wandb does not work, going on without it: {type(error).__name__}: {str(error).strip().splitlines()[0]}')
+            say(f'wandb does not work, going on without it: {type(error).__name__}: {first_line(error)}')
 
     def write(self, line):
         self.file.write(json.dumps(line) + '\n')
@@ -436,7 +471,7 @@ class Log:
             try:
                 self.wandb.log(line, step=line['step'])
             except Exception as error:
-                self.say(f'wandb does not work any more, going on without it: {type(error).__name__}: {error}')
+                self.say(f'wandb does not work any more, going on without it: {type(error).__name__}: {first_line(error)}')
                 self.wandb = None
 
     def close(self):
@@ -445,23 +480,32 @@ class Log:
             self.wandb.finish()
 
 
-class StopSignal:
-    """SIGINT (Ctrl-C) and SIGTERM ask for a stop after the step that is running; a second one stops at once."""
+def check_finite(loss, step, out_dir):
+    require(math.isfinite(loss), f'step {step}: the loss is {loss}: lower --learning_rate or set --grad_clip; what was saved in '
+                                 f'{out_dir} before is kept')
 
-    def __init__(self, device, ddp):
-        self.device, self.ddp, self.number, self.name = device, ddp, 0, ''
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+
+class StopSignal:
+    """Ctrl-C, SIGTERM and a closed terminal ask for a stop after the step that is running; a second one stops at once."""
+
+    def __init__(self, eval_only):
+        self.number, self.name = 0, ''
+        if not eval_only:  # an evaluation has nothing to save: it stops at once
+            for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.number = number
         signal.signal(number, signal.SIG_DFL)
+        os.write(2, b'\nstopping after this step; the same signal again stops at once, without saving\n')
 
     def requested(self):
         """Whether any process was asked to stop: all of them stop after the same step."""
         number = self.number
-        if self.ddp:
-            flag = torch.tensor(number, device=self.device)
+        if dist.is_initialized():
+            flag = torch.tensor(number)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             number = flag.item()
         self.name = signal.Signals(number).name if number else ''
@@ -470,4 +514,8 @@ class StopSignal:
 
 if __name__ == '__main__':
     with user_errors():
-        main(config, given)
+        try:
+            main(config, given)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

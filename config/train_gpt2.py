@@ -14,7 +14,6 @@ block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
 max_iters = 600000
-lr_decay_iters = max_iters
 weight_decay = 1e-1
 
 eval_interval = 1000

@@ -23,7 +23,6 @@ dropout = 0.2
 
 learning_rate = 1e-3
 max_iters = 5000
-lr_decay_iters = max_iters
 min_lr = 1e-4
 beta2 = 0.99  # few tokens in a step: average over more of them
 warmup_iters = 100

@@ -4,6 +4,7 @@ Writing never leaves half a data set and never wraps an id. Reading maps the fil
 (seed, number of samples seen). nanoGPT's bins (uint16, no meta.json, perhaps a meta.pkl) are read too.
 """
 import codecs
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, require
+from configurator import UserError, first_line, require
 from data.tokenizer import CharTokenizer, Tokenizer, gpt2
 
 FORMAT = 1
@@ -71,12 +72,13 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     source: what the text is, for meta.json. total_bytes: for the progress bar. max_tokens: stop after so many.
     Everything is written under temporary names and renamed at the end, val.bin last: only a whole data set has all three.
     """
+    require(max_tokens is None or max_tokens > 0, f'max_tokens = {max_tokens}: give more than 0')
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     names = ('meta.json', 'train.bin', 'val.bin')
     temporary = {name: folder / f'{name}.{os.getpid()}.tmp' for name in names}
     sha256, n_bytes = hashlib.sha256(), {'train': 0, 'val': 0}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with BinWriter(temporary['train.bin'], tokenizer.vocab_size) as train, \
                 BinWriter(temporary['val.bin'], tokenizer.vocab_size) as val, \
                 tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
@@ -110,7 +112,8 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
         raise UserError(f'{folder}: cannot write there: {error.strerror or error}') from None
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     bytes_per_token = sum(n_bytes.values()) / (meta['train_tokens'] + meta['val_tokens'])
     print(f'{folder}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,} tokens, '
           f'vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {bytes_per_token:.2f} bytes/token')
@@ -143,7 +146,7 @@ def hub_documents(path, name, val_every):
             for i, document in enumerate(load_dataset(path, name, split='train', streaming=True)):
                 yield Piece('val' if i % val_every == val_every - 1 else 'train', document['text'], ends_document=True)
         except (OSError, ValueError, KeyError) as error:  # no network, no such data set, no column of text
-            raise UserError(f'{path}: cannot be read: {str(error).splitlines()[0]}; check the network and the name') from None
+            raise UserError(f'{path}: cannot be read: {first_line(error)}; check the network and the name') from None
 
     return pieces()
 
@@ -229,7 +232,7 @@ class TokenBin:
         epoch, place = np.divmod(sample, np.uint64(n_blocks))
         block, offset = np.empty_like(place), np.empty_like(place)
         for e in np.unique(epoch):
-            key = mix(np.uint64(seed) + mix(e))
+            key = mix(mix(seed) ^ mix(e))
             here = epoch == e
             block[here] = permute(place[here], n_blocks, key)
             offset[here] = mix(key) % np.uint64(min(T, self.n_tokens - n_blocks * T))

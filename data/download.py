@@ -20,8 +20,7 @@ def download(url, path, sha256=None, advice='put the file there by hand'):
     path = Path(path)
     if path.exists():
         return path
-    parts = urllib.parse.urlsplit(url)
-    require(parts.scheme == 'https' or parts.hostname in ('127.0.0.1', 'localhost'), f'{url}: only https is downloaded from')
+    check_scheme(url)
     part = path.with_name(path.name + '.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +40,11 @@ def download(url, path, sha256=None, advice='put the file there by hand'):
     return path
 
 
+def check_scheme(url):
+    parts = urllib.parse.urlsplit(url)
+    require(parts.scheme == 'https' or parts.hostname in ('127.0.0.1', 'localhost'), f'{url}: only https is downloaded from')
+
+
 def fetch(url, part):
     """Append to the file `part` what is still missing of url."""
     done = part.stat().st_size if part.exists() else 0
@@ -52,6 +56,7 @@ def fetch(url, part):
             return
         raise
     with response:
+        check_scheme(response.url)  # a redirect may lead elsewhere
         if response.status != 206:  # the server sends all of it
             done = 0
         length = response.headers.get('Content-Length')

@@ -87,7 +87,7 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             position = int((ids < 0).argmax())
             raise UserError(f'character {text[position]!r} at position {position} is not one of the {self.vocab_size} '
-                            f'characters that this tokenizer knows; --tokenizer=byte or bpe knows all')
+                            f'characters that this tokenizer knows; a byte or bpe tokenizer knows all')
         return ids.astype(np.uint32)
 
     def to_dict(self):
@@ -176,8 +176,8 @@ def train_char(texts):
     return CharTokenizer(''.join(sorted(characters)))
 
 
-def train_bpe(texts, vocab_size, max_bytes=16 * 2**20):
-    """A BPETokenizer of vocab_size ids (256 bytes, merges, `<|endoftext|>`), trained on the first max_bytes of texts.
+def train_bpe(texts, vocab_size, max_characters=16 * 2**20):
+    """A BPETokenizer of vocab_size ids (256 bytes, merges, `<|endoftext|>`), trained on about the first max_characters of texts.
 
     Sennrich et al. 2016, algorithm 1, on bytes inside GPT-2's words. Each merge joins the most frequent pair of tokens
     (of equally frequent ones the pair with the lowest ids), visiting only the words that hold it. Raises UserError if the
@@ -186,11 +186,11 @@ def train_bpe(texts, vocab_size, max_bytes=16 * 2**20):
     import regex
 
     require(vocab_size >= 257, f'vocab_size = {vocab_size}: bpe needs at least 257 (256 bytes and {END_OF_TEXT})')
-    counts, n_bytes = Counter(), 0
+    counts, n_characters = Counter(), 0
     for text in texts:
         counts.update(regex.findall(GPT2_PATTERN, text))
-        n_bytes += len(text)
-        if n_bytes >= max_bytes:
+        n_characters += len(text)
+        if n_characters >= max_characters:
             break
     words = [list(word.encode('utf-8')) for word in counts]
     frequency = list(counts.values())
@@ -206,6 +206,8 @@ def train_bpe(texts, vocab_size, max_bytes=16 * 2**20):
     while len(tokens) < vocab_size - 1:
         while heap and -heap[0][0] != pairs[heap[0][1]]:
             heapq.heappop(heap)  # its count has changed since; the new count is in the heap too
+        if not heap or heap[0][0] == 0:
+            bar.close()
         require(heap and heap[0][0] < 0, f'vocab_size = {vocab_size}: the text has pairs for {len(tokens) + 1} tokens only; '
                                          f'ask for at most that')
         pair = heapq.heappop(heap)[1]

@@ -81,6 +81,7 @@ def test_documents_end_and_splits_fall_on_whole_characters(tmp_path):
     bins.write_dataset(tmp_path, pieces, made, 'two documents')
     data = bins.open_dataset(tmp_path, 4)
     assert (np.asarray(data.train.tokens) == made.eot).sum() == 1 and data.val.tokens[-1] == made.eot
+    assert data.token_bytes[data.train.tokens].sum() + data.token_bytes[data.val.tokens].sum() == size  # eot has no bytes
 
 
 @pytest.mark.parametrize('content', ['日本語 ' * 1000, 'x' * 3000, '🙂' * 800, 'ab\n' * 900, 'short', ''])
@@ -118,6 +119,8 @@ def test_every_epoch_visits_every_block_once(tmp_path, n_tokens, block_size):
     n_blocks = max(1, (n_tokens - 1 - block_size) // block_size)
     starts = data.batch(0, 5 * n_blocks, seed=3)[0][:, 0].reshape(5, n_blocks)
     orders = set()
+    if n_blocks > 5:
+        assert len(set((starts % block_size)[:, 0])) > 1  # the cuts fall elsewhere in each epoch
     for epoch in starts:
         assert len(set(epoch % block_size)) == 1 or n_blocks == 1  # one offset per epoch
         offset = epoch.min()

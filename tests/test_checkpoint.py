@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, and nothing in them runs."""
 
 import json
+import math
 import os
 import pickle
 from dataclasses import asdict
@@ -44,6 +45,43 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [m['step'] for m in ckpt.manifests(tmp_path)] == [5, 4, 2]
     assert ckpt.load(tmp_path).step == 5
     assert sorted(p.suffix for p in tmp_path.iterdir()) == ['.json'] * 3 + ['.pt'] * 3
+
+
+def test_the_best_survives_a_run_that_diverges(tmp_path):
+    for step, val_loss in enumerate((4.0, 3.0, math.nan, math.nan, math.nan)):
+        write(tmp_path, step, val_loss, config={'always_save_checkpoint': False})
+    assert [m['step'] for m in ckpt.manifests(tmp_path)] == [4, 3, 1]
+    assert ckpt.load(tmp_path, prefer_best=True).step == 1
+
+
+def test_what_was_just_saved_is_kept_beside_a_damaged_later_one(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 3).write_bytes(b'garbage')
+    assert ckpt.load(tmp_path).step == 1
+    assert write(tmp_path, 2, keep_last=1).exists()
+    assert ckpt.load(tmp_path).step == 2
+
+
+def test_a_renamed_checkpoint_is_read_and_checked(tmp_path):
+    path = write(tmp_path, 1)
+    for suffix in ('.pt', '.json'):
+        path.with_suffix(suffix).rename(tmp_path / f'best{suffix}')
+    assert ckpt.load(tmp_path / 'best.pt').step == 1
+    with open(tmp_path / 'best.pt', 'ab') as file:
+        file.write(b'x')
+    with pytest.raises(UserError, match='sha256'):
+        ckpt.load(tmp_path / 'best.pt')
+
+
+@pytest.mark.parametrize('change', [
+    {'model_config': {'n_embd': '8'}}, {'model_config': None}, {'model_config': {}}, {'step': 'x'}, {'step': -5},
+    {'config': None}, {'val_loss': 'x'}, {'optimizer': [1]}, {'model': {1: 2}}])
+def test_a_checkpoint_with_wrong_fields_is_named(tmp_path, change):
+    path = write(tmp_path, 1)
+    path.with_suffix('.json').unlink()
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(UserError, match='ckpt_00000001.pt'):
+        ckpt.load(path).build_model()
 
 
 def test_the_best_is_read_where_only_improvements_were_saved(tmp_path):
@@ -184,7 +222,9 @@ def test_tensors_of_a_safetensors_file(tmp_path):
     for name in tensors:
         torch.testing.assert_close(found[name], tensors[name], rtol=0, atol=0)
     content = (tmp_path / 'x.safetensors').read_bytes()
-    for broken in (content[:-4], content[:20], b'', b'\xff' * 100, (10**6).to_bytes(8, 'little') + b'{}'):
+    for broken in (
+        content[:-4], content[:20], b'', b'\xff' * 100, (10**6).to_bytes(8, 'little') + b'{}', (2).to_bytes(8, 'little') + b'[]'
+    ):
         (tmp_path / 'x.safetensors').write_bytes(broken)
         with pytest.raises(UserError, match='x.safetensors'):
             ckpt.read_safetensors(tmp_path / 'x.safetensors')
@@ -233,6 +273,15 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
     write(tmp_path, 2)
     ckpt.set_aside(tmp_path, said.append)
     assert ckpt.load(tmp_path / 'earlier-2').step == 2 and len(said) == 2
+    (tmp_path / 'log.jsonl').write_text('{"step": 0}\n')  # of a run that was killed before its first checkpoint
+    ckpt.set_aside(tmp_path, said.append)
+    assert (tmp_path / 'earlier-3' / 'log.jsonl').exists() and len(said) == 3
+
+
+def test_a_log_is_cut_where_the_run_goes_on(tmp_path):
+    (tmp_path / 'log.jsonl').write_bytes(b'{"step": 0}\n\xff garbage}\n[1]\n{"step": 1}\n{"step": 2}\n{"step": 1, "lo')
+    ckpt.cut_log(tmp_path, 2)
+    assert (tmp_path / 'log.jsonl').read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
 def test_a_tokenizer_is_needed_where_the_vocabulary_is_not_gpt2s(tmp_path):

@@ -16,7 +16,7 @@ def cuda(monkeypatch, name='NVIDIA H100 80GB HBM3', count=2, bf16=True):
 
 def test_auto_picks_the_best_device(monkeypatch):
     cuda(monkeypatch)
-    assert device.pick_device('auto').type == 'cuda'
+    assert device.pick_device('auto') == device.pick_device('cuda') == torch.device('cuda', 0)  # set_device needs the index
     cuda(monkeypatch, count=0)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert device.pick_device('auto').type == 'mps'
@@ -62,6 +62,7 @@ def test_auto_picks_the_number_format_of_the_hardware(monkeypatch):
         ('NVIDIA H100 80GB HBM3', 989e12),
         ('NVIDIA A100-SXM4-80GB', 312e12),
         ('NVIDIA L4', 121e12),
+        ('NVIDIA H100 PCIe', 756e12),
         ('NVIDIA L40S', 362e12),
         ('Tesla T4', 65e12),
         ('NVIDIA GeForce RTX 4090', 165e12),
@@ -85,6 +86,9 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, 'compile', broken)
     assert device.compile_or_not(model, True, torch.device('cpu'), lambda m: None, said.append) is model
     assert said[-1] == 'torch.compile failed, going on without it: RuntimeError: no C++ compiler'
+    monkeypatch.setattr(torch, 'compile', lambda *args, **kwargs: (_ for _ in ()).throw(AssertionError()))
+    assert device.compile_or_not(model, True, torch.device('cpu'), lambda m: None, said.append) is model
+    assert said.pop() == 'torch.compile failed, going on without it: AssertionError: AssertionError' and said.pop()
     assert device.compile_or_not(model, 'auto', torch.device('cpu'), lambda m: None, said.append) is model and len(said) == 2
 
 

@@ -90,5 +90,6 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path, server):
     for url, words in ((server.url + '/missing', 'Not Found'), ('http://127.0.0.1:9/x', 'refused')):
         with pytest.raises(UserError, match=f'{re.escape(url)} cannot be downloaded to .*x.bin.*{words}.*: do this'):
             download(url, tmp_path / 'x.bin', advice='do this')
-    with pytest.raises(UserError, match='only https'):
-        download('http://example.com/x', tmp_path / 'x.bin')
+    for url in ('http://example.com/x', 'ftp://example.com/x', 'file:///etc/passwd'):
+        with pytest.raises(UserError, match='only https'):
+            download(url, tmp_path / 'x.bin')

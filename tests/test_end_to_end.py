@@ -21,6 +21,7 @@ from conftest import ROOT, TINY
 
 import checkpoint as ckpt
 from data import bins
+from model import GPT, GPTConfig
 
 
 def log_lines(out_dir, key):
@@ -96,6 +97,42 @@ def test_accumulation_does_not_change_the_step(run, char_data, tmp_path):
     assert one == pytest.approx(three, abs=1e-5)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_training_is_adamw_written_out_by_hand(run, char_data, tmp_path, dtype):
+    """Five steps of train.py against a plain loop of torch's own parts; in half precision to within its rounding."""
+    options = {'learning_rate': 0.01, 'weight_decay': 0.2, 'beta1': 0.8, 'beta2': 0.9, 'grad_clip': 0.5, 'warmup_iters': 2}
+    run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=5', '--bias', f'--dtype={dtype}',
+        *(f'--{key}={value}' for key, value in options.items()))
+    data = bins.open_dataset(char_data, 32)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, vocab_size=data.tokenizer.vocab_size))
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{'params': matrices, 'weight_decay': 0.2}, {'params': vectors, 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
+    norms, losses = [], []
+    for step, lr in enumerate([0.01 / 3, 0.02 / 3, *(0.001 + 0.0045 * (1 + math.cos(math.pi * i / 3)) for i in range(3))]):
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        x, y = map(torch.from_numpy, data.train.batch(4 * step, 4, 1337))
+        losses.append(torch.nn.functional.cross_entropy(model(x, y)[0].flatten(0, 1), y.flatten()))
+        losses[-1].backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(norms) > 0.5  # clipping has something to do
+    rounding = {'float32': 1e-5, 'bfloat16': 2e-2, 'float16': 2e-3}[dtype]
+    lines = log_lines(tmp_path / 'out', 'loss')
+    assert [line['loss'] for line in lines] == pytest.approx([loss.item() for loss in losses], rel=rounding)
+    assert [line['grad_norm'] for line in lines] == pytest.approx([norm.item() for norm in norms], rel=10 * rounding)
+    trained_weights = weights(tmp_path / 'out')
+    if dtype == 'float32':
+        for name, expected in model.state_dict().items():
+            torch.testing.assert_close(trained_weights[name], expected, atol=1e-5, rtol=1e-4)
+    else:  # it was half precision indeed
+        assert [line['loss'] for line in lines] != pytest.approx([loss.item() for loss in losses], rel=1e-7)
+        assert all(w.dtype == torch.float32 for w in trained_weights.values())
+
+
 def test_two_processes_train_as_one(clone, run, char_data, tmp_path):
     common = (
         f'--dataset={char_data}',
@@ -140,7 +177,7 @@ def read_until(process, words):
     raise AssertionError(f'{words!r} never came')
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_saves_and_another_run_is_kept_out(clone, run, refused, char_data, tmp_path, number):
     common = (f'--out_dir={tmp_path}/out', f'--dataset={char_data}', *TINY)
     with start(clone, *common, '--max_iters=1000000', '--eval_interval=1000000') as process:
@@ -154,6 +191,43 @@ def test_ctrl_c_saves_and_another_run_is_kept_out(clone, run, refused, char_data
     assert step >= 4 and f'after {step} steps' in rest
     run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume', f'--max_iters={step + 2}', '--lr_decay_iters=1000000')
     assert [line['step'] for line in log_lines(tmp_path / 'out', 'loss')] == list(range(step + 2))
+
+
+def test_ctrl_c_stops_an_evaluation_at_once(clone, trained):
+    options = ('--init_from=resume', '--eval_only', '--eval_iters=1000000', '--batch_size=1')
+    with start(clone, f'--out_dir={trained}', *options) as process:
+        read_until(process, 'parameters')
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == 'stopped\n'
+    assert process.returncode == 130
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(refused, char_data, tmp_path):
+    refused('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=40', '--eval_interval=2',
+            '--learning_rate=1e15', '--grad_clip=0', '--dtype=float32', says=('the loss is', 'learning_rate'))
+    assert all(math.isfinite(manifest['val_loss']) for manifest in ckpt.manifests(tmp_path / 'out'))
+
+
+def test_a_mere_evaluation_leaves_other_runs_alone(run, trained, char_data, tmp_path):
+    before = (trained / 'log.jsonl').read_text()
+    common = ('--eval_only', f'--dataset={char_data}', *TINY)
+    run('train.py', f'--out_dir={trained}', *common)
+    run('train.py', f'--out_dir={tmp_path}/new', *common)
+    assert (trained / 'log.jsonl').read_text() == before and not (tmp_path / 'new').exists()
+
+
+def test_a_reader_that_has_gone_does_not_stop_training(clone, char_data, tmp_path):
+    with start(clone, f'--out_dir={tmp_path}/out', f'--dataset={char_data}', *TINY, '--max_iters=20') as process:
+        process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0 and ckpt.load(tmp_path / 'out').step == 20
+
+
+def test_a_run_that_is_over_says_so(run, trained, tmp_path, char_data):
+    result = run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', '--max_iters=0', *TINY)
+    assert ckpt.load(tmp_path / 'out').step == 0
+    result = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}/out')
+    assert 'max_iters = 0 is reached' in result.stdout
 
 
 def test_a_second_run_keeps_the_first(run, char_data, tmp_path):
@@ -295,7 +369,6 @@ def nanogpt_run(tmp_path, text):
     """A folder as nanoGPT leaves it, compiled and wrapped by DDP, with its data folder."""
     from test_bins import nanogpt_folder
 
-    from model import GPT, GPTConfig
 
     (tmp_path / 'data' / 'mine').mkdir(parents=True)
     nanogpt_folder(tmp_path / 'data' / 'mine', text)
@@ -380,6 +453,8 @@ def test_your_own_text_becomes_a_data_set(run, refused, clone, tmp_path, text):
         assert data.tokenizer.decode([*data.train.tokens.tolist(), *data.val.tokens.tolist()]) == text[:30000]
     run('train.py', '--dataset=mine', f'--out_dir={tmp_path}/out', '--max_iters=1', *TINY)
     refused('data/text/prepare.py', says='--input=PATH')
+    for name in ('', '../config', 'text/prepare.py'):
+        refused('data/text/prepare.py', f'--input={tmp_path}/in/a.txt', f'--dataset={name}', says='dataset = ')
     refused('data/text/prepare.py', '--input=/no/such', says='/no/such')
     refused('data/text/prepare.py', f'--input={tmp_path}/in/picture.png', says='not UTF-8')
     (tmp_path / 'empty').mkdir()
@@ -445,6 +520,12 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(refused, char_data, tr
         'n_kv_head=3',
         'seed=-1',
         'log_interval=0',
+        'min_lr=-1',
+        'min_lr=1',
+        'lr_decay_iters=0',
+        'peak_flops=0',
+        'seed=2**64',
+        'init_from=',
     ):
         refused('train.py', *common, f'--{mistake}', says=mistake.split('=')[0])
     assert not out.exists()

@@ -275,6 +275,11 @@ def test_generation_equals_the_plain_loop_far_past_block_size(options):
     expected = [nanogpt_greedy(model, prompt, 40) for prompt in prompts]
     assert model.generate(prompts, 40, temperature=0) == expected
     assert model.generate(prompts, 40, temperature=0, use_cache=False) == expected
+    for slide in (3, 16):
+        cached = model.generate(prompts, 40, temperature=0, slide=slide)
+        assert cached == model.generate(prompts, 40, temperature=0, slide=slide, use_cache=False) != expected
+    with pytest.raises(ValueError, match='vocab_size = 40'):
+        model.generate([[1, 40]], 1)
     assert model.generate(torch.tensor(prompts[:1]), 40, temperature=0)[0].tolist() == expected[0]
 
 
@@ -299,6 +304,7 @@ def test_sampling_is_reproducible_and_leaves_the_training_stream_alone():
     assert not torch.equal(first, model.generate(tokens(3, 4), 12, temperature=1.0, top_k=10, seed=8))
     assert len({tuple(row.tolist()) for row in model.generate(tokens(1, 4).repeat(5, 1), 12, seed=1)}) > 1
     assert model.generate(tokens(1, 4), 200, temperature=5.0, seed=1, vocab_size=7)[0, 4:].max() < 7
+    assert torch.equal(model.generate(tokens(1, 4), 9, temperature=1e-40), model.generate(tokens(1, 4), 9, temperature=0))
 
 
 def test_draws_follow_the_probabilities():
@@ -351,7 +357,7 @@ def test_filters_equal_transformers():
         expected = logits
         for step in theirs:
             expected = step(ids, expected)
-        torch.testing.assert_close(filter_logits(logits, seen=seen, **ours), expected)
+        torch.testing.assert_close(filter_logits(logits, seen=seen, **ours).softmax(-1), expected.softmax(-1))
 
 
 @pytest.mark.parametrize('options', ARCHITECTURES + [{'zero_init': True}, {'dropout': 0.1}], ids=str)
@@ -397,8 +403,45 @@ def test_targets_of_minus_one_have_no_loss():
     torch.testing.assert_close(loss, expected)
 
 
+def test_normalisations_and_softcap_follow_their_formulas():
+    plain, capped = tiny()(tokens(2, 8))[0], tiny(logit_softcap=2.0)(tokens(2, 8))[0]
+    torch.testing.assert_close(capped, 2.0 * torch.tanh(plain / 2.0))
+    x = torch.randn(3, 32)
+    norm = tiny(norm='rmsnorm').transformer.ln_f
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    norm = tiny().transformer.ln_f
+    torch.testing.assert_close(norm(x), (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt())
+    # queries and keys of length sqrt(hs): a score is sqrt(hs) times their cosine
+    attention = CausalSelfAttention(GPTConfig(n_head=1, n_embd=8, qk_norm=True, bias=False), 0)
+    x = torch.randn(1, 2, 8) * 10
+    q, k, v = attention.c_attn(x).split(8, dim=2)
+    scores = math.sqrt(8) * F.cosine_similarity(q[0, 1], k[0], dim=-1)
+    torch.testing.assert_close(attention(x)[0, 1], attention.c_proj(scores.softmax(0) @ v[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_the_residual_stream_starts_with_a_size_that_does_not_grow_with_depth():
+    torch.manual_seed(0)
+    block = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=8, n_head=2, n_embd=128)).transformer.h[3]
+    for weight, std in ((block.attn.c_attn.weight, 0.02), (block.mlp.c_fc.weight, 0.02), (block.attn.c_proj.weight, 0.02 / 4),
+                        (block.mlp.c_proj.weight, 0.02 / 4)):  # 1 / sqrt(2 * 8 layers)
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
+
+
+@pytest.mark.parametrize('attention', ['sdpa', 'math'])
+@pytest.mark.parametrize('where', ['drop', 'attention', 'resid_dropout', 'mlp'])
+def test_dropout_acts_everywhere_in_training_and_nowhere_else(where, attention):
+    model = tiny(dropout=0.5, n_layer=1, attention=attention)
+    parts = {'drop': model.transformer.drop, 'resid_dropout': model.transformer.h[0].attn.resid_dropout,
+             'mlp': model.transformer.h[0].mlp.dropout}
+    model.config.dropout = 0.5 if where == 'attention' else 0.0
+    for name, part in parts.items():
+        part.p = 0.5 if name == where else 0.0
+    idx = tokens(1, 8)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    assert not torch.equal(model.train()(idx)[0], model(idx)[0])
+
+
 def test_choices_do_what_they_say():
-    assert tiny(logit_softcap=2.0)(tokens(2, 8))[0].abs().max() <= 2.0
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=4, n_embd=32, zero_init=True))
     embedded = model.transformer.wte(tokens(1, 8, vocab_size=20)) + model.transformer.wpe.weight
     torch.testing.assert_close(model(tokens(1, 8, vocab_size=20))[0], model.lm_head(model.transformer.ln_f(embedded))[:, [-1]])

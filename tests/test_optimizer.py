@@ -74,6 +74,7 @@ def test_matrices_decay_and_gains_and_biases_do_not():
 def test_a_step_is_adamw():
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8))
     optimizer = adamw(model, 0.1, 1e-2, (0.9, 0.95), 'cpu')
+    assert all(group['fused'] for group in optimizer.param_groups)
     p = model.transformer.wpe.weight
     before, grad = p.detach().clone(), torch.randn_like(p)
     p.grad = grad.clone()

@@ -100,6 +100,10 @@ def test_half_a_character_is_never_shown():
 def test_what_could_become_a_stop_text_is_held_back():
     text = Text(tokenizer.ByteTokenizer(), ['END', '\n\n'])
     assert [text.add(b) for b in b'xENxEND'] == ['x', '', '', 'ENx', '', '', ''] and text.ended and text.n_tokens == 7
+    text = Text(tokenizer.ByteTokenizer(), [' '])  # a token may hold a stop and half a character behind it
+    text.tokenizer.token_bytes = [b'a \xe2\x80']
+    assert (text.add(0), text.ended, text.finish()) == ('a', True, '')
+    del text.tokenizer.token_bytes
     text = Text(tokenizer.ByteTokenizer(), ['END'])
     assert [text.add(b) for b in b'aEN'] == ['a', '', ''] and text.finish() == 'EN'
 
@@ -123,6 +127,9 @@ def test_mistakes_are_one_sentence(run, refused, trained, tmp_path):
         'slide=99',
         'repetition_penalty=0',
         'stop=[""]',
+        'stop=1000',
+        'seed=-1',
+        'out_dir=',
     ):
         refused('sample.py', f'--out_dir={trained}', f'--{mistake}', says=mistake.split('=')[0])
     (tmp_path / 'ckpt.pt').write_bytes(b'garbage')

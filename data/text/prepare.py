@@ -5,6 +5,7 @@
     python train.py config/quickstart.py --dataset=notes --out_dir=out-notes
 """
 import hashlib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ def main(config):
     from data import bins, tokenizer
 
     require(config.input, 'name your text: python data/text/prepare.py --input=PATH, a text file or a folder')
+    require(re.fullmatch(r'\w[\w.-]*', config.dataset), f'dataset = {config.dataset!r}: give the name of a folder in data/')
     require(0 < config.val_fraction < 1, f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     root = Path(config.input).expanduser()
     require(root.exists(), f'--input={config.input}: there is no such file or folder')
@@ -59,13 +61,9 @@ def main(config):
 
     def texts():
         for path in files:
-            piece = None
-            for following in bins.read_pieces(path):
-                if piece is not None:
-                    yield piece, False
-                piece = following
-            if piece is not None:
-                yield piece, len(files) > 1  # documents end; a single file is one long text
+            for piece in bins.read_pieces(path):
+                yield piece, False
+            yield '', len(files) > 1  # documents end; a single file is one long text
 
     folder = Path(__file__).parents[1] / config.dataset
     bins.write_dataset(folder, bins.split_at_end(texts(), size, config.val_fraction), tokens, str(config.input), size)
