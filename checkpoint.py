@@ -252,11 +252,6 @@ def read_manifest(path):
         return None
 
 
-def holds_run(out_dir):
-    """Whether a folder holds checkpoints, of plainGPT or of nanoGPT."""
-    return any(Path(out_dir).glob('ckpt_*.pt')) or (Path(out_dir) / 'ckpt.pt').exists()
-
-
 def load(where, prefer_best=False, mmap=False):
     """A Checkpoint from a run's folder, a .pt file, a GPT-2 folder in Hugging Face's layout, or 'gpt2', 'gpt2-medium', ...
 

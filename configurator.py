@@ -231,9 +231,8 @@ def default_of(field):
 
 def help_text(cls):
     """Every key with its default, type and comment, under the headings of the dataclass's source."""
-    script = Path(sys.argv[0]).name
     lines = [inspect.getdoc(sys.modules[cls.__module__]) or '', '',
-             f'usage: python {script} [config/file.py] [--key=value ...]    (a switch: --key alone is --key=True)']
+             f'usage: python {sys.argv[0]} [config/file.py] [--key=value ...]    (a switch: --key alone is --key=True)']
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for line in inspect.getsource(cls).splitlines():

@@ -188,7 +188,6 @@ def main(config, given):
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0 and not config.eval_only:
         say(f'note: warmup_iters = {config.warmup_iters} is not over within max_iters = {config.max_iters}: the learning rate '
             f'stays below learning_rate; try --warmup_iters={config.max_iters // 10}')
-
     if resume and step >= config.max_iters and not config.eval_only:
         say(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: give a larger --max_iters to go on')
 
@@ -270,7 +269,8 @@ def main(config, given):
             speed = (step + 1 - logged_step) * samples_per_step * config.block_size / (now - logged_at)
             logged_at, logged_step = now, step + 1
             if main_process:
-                log.write({'step': step, 'loss': step_loss, 'lr': lr, 'grad_norm': grad_norm.item(),
+                norm = grad_norm.item()  # infinite where float16 overflowed and the scaler left the step out: no number in JSON
+                log.write({'step': step, 'loss': step_loss, 'lr': lr, 'grad_norm': norm if math.isfinite(norm) else None,
                            'tokens_per_second': round(speed, 1), 'samples_seen': samples_seen})
                 mfu = f'{raw_model.flops_per_token() * speed / (peak * world_size):.1%}' if peak else 'n/a'
                 text = f'loss {step_loss:.4f}, {speed:,.0f} tokens/s, mfu {mfu}'

@@ -268,7 +268,7 @@ def test_an_earlier_run_is_moved_not_overwritten(tmp_path):
     said = []
     ckpt.set_aside(tmp_path, said.append)
     assert ckpt.load(tmp_path / 'earlier-1').step == 1 and (tmp_path / 'earlier-1' / 'log.jsonl').exists()
-    assert not ckpt.holds_run(tmp_path) and (tmp_path / 'notes.txt').exists() and 'earlier-1' in said[0]
+    assert not list(tmp_path.glob('ckpt*')) and (tmp_path / 'notes.txt').exists() and 'earlier-1' in said[0]
     ckpt.set_aside(tmp_path, said.append)
     write(tmp_path, 2)
     ckpt.set_aside(tmp_path, said.append)
