@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,16 @@ def refused(run):
             assert words in lines[0], f'{words!r} is not in: {lines[0]}'
 
     return refused
+
+
+@contextmanager
+def together(call):
+    """What is called inside runs two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        results = []
+        yield lambda *arguments, **options: results.append(pool.submit(call, *arguments, **options))
+        for result in results:
+            result.result()
 
 
 @pytest.fixture(scope='session')

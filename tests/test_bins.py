@@ -181,19 +181,19 @@ def break_folder(folder, what):
         (folder / 'meta.json').write_text('{"format": 99}')
 
 
-@pytest.mark.parametrize(
-    'what, words',
-    [
-        ('missing', 'val.bin'),
-        ('empty', 'train.bin is empty'),
-        ('odd', 'train.bin: its size'),
-        ('short', 'val.bin has 10 tokens: block_size = 64'),
-        ('beyond', 'train.bin: token id 40000 at position 123'),
-        ('other', 'tokens where meta.json says'),
-        ('meta', 'meta.json'),
-        ('format', 'format 99'),
-    ],
-)
+BROKEN = {
+    'missing': 'val.bin',
+    'empty': 'train.bin is empty',
+    'odd': 'train.bin: its size',
+    'short': 'val.bin has 10 tokens: block_size',
+    'beyond': 'train.bin: token id 40000 at position 123',
+    'other': 'tokens where meta.json says',
+    'meta': 'meta.json',
+    'format': 'format 99',
+}
+
+
+@pytest.mark.parametrize('what, words', BROKEN.items())
 def test_a_broken_data_set_is_named(tmp_path, text, what, words):
     write(tmp_path, text)
     break_folder(tmp_path, what)
