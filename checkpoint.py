@@ -109,7 +109,7 @@ def lock(out_dir):
 def set_aside(out_dir, say):
     """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
     out_dir = Path(out_dir)
-    files = [path for pattern in ('ckpt*', 'log.jsonl', 'config.py') for path in out_dir.glob(pattern)]
+    files = [path for pattern in ('ckpt_*', 'log.jsonl', 'config.py') for path in out_dir.glob(pattern)]
     if files:
         number = next(n for n in itertools.count(1) if not (out_dir / f'earlier-{n}').exists())
         folder = out_dir / f'earlier-{number}'
@@ -323,7 +323,9 @@ def load_file(path, mmap=False):
 
 def from_nanogpt(state, weights, path):
     """nanoGPT's ckpt.pt. Its GELU is the exact one; its first versions saved the causal mask as attn.bias."""
-    config = state.get('config', {})
+    # its device and what hangs on it may be another machine's; to run its config again is to start from its weights
+    elsewhere = ('device', 'dtype', 'compile', 'backend')
+    config = {k: v for k, v in state.get('config', {}).items() if k not in elsewhere} | {'init_from': str(path)}
     model_config = {'bias': True} | state['model_args'] | {'activation': 'gelu'}
     weights = {k: v for k, v in weights.items() if not k.endswith('.attn.bias')}
     step = int(state.get('iter_num', 0))

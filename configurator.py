@@ -193,7 +193,7 @@ def check_type(key, value, type_):
             return value
         elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
-        elif option is int and is_number(value) and value == value // 1:
+        elif option is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
             return int(value)
         elif option is float and is_number(value):
             return float(value)

@@ -439,7 +439,8 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, r
     if seen is not None:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalised, logits)
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # the largest is 0: nothing overflows
+    # the largest becomes 0, so that nothing overflows, and no temperature rounds to 0
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.size(-1):
         kth = torch.topk(logits, top_k).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, float('-inf'))

@@ -82,7 +82,8 @@ def check(config):
         value = getattr(config, key)
         require(value is None or value > 0, f'{key} = {value}: give more than 0, or None')
     low = config.min_lr
-    require(low is None or 0 <= low <= config.learning_rate, f'min_lr = {low}: give at least 0 and at most learning_rate')
+    if low is not None and config.decay_lr and config.init_from != 'resume':  # then learning_rate is not known yet
+        require(0 <= low <= config.learning_rate, f'min_lr = {low}: give at least 0 and at most learning_rate')
     require(config.learning_rate > 0, f'learning_rate = {config.learning_rate}: give more than 0')
     require(0 < config.decay_fraction <= 1, f'decay_fraction = {config.decay_fraction}: give a share above 0, at most 1')
     require(config.out_dir and config.init_from, 'out_dir or init_from is empty: name a folder')
@@ -134,6 +135,7 @@ def main(config, given):
             checkpoint = ckpt.load(config.out_dir if resume else config.init_from)
     if resume:
         take_saved_config(config, given, checkpoint)
+        check(config)
     name = config.device
     if ddp and (name == 'auto' and torch.cuda.is_available() or name.startswith('cuda')):
         name = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU for each process
@@ -234,8 +236,8 @@ def main(config, given):
             check_finite(val_loss, step, config.out_dir)
             improved = val_loss < best_val_loss
             best_val_loss = min(best_val_loss, val_loss)
-            new = step > start_step or not resume and done
-            if new and not config.eval_only and (done or improved or config.always_save_checkpoint):
+            is_saved = config.eval_only or resume and step == start_step
+            if not is_saved and (done or step > 0 and (improved or config.always_save_checkpoint)):
                 save(val_loss)
             logged_at, logged_step = time.perf_counter(), step  # the time of the evaluation is not the training's
         if done:
@@ -297,13 +299,13 @@ def main(config, given):
 # Before the first step ----------------------------------------------------------------------------------------------------
 
 def make_say(main_process):
-    """print for the main process, above the progress bar; a reader that has gone (train.py | head) does not stop training."""
+    """print for the main process, above the progress bar. A reader that has gone (train.py | head) does not stop training."""
     sys.stdout.reconfigure(line_buffering=True)
 
     def say(text):
         try:
             tqdm.write(text)
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return say if main_process else lambda text: None
@@ -312,23 +314,26 @@ def make_say(main_process):
 @contextlib.contextmanager
 def main_process_first(rank):
     """What may download or prepare something is done by one process, then by the others, who find it done."""
+    failed = torch.zeros(1)
     if dist.is_initialized() and rank > 0:
-        dist.all_reduce(torch.zeros(1))  # waits for the main process
-    yield
-    if dist.is_initialized() and rank == 0:
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(failed)  # waits for the main process
+        if failed.item():
+            sys.exit(2)  # it says why
+    failed.fill_(rank == 0)
+    try:
+        yield
+        failed.zero_()
+    finally:
+        if dist.is_initialized() and rank == 0:
+            dist.all_reduce(failed)
 
 
 def take_saved_config(config, given, checkpoint):
     """Resuming: keys that the command line does not give are as they were."""
-    saved = {'init_from': 'scratch'} | checkpoint.config
-    if 'position' not in saved:  # nanoGPT's: its device, dtype, compile and backend may be another machine's
-        saved = {k: v for k, v in saved.items() if k not in ('device', 'dtype', 'compile', 'backend')}
-        saved['init_from'] = checkpoint.path
+    own = given - {'init_from'} | {'out_dir', 'eval_only'}
     for field in fields(config):
-        wanted = field.name == 'init_from' or field.name not in given and field.name not in ('out_dir', 'eval_only')
-        if wanted and field.name in saved:
-            setattr(config, field.name, check_type(field.name, saved[field.name], field.type))
+        if field.name in checkpoint.config and field.name not in own:
+            setattr(config, field.name, check_type(field.name, checkpoint.config[field.name], field.type))
 
 
 def choose_model_config(config, given, checkpoint, resume):
@@ -499,7 +504,8 @@ class StopSignal:
     def receive(self, number, frame):
         self.number = number
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b'\nstopping after this step; the same signal again stops at once, without saving\n')
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            os.write(2, b'\nstopping after this step; the same signal again stops at once, without saving\n')
 
     def requested(self):
         """Whether any process was asked to stop: all of them stop after the same step."""

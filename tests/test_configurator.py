@@ -106,6 +106,7 @@ def test_files_and_overrides_apply_in_order(tmp_path):
         (['--learning_rate=' + '(' * 5000], 'learning_rate'),
         (['--learning_rate=nan'], 'learning_rate'), (['--learning_rate=1e999'], 'learning_rate = inf'),
         (['--learning_rate=(10**19)**64'], 'learning_rate'), (['--batch_size=2**63'], 'batch_size'),
+        (['--batch_size=1e300'], 'batch_size'),
     ],
 )
 def test_a_mistake_is_named(argv, words):

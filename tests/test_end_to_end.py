@@ -1,5 +1,6 @@
 """The programs as a person runs them: real processes, real files."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +29,8 @@ from model import GPT, GPTConfig
 
 
 def log_lines(out_dir, key):
-    return [line for line in map(json.loads, (Path(out_dir) / 'log.jsonl').read_text().splitlines()) if key in line]
+    lines = (Path(out_dir) / 'log.jsonl').read_text().splitlines(keepends=True)
+    return [line for line in (json.loads(line) for line in lines if line.endswith('\n')) if key in line]
 
 
 def weights(out_dir):
@@ -225,6 +228,37 @@ def test_a_reader_that_has_gone_does_not_stop_training(clone, char_data, tmp_pat
     assert process.returncode == 0 and ckpt.load(tmp_path / 'out').step == 20
 
 
+def test_a_terminal_that_was_closed_does_not_lose_the_run(clone, char_data, tmp_path):
+    master, slave = os.openpty()
+    arguments = (f'--out_dir={tmp_path}/out', f'--dataset={char_data}', *TINY, '--max_iters=1000000', '--eval_interval=1000000')
+    command = [sys.executable, clone / 'train.py', *arguments]
+    process = subprocess.Popen(command, cwd=clone, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    os.set_blocking(master, False)
+    while not (tmp_path / 'out' / 'log.jsonl').exists() or len(log_lines(tmp_path / 'out', 'loss')) < 3:
+        with contextlib.suppress(BlockingIOError):
+            os.read(master, 1000)
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert ckpt.load(tmp_path / 'out').step >= 3
+
+
+def test_a_resumed_run_is_checked_with_what_it_really_has(run, refused, char_data, tmp_path):
+    common = (f'--out_dir={tmp_path}/out', '--init_from=resume')
+    run('train.py', f'--out_dir={tmp_path}/out', f'--dataset={char_data}', *TINY, '--max_iters=2', '--learning_rate=1e-2')
+    run('train.py', *common, '--max_iters=4', '--min_lr=2e-3')
+    refused('train.py', *common, '--max_iters=6', '--learning_rate=1e-3', says='min_lr = 0.002')
+
+
+def test_under_torchrun_the_main_process_says_what_is_wrong(clone, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', clone / 'train.py']
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=clone)
+    assert result.stderr.count('train.py: dataset =') == 1 and 'RuntimeError' not in result.stderr
+
+
 def test_a_run_that_is_over_says_so(run, trained, tmp_path, char_data):
     result = run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', '--max_iters=0', *TINY)
     assert ckpt.load(tmp_path / 'out').step == 0
@@ -417,7 +451,9 @@ def test_a_run_of_nanogpt_is_sampled_resumed_and_finetuned(run, nanogpt_run):
     resumed = ckpt.load(nanogpt_run / 'out')
     assert (resumed.step, resumed.samples_seen, resumed.model_config['activation']) == (4, 32, 'gelu')
     assert resumed.optimizer['state'][0]['step'] == 4  # two steps here on top of nanoGPT's two
-    assert (nanogpt_run / 'out' / 'ckpt.pt').exists()
+    for _ in range(2):  # the config of the resumed run starts from nanoGPT's weights, which stay where they are
+        assert (nanogpt_run / 'out' / 'ckpt.pt').exists()
+        run('train.py', 'out/config.py', '--max_iters=1', '--out_dir=out', cwd=nanogpt_run)
     run(
         'train.py',
         '--init_from=out/ckpt.pt',
@@ -440,6 +476,7 @@ def test_your_own_text_becomes_a_data_set(run, refused, clone, tmp_path, text):
     (tmp_path / 'in' / 'sub').mkdir(parents=True)
     (tmp_path / 'in' / 'a.txt').write_text(text[:30000])
     (tmp_path / 'in' / 'sub' / 'b.txt').write_text(text[30000:])
+    (tmp_path / 'in' / os.fsdecode(b'caf\xe9.txt')).write_text('')
     (tmp_path / 'in' / 'picture.png').write_bytes(b'\x89PNG\0\xff')
     result = run('data/text/prepare.py', '--input', tmp_path / 'in', '--tokenizer', 'bpe', '--vocab_size', 400, '--dataset=mine')
     assert '1 files are not UTF-8 text' in result.stdout and 'train.bin' in result.stdout and '100%' in result.stderr

@@ -5,6 +5,7 @@
     python train.py config/quickstart.py --dataset=notes --out_dir=out-notes
 """
 import hashlib
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -32,8 +33,12 @@ def text_files(root):
         if path.is_file() and not any(part.startswith('.') for part in path.relative_to(root).parts):
             (files if is_text(path) else skipped).append(path)
     if skipped:
-        print(f'{len(skipped)} files are not UTF-8 text and are left out, {skipped[0]} among them')
-    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+        print(f'{len(skipped)} files are not UTF-8 text and are left out, {printable(skipped[0])} among them')
+    return sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(root).as_posix())).digest())
+
+
+def printable(path):
+    return os.fsencode(path).decode(errors='replace')  # a file's name need not be UTF-8
 
 
 def is_text(path):
@@ -66,7 +71,7 @@ def main(config):
             yield '', len(files) > 1  # documents end; a single file is one long text
 
     folder = Path(__file__).parents[1] / config.dataset
-    bins.write_dataset(folder, bins.split_at_end(texts(), size, config.val_fraction), tokens, str(config.input), size)
+    bins.write_dataset(folder, bins.split_at_end(texts(), size, config.val_fraction), tokens, printable(config.input), size)
 
 
 if __name__ == '__main__':
