@@ -1,4 +1,4 @@
-"""The Python standard library's own source and documentation, found on this machine: about 15 MB, no download.
+"""The Python standard library's own source and documentation, found on this machine: about 10 MB, no download.
 
     python data/python_stdlib/prepare.py --vocab_size=2048
 """
