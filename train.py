@@ -230,8 +230,7 @@ def main(config, given):
         done = step >= config.max_iters or config.eval_only
         if step % config.eval_interval == 0 or done:
             model.eval()
-            val_loss = run_evaluation(lambda x, y: loss_of(model, x, y), raw_model, data, config, rank, world_size, step, log,
-                                      say)
+            val_loss = run_evaluation(lambda x, y: loss_of(model, x, y), raw_model, data, config, step, log, say)
             model.train()
             check_finite(val_loss, step, config.out_dir)
             improved = val_loss < best_val_loss
@@ -408,11 +407,12 @@ def to_device(x, y, device):
 
 
 @torch.no_grad()
-def evaluate(loss_of, split, n_windows, batch_size, token_bytes, rank, world_size):
+def evaluate(loss_of, split, n_windows, batch_size, token_bytes):
     """(loss in nats per token, bits per byte) over windows of a split that are the same at every evaluation; -1: all.
 
     Bits per byte = total nats / (ln 2 * bytes of the targets' text) compares models with different tokenizers.
     """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     index = split.evaluation_windows(n_windows)[rank::world_size]
     losses, n_tokens, n_bytes = [], 0, 0
     for at in range(0, len(index), batch_size):
@@ -431,12 +431,12 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes, rank, world_siz
     return nats / n_tokens, nats / math.log(2) / n_bytes
 
 
-def run_evaluation(loss_of, raw_model, data, config, rank, world_size, step, log, say):
+def run_evaluation(loss_of, raw_model, data, config, step, log, say):
     """Evaluate both splits, print and log the result, and a sample if asked for; returns the val loss."""
     start = time.perf_counter()
     n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else data.val.n_windows
-    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, rank, world_size)
-    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, rank, world_size)
+    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes)
+    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes)
     seconds = time.perf_counter() - start
     say(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}, '
         f'{bits:.4f} bits per byte ({seconds:.1f} s)')

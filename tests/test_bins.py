@@ -201,7 +201,7 @@ def test_a_broken_data_set_is_named(tmp_path, text, what, words):
         bins.open_dataset(tmp_path, 64)
 
 
-def test_an_id_that_was_not_scanned_is_found_when_it_is_drawn(tmp_path, monkeypatch):
+def test_an_id_that_was_not_scanned_is_found_when_it_is_drawn(tmp_path):
     np.full(1000, 3, dtype='<u2').tofile(tmp_path / 'x.bin')
     data = bins.TokenBin(tmp_path / 'x.bin', np.dtype('<u2'), 10, 16)
     np.full(1000, 11, dtype='<u2').tofile(tmp_path / 'x.bin')  # the map shows what came after the scan

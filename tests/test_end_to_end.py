@@ -253,13 +253,13 @@ def test_a_resumed_run_is_checked_with_what_it_really_has(run, refused, char_dat
     refused('train.py', *common, '--max_iters=6', '--learning_rate=1e-3', says='min_lr = 0.002')
 
 
-def test_under_torchrun_the_main_process_says_what_is_wrong(clone, tmp_path):
+def test_under_torchrun_the_main_process_says_what_is_wrong(clone):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', clone / 'train.py']
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=clone)
     assert result.stderr.count('train.py: dataset =') == 1 and 'RuntimeError' not in result.stderr
 
 
-def test_a_run_that_is_over_says_so(run, trained, tmp_path, char_data):
+def test_a_run_that_is_over_says_so(run, tmp_path, char_data):
     result = run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', '--max_iters=0', *TINY)
     assert ckpt.load(tmp_path / 'out').step == 0
     result = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}/out')

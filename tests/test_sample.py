@@ -109,7 +109,7 @@ def test_what_could_become_a_stop_text_is_held_back():
     assert [text.add(b) for b in b'aEN'] == ['a', '', ''] and text.finish() == 'EN'
 
 
-def test_mistakes_are_one_sentence(run, refused, trained, tmp_path):
+def test_mistakes_are_one_sentence(refused, trained, tmp_path):
     with together(refused) as refused:
         refused('sample.py', f'--out_dir={trained}', '--start=a日', says=("'日' at position 1",))
         refused('sample.py', f'--out_dir={trained}', '--start=FILE:nothing.txt', says=('FILE:nothing.txt', 'No such file'))
