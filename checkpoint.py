@@ -4,7 +4,7 @@ A run's folder holds ckpt_{step:08d}.pt with a manifest, ckpt_{step:08d}.json, t
 without its manifest a file does not count. nanoGPT's ckpt.pt and GPT-2's weights in Hugging Face's layout are read too.
 """
 import contextlib
-import hashlib
+import dataclasses
 import itertools
 import json
 import math
@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -20,12 +21,8 @@ import torch
 from configurator import UserError, first_line, require
 from data import bins, tokenizer
 from data.download import download
+from files import HashingFile, lock, replace, sha256_of, write_synced, write_text
 from model import GPT, GPTConfig
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
 
 FORMAT = 1
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -44,6 +41,7 @@ class Checkpoint:
     optimizer: dict | None = None
     scaler: dict | None = None
     tokenizer: dict | None = None  # Tokenizer.to_dict()
+    environment: dict = field(default_factory=dict)  # torch, threads, world_size and data: what the last bit depends on
     path: str = ''
 
     def __post_init__(self):
@@ -54,7 +52,7 @@ class Checkpoint:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f'{self.path}: not a model that can be: {error}') from None
         kinds = {'step': int, 'samples_seen': int, 'val_loss': float | None, 'best_val_loss': float | None, 'config': dict,
-                 'optimizer': dict | None, 'scaler': dict | None, 'tokenizer': dict | None}
+                 'optimizer': dict | None, 'scaler': dict | None, 'tokenizer': dict | None, 'environment': dict}
         for name, kind in kinds.items():
             value = getattr(self, name)
             fits = isinstance(value, kind) and not (kind is int and value < 0)
@@ -89,21 +87,23 @@ class Checkpoint:
 
 # A run's folder -------------------------------------------------------------------------------------------------------------
 
-def lock(out_dir):
-    """Make the folder and keep others out of it until the file returned is closed. Raises UserError."""
-    path = Path(out_dir) / '.lock'
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, 'a')
-    except OSError as error:
-        raise UserError(f'out_dir = {str(out_dir)!r}: cannot write there: {error.strerror}; choose another --out_dir') from None
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f'out_dir = {str(out_dir)!r}: another run is writing there; choose another --out_dir') from None
-    return file
+def claim(out_dir, say):
+    """Make the folder, keep other runs out of it until the file returned is closed, and remove what a killed one left half
+    written. Raises UserError.
+
+    Whatever is written or deleted here has a .tmp beside it until it is whole or gone: nothing else is touched.
+    """
+    held, out_dir, removed = lock(out_dir, f'out_dir = {str(out_dir)!r}'), Path(out_dir), []
+    for mark in sorted(path for name in ('ckpt_*', 'log.jsonl', 'config.py') for path in out_dir.glob(name + '.tmp')):
+        data = mark.with_name(mark.name.replace('.json.tmp', '.pt'))
+        if data != mark and data.exists() and not mark.with_suffix('').exists():  # not yet, or no longer, committed
+            data.unlink()
+            removed.append(data.name)
+        mark.unlink()
+        removed.append(mark.name)
+    if removed:
+        say(f'{out_dir}: removed what a killed process left half written: {", ".join(removed)}')
+    return held
 
 
 def set_aside(out_dir, say):
@@ -136,80 +136,39 @@ def write_config(out_dir, values):
     write_text(Path(out_dir) / 'config.py', ''.join(f'{key} = {value!r}\n' for key, value in values.items()))
 
 
-def write_text(path, text):
-    """Replace a small file in one go."""
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    replace(temporary, path)
-
-
 # Writing ------------------------------------------------------------------------------------------------------------------
-
-class HashingFile:
-    """A file opened for writing that hashes what passes, so that it need not be read again."""
-
-    def __init__(self, path):
-        self.file, self.sha256, self.bytes, self.error = open(path, 'wb', buffering=0), hashlib.sha256(), 0, None
-
-    def write(self, data):
-        self.sha256.update(data)
-        self.bytes += len(data)
-        try:
-            left = memoryview(data)
-            while left:
-                left = left[self.file.write(left):]
-        except OSError as error:
-            self.error = error  # torch.save reports its own bookkeeping instead
-            raise
-        return len(data)
-
-    def flush(self):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        try:
-            if error is None:  # what is there counts only if it is on the disk
-                os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
-
-
-def replace(temporary, path):
-    """Rename into place so that the new name survives a power cut: rename, then sync the folder."""
-    os.replace(temporary, path)
-    if os.name == 'posix':
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
 
 def save(out_dir, checkpoint, keep_last=2):
     """Write a Checkpoint into out_dir, then delete earlier ones but the last keep_last and the best by val loss.
 
-    Returns its path. The order is: data to a temporary name, sync, rename, and the same for the manifest. Raises UserError.
+    Returns its path. The order is: data and manifest to temporary names, synced; then the data gets its name, then the
+    manifest, which commits it. A checkpoint of the same step that is whole stays as it is: only its val loss is new. Raises
+    UserError.
     """
     out_dir = Path(out_dir)
     path = out_dir / f'ckpt_{checkpoint.step:08d}.pt'
     manifest_path = path.with_suffix('.json')
     temporary, manifest_temporary = path.with_suffix('.pt.tmp'), path.with_suffix('.json.tmp')
-    state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != 'path'}
     file = None
     try:
-        manifest_path.unlink(missing_ok=True)  # a step that is done again
-        with HashingFile(temporary) as file:
-            torch.save(state | {'format': FORMAT}, file)
-        replace(temporary, path)
-        manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step, 'samples_seen': checkpoint.samples_seen,
-                    'val_loss': checkpoint.val_loss, 'bytes': file.bytes, 'sha256': file.sha256.hexdigest(),
-                    'torch': torch.__version__, 'threads': torch.get_num_threads(), 'config': checkpoint.config}
-        with open(manifest_temporary, 'w', encoding='utf-8') as f:
-            json.dump(manifest, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        replace(manifest_temporary, manifest_path)
+        known = read_manifest(manifest_path) if manifest_path.exists() else None
+        if known and not damage(path, known):
+            if checkpoint.val_loss is not None:
+                write_text(manifest_path, json.dumps(known | {'val_loss': checkpoint.val_loss}, indent=1))
+        else:
+            state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != 'path'}
+            with HashingFile(temporary) as file:
+                torch.save(state | {'format': FORMAT}, file)
+            manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step, 'samples_seen': checkpoint.samples_seen,
+                        'val_loss': checkpoint.val_loss, 'bytes': file.bytes, 'sha256': file.sha256.hexdigest(),
+                        **checkpoint.environment, 'config': checkpoint.config}
+            write_synced(manifest_temporary, json.dumps(manifest, indent=1))
+            replace(temporary, path)
+            replace(manifest_temporary, manifest_path)
+        found = [manifest for manifest in manifests(out_dir) if manifest['step'] <= checkpoint.step]
+        for old in found[keep_last:]:
+            if old is not min(found, key=val_loss_of):
+                delete(out_dir / old['file'])
     except (OSError, RuntimeError) as error:
         for leftover in (temporary, manifest_temporary):
             leftover.unlink(missing_ok=True)
@@ -218,13 +177,63 @@ def save(out_dir, checkpoint, keep_last=2):
         advice = f'go on from step {last[0]["step"]} with --init_from=resume' if last else 'start again'
         raise UserError(f'{path}: cannot write the checkpoint: {getattr(error, "strerror", None) or error}; free some room or '
                         f'choose another --out_dir, then {advice}') from None
-    found = [manifest for manifest in manifests(out_dir) if manifest['step'] <= checkpoint.step]
-    keep = found[:keep_last] + [min(found, key=val_loss_of)]
-    for old in found:
-        if old not in keep:
-            (out_dir / old['file']).with_suffix('.json').unlink()
-            (out_dir / old['file']).unlink(missing_ok=True)
     return path
+
+
+def delete(path):
+    """Delete a checkpoint: it is no longer committed before its data goes."""
+    mark = path.with_suffix('.json.tmp')
+    os.replace(path.with_suffix('.json'), mark)
+    path.unlink(missing_ok=True)
+    mark.unlink()
+
+
+class Saver:
+    """Writes a run's checkpoints: in a background thread, from a copy in the CPU's memory, while training goes on.
+
+    One at a time: `save` waits for the one before. With background=False it writes at once and needs no copy.
+    """
+
+    def __init__(self, out_dir, keep_last, background, say):
+        self.out_dir, self.keep_last, self.say = out_dir, keep_last, say
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.pending = None
+
+    def save(self, checkpoint):
+        """Raises UserError if this one, or in the background the one before, cannot be written."""
+        self.wait()
+        if self.thread is None:
+            self.write(checkpoint)
+        else:
+            copied = cpu_copy({'model': checkpoint.model, 'optimizer': checkpoint.optimizer})
+            self.pending = self.thread.submit(self.write, dataclasses.replace(checkpoint, **copied))
+
+    def write(self, checkpoint):
+        self.say(f'saved {save(self.out_dir, checkpoint, self.keep_last)}')
+
+    def check(self):
+        """Raise what went wrong in the background."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self):
+        """Until what was given to `save` is on the disk. Raises UserError if it is not."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+def cpu_copy(value, copies=None):
+    """A copy of nested dicts and lists with their tensors on the CPU; tensors that share memory (tied weights) still do."""
+    copies = {} if copies is None else copies
+    if isinstance(value, torch.Tensor):
+        key = value.data_ptr(), value.dtype, value.shape, value.stride()
+        if key not in copies:
+            copies[key] = value.detach().to('cpu', copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {k: cpu_copy(v, copies) for k, v in value.items()}
+    return [cpu_copy(v, copies) for v in value] if isinstance(value, list) else value
 
 
 # Reading ------------------------------------------------------------------------------------------------------------------
@@ -244,9 +253,10 @@ def read_manifest(path):
     """The manifest with its file's name; None, and a line on stderr, if it is damaged."""
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
-        require(isinstance(manifest['step'], int) and isinstance(manifest['sha256'], str), 'not a manifest')
+        kinds = {'step': int, 'bytes': int, 'sha256': str}
+        require(all(isinstance(manifest[key], kind) for key, kind in kinds.items()), 'not a manifest')
         require(isinstance(manifest['val_loss'], float | None), 'val_loss is not a number')
-        return manifest | {'file': path.with_suffix('.pt').name}
+        return manifest | {'file': path.with_suffix('.pt').name}  # whatever it says: nothing else is read or deleted
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f'{path} is damaged and passed over: {error!r}', file=sys.stderr)
         return None
@@ -265,7 +275,8 @@ def load(where, prefer_best=False, mmap=False):
         manifest = where.with_suffix('.json')
         if manifest.exists():
             known = read_manifest(manifest)
-            require(known and sha256_of(where) == known['sha256'], f'{where} is damaged: its sha256 is not the one in {manifest}')
+            wrong = damage(where, known) if known else 'its manifest cannot be read'
+            require(not wrong, f'{where} is damaged: {wrong}; name another')
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s folder, a .pt file or one of '
                             f'{", ".join(GPT2_SIZES)}')
@@ -275,14 +286,18 @@ def load(where, prefer_best=False, mmap=False):
     if not found:
         if (where / 'ckpt.pt').exists():
             return load_file(where / 'ckpt.pt', mmap)
-        raise UserError(f'{where}: there is no whole checkpoint in this folder; train one first')
+        loose = sorted(where.glob('ckpt_*.pt'))
+        raise UserError(f'{where}: there is no whole checkpoint in this folder; ' + (
+            f'{loose[-1].name} has no manifest to check it by: trust it with --init_from={loose[-1]}' if loose else
+            'train one first'))
     if prefer_best and not found[0].get('config', {}).get('always_save_checkpoint', True):
         found.sort(key=val_loss_of)
     for manifest in found:
         path = where / manifest['file']
-        if path.exists() and sha256_of(path) == manifest['sha256']:
+        wrong = damage(path, manifest)
+        if not wrong:
             return load_file(path, mmap)
-        print(f'{path} is {"damaged" if path.exists() else "missing"} and passed over', file=sys.stderr)
+        print(f'{path} is damaged and passed over: {wrong}', file=sys.stderr)
     raise UserError(f'{where}: every checkpoint in it is damaged; restore one from a copy, or train anew in another --out_dir')
 
 
@@ -292,9 +307,13 @@ def load_model(path_or_out_dir, device='cpu'):
     return checkpoint.build_model(dropout=0.0).to(device).eval(), checkpoint.get_tokenizer()
 
 
-def sha256_of(path):
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+def damage(path, manifest):
+    """What is wrong with a checkpoint's file, by its manifest; None if it is whole."""
+    if not path.exists():
+        return 'the file is missing'
+    if path.stat().st_size != manifest['bytes']:
+        return f'it has {path.stat().st_size:,} bytes instead of {manifest["bytes"]:,}'
+    return None if sha256_of(path) == manifest['sha256'] else 'its sha256 is not the one in its manifest'
 
 
 def load_file(path, mmap=False):
@@ -315,8 +334,8 @@ def load_file(path, mmap=False):
         if 'model_args' in state:  # nanoGPT
             return from_nanogpt(state, weights, path)
         require(state['format'] == FORMAT, f'{path}: format {state["format"]} is not {FORMAT}, the one this version reads')
-        saved = {f.name: state[f.name] for f in fields(Checkpoint) if f.name != 'path'} | {'model': weights, 'path': str(path)}
-        return Checkpoint(**saved)
+        saved = {f.name: state[f.name] for f in fields(Checkpoint) if f.name != 'path'}
+        return Checkpoint(**saved | {'model': weights, 'path': str(path)})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(str(error) if isinstance(error, UserError) else f'{path}: not a whole checkpoint: {error!r}') from None
 

@@ -61,11 +61,12 @@ def peak_flops(device, dtype):
 
 
 def compile_or_not(model, choice, device, first_step, say):
-    """torch.compile(model) if choice is True, or 'auto' on CUDA. first_step(model) runs forward and backward once.
+    """torch.compile(model) if choice is True, or 'auto' on CUDA, after first_step(model) has run forward and backward once.
 
-    Compiling happens at the first step; if that fails, one line says why and the plain model is returned.
+    Compiling happens in that step; if it fails, one line says why and the plain model is returned.
     """
     if choice is False or choice == 'auto' and device.type != 'cuda':
+        first_step(model)
         return model
     say('compiling the model: the first step takes up to a minute')
     try:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -33,6 +34,7 @@ class GPTConfig:
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2, 2024)
     zero_init: bool = False  # output projections start at 0, so that each block starts as the identity (Zhang 2019, Fixup)
     attention: Literal['sdpa', 'math'] = 'sdpa'  # fused kernels, or the same written out
+    activation_checkpointing: bool = False  # backward computes each block again instead of keeping it (Chen 2016)
 
     def __post_init__(self):
         for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
@@ -290,7 +292,10 @@ class GPT(nn.Module):
             rotary = angles.cos(), angles.sin()
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, rotary, cache, mask)
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache, mask)
         if cache is not None:
             cache.length += T
         x = self.transformer.ln_f(x)
@@ -337,6 +342,25 @@ class GPT(nn.Module):
         if not c.tie_weights:  # then the token embedding is looked up only, never multiplied
             n -= self.transformer.wte.weight.numel()
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def activation_bytes(self, batch_size, half=False):
+        """Bytes that a forward pass over batch_size full contexts keeps for backward, without the logits: an estimate.
+
+        half: under autocast to 16 bits. For GPT-2's architecture it is the count of Korthikanti et al. 2022, section 4, without
+        the scores, which fused attention does not keep, and with an fp32 residual stream.
+        """
+        c, n = self.config, 2 if half else 4
+        C, kv = c.n_embd, (c.n_kv_head or c.n_head) * c.n_embd // c.n_head
+        hidden = self.transformer.h[0].mlp.c_proj.in_features
+        attention = n * (C + (C + 2 * kv) + C)  # its input, q k v, its output
+        attention += n * (C + kv) * (c.position == 'rope') + (4 + n) * (C + kv) * c.qk_norm  # q and k again
+        if c.attention == 'math':
+            attention += c.n_head * c.block_size * (4 + n * half)  # the softmax in fp32, and a copy for the product
+        mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)  # its input, before and after the activation
+        block = attention + mlp + 2 * 4 * C + 2 * C * (c.dropout > 0)  # the inputs of both norms, the masks of both dropouts
+        kept = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block
+        weights = 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2) if half else 0  # their copies in 16 bits
+        return batch_size * c.block_size * (kept + (4 + n) * C) + weights
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilisation: the share of peak_flops (default: an A100's bf16) at fwdbwd_per_iter sequences in dt s."""

@@ -19,7 +19,9 @@ class Config:
     eval_iters: int = 200  # batches per evaluation, always the same ones; -1: the whole val split
     eval_only: bool = False  # evaluate once and stop
     always_save_checkpoint: bool = True  # False: after an evaluation save only if val loss improved
+    save_interval: int | None = None  # steps between checkpoints, beside those of the evaluations; None: only those
     keep_last: int = 2  # checkpoints kept, beside the best one
+    async_save: bool = True  # checkpoints are written while training goes on, from a copy in the CPU's memory
     init_from: str = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to weights
     sample_every_eval: bool = False  # print a sample at each evaluation
     seed: int = 1337  # of weights, batches and dropout
@@ -47,13 +49,18 @@ class Config:
     logit_softcap: float = 0.0  # bound logits by this, smoothly; 0: off
     zero_init: bool = False  # output projections start at 0
     attention: Literal['sdpa', 'math'] = 'sdpa'  # math: the same written out, slower
-    # optimizer: AdamW
-    learning_rate: float = 6e-4  # the highest
+    activation_checkpointing: bool = False  # a third more time for less memory: backward computes each block again
+    # optimizer
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices inside the blocks, beside AdamW for all else
+    learning_rate: float = 6e-4  # of AdamW, the highest
+    muon_learning_rate: float = 0.02  # of Muon, the highest; the schedule is the same
     max_iters: int = 600000  # steps
     weight_decay: float = 1e-1  # on matrices and embeddings, not on gains and biases
     beta1: float = 0.9  # AdamW's average of gradients
     beta2: float = 0.95  # AdamW's average of squared gradients
     grad_clip: float = 1.0  # the longest gradient norm; 0: no clipping
+    nonfinite: Literal['stop', 'skip'] = 'stop'  # a step whose loss or gradient is infinite or nan: end the run, or leave it out
+    max_skips: int = 10  # steps left out in a row before the run ends all the same
     # learning-rate schedule
     decay_lr: bool = True  # False: learning_rate all the time, without warm-up
     schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'  # optimizer.py has the formulas
@@ -71,20 +78,22 @@ class Config:
 
 def check(config):
     """What can be seen to be wrong before anything is loaded. Raises UserError."""
-    for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_last'):
+    for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_last',
+                'max_skips'):
         require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
     for key in ('max_iters', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
         require(getattr(config, key) >= 0, f'{key} = {getattr(config, key)}: give 0 or more')
     for key in ('beta1', 'beta2'):
         require(0 <= getattr(config, key) < 1, f'{key} = {getattr(config, key)}: give at least 0 and less than 1')
     require(config.eval_iters >= 1 or config.eval_iters == -1, f'eval_iters = {config.eval_iters}: give at least 1, or -1')
-    for key in ('lr_decay_iters', 'peak_flops'):
+    for key in ('lr_decay_iters', 'peak_flops', 'save_interval'):
         value = getattr(config, key)
         require(value is None or value > 0, f'{key} = {value}: give more than 0, or None')
     low = config.min_lr
     if low is not None and config.decay_lr and config.init_from != 'resume':  # then learning_rate is not known yet
         require(0 <= low <= config.learning_rate, f'min_lr = {low}: give at least 0 and at most learning_rate')
-    require(config.learning_rate > 0, f'learning_rate = {config.learning_rate}: give more than 0')
+    for key in ('learning_rate', 'muon_learning_rate'):
+        require(getattr(config, key) > 0, f'{key} = {getattr(config, key)}: give more than 0')
     require(0 < config.decay_fraction <= 1, f'decay_fraction = {config.decay_fraction}: give a share above 0, at most 1')
     require(config.out_dir and config.init_from, 'out_dir or init_from is empty: name a folder')
 
@@ -98,6 +107,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,23 +125,26 @@ import checkpoint as ckpt
 from data import bins
 from device import autocast, compile_or_not, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig
-from optimizer import adamw, learning_rate_at
+from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes
+from processes import Signals, any_process, exchange, gather, main_process_first, make_say, start_group
 
+FREE_KEYS = ('dropout', 'attention', 'activation_checkpointing')  # of GPTConfig: may differ from those of the weights
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
 
 
-def main(config, given):
+def main(config, given, at_exit):
     # processes and device ------------------------------------------------------------------------------------------------
-    ddp = 'RANK' in os.environ  # started by torchrun
-    rank, world_size = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
-    main_process = rank == 0  # it prints and writes
+    rank, world_size = start_group(config.backend)
+    ddp = dist.is_initialized()  # started by torchrun
+    main_process = rank == 0  # it prints
+    writes = main_process and not config.eval_only  # checkpoints and the log
     say = make_say(main_process)
-    if ddp:  # gloo beside nccl: what is on the CPU, such as the wish to stop, is exchanged without the GPU
-        dist.init_process_group({'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}[config.backend])
     resume = config.init_from == 'resume'
     checkpoint = None
     if config.init_from != 'scratch':
         with main_process_first(rank):  # it may download
+            if resume and writes and os.path.isdir(config.out_dir):
+                at_exit.enter_context(ckpt.claim(config.out_dir, say))
             checkpoint = ckpt.load(config.out_dir if resume else config.init_from)
     if resume:
         take_saved_config(config, given, checkpoint)
@@ -143,10 +156,10 @@ def main(config, given):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
-    accumulation = config.gradient_accumulation_steps // world_size  # of this process
-    require(accumulation * world_size == config.gradient_accumulation_steps,
-            f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
-            f'processes: try {f"{accumulation * world_size} or " * (accumulation > 0)}{(accumulation + 1) * world_size}')
+    accumulation, rest = divmod(config.gradient_accumulation_steps, world_size)  # micro-batches of this process
+    require(not rest, f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
+                      f'processes: try {f"{config.gradient_accumulation_steps - rest} or " * (accumulation > 0)}'
+                      f'{config.gradient_accumulation_steps - rest + world_size}')
 
     # data, model, optimizer ----------------------------------------------------------------------------------------------
     model_config = choose_model_config(config, given, checkpoint, resume)
@@ -154,95 +167,121 @@ def main(config, given):
     with main_process_first(rank):
         folder = find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
+    environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
+                   'data': data.fingerprint()}
     torch.manual_seed(config.seed)
     if checkpoint is None:
         raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
     else:
         check_tokenizers(checkpoint, data.tokenizer, folder)
-        raw_model = checkpoint.build_model(dropout=config.dropout, attention=config.attention)
+        raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS})
         raw_model.crop_block_size(model_config['block_size'])
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
     raw_model.to(device)
-    optimizer = adamw(raw_model, config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type)
+    optimizer = make_optimizer(raw_model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # otherwise it does nothing
-    step, samples_seen, best_val_loss = 0, 0, math.inf
+    step, samples_seen, best_val_loss, saved_step = 0, 0, math.inf, None
     if resume:
+        check_environment(checkpoint, environment, folder, config.eval_only or 'dataset' in given, say)
         step, samples_seen = checkpoint.step, checkpoint.samples_seen
         best_val_loss = math.inf if checkpoint.best_val_loss is None else checkpoint.best_val_loss
+        saved_step = None if checkpoint.val_loss is None else step  # without: a signal broke its evaluation off
         load_optimizer(optimizer, scaler, checkpoint)
     start_step, checkpoint = step, None  # free its memory
     samples_per_step = config.batch_size * config.gradient_accumulation_steps
+    say('\n'.join(differences(config)))
+    say(f'{raw_model.get_num_params():,} parameters, vocabulary {raw_model.config.vocab_size:,}; {device}, {str(dtype)[6:]}, '
+        f'{world_size} process{"es" * (world_size > 1)}; {samples_per_step * config.block_size:,} tokens a step')
 
-    # files ---------------------------------------------------------------------------------------------------------------
+    # the folder of the run -----------------------------------------------------------------------------------------------
+    with main_process_first(rank):
+        if writes and not resume:
+            at_exit.enter_context(ckpt.claim(config.out_dir, say))
+        if writes:
+            check_disk(config, 4 * raw_model.get_num_params(False) + state_bytes(optimizer), resume)
+
+    # the model on its way: DDP, compiled, in micro-batches that fit into the memory ----------------------------------------
+    def loss_of(model, x, y):
+        """Mean loss of a batch x, y (B, T) of token ids."""
+        with autocast(device, dtype):
+            return model(*to_device(x, y, device))[1]
+
+    def try_out(model, sync=False):
+        """Forward and backward of one micro-batch, while as much memory is taken as the optimizer is going to take."""
+        reserve = torch.empty(0 if resume else state_bytes(optimizer), dtype=torch.uint8, device=device)
+        if ddp:
+            ddp_model.require_backward_grad_sync = sync
+        scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
+        optimizer.zero_grad(set_to_none=True)
+        del reserve
+
+    model = raw_model
+    if not config.eval_only:
+        say(memory_estimate(raw_model, optimizer, config, device, half=dtype != torch.float32))
+        if ddp:  # before compiling, so that gradients are exchanged while backward still runs
+            model = ddp_model = DistributedDataParallel(raw_model, device_ids=[device.index] if device.type == 'cuda' else None)
+        model = compile_and_fit(model, try_out, config, device, say)
+        accumulation = config.gradient_accumulation_steps // world_size
+        if ddp:  # it sorts its gradients after the first exchange: now, so that a resumed run sums them in the same order
+            try_out(model, sync=True)
+
+    # files and signals ---------------------------------------------------------------------------------------------------
     log = None
-    if main_process and not config.eval_only:
-        lock = ckpt.lock(config.out_dir)  # noqa: F841, held until the process ends
+    if writes:
         if not resume:
             ckpt.set_aside(config.out_dir, say)
         ckpt.write_config(config.out_dir, asdict(config))
         ckpt.cut_log(config.out_dir, start_step)
+        saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save, say)
+        at_exit.callback(saver.wait)
     if main_process and (resume or not config.eval_only):  # a mere evaluation of other weights is no part of a run
-        log = Log(config, say)
-    say('\n'.join(differences(config)))
-    say(f'{raw_model.get_num_params():,} parameters, vocabulary {raw_model.config.vocab_size:,}; {device}, {str(dtype)[6:]}, '
-        f'{world_size} process{"es" * (world_size > 1)}; {samples_per_step * config.block_size:,} tokens a step')
+        log = at_exit.enter_context(contextlib.closing(Log(config, say)))
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0 and not config.eval_only:
         say(f'note: warmup_iters = {config.warmup_iters} is not over within max_iters = {config.max_iters}: the learning rate '
             f'stays below learning_rate; try --warmup_iters={config.max_iters // 10}')
     if resume and step >= config.max_iters and not config.eval_only:
         say(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: give a larger --max_iters to go on')
 
-    def loss_of(model, x, y):
-        """Mean loss of a batch x, y (B, T) of token ids."""
-        with autocast(device, dtype):
-            return model(*to_device(x, y, device))[1]
-
-    def first_step(model):
-        scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
-        raw_model.zero_grad(set_to_none=True)
-
-    model = raw_model
-    if ddp and not config.eval_only:  # before compiling, so that gradients are exchanged while backward still runs
-        model = ddp_model = DistributedDataParallel(raw_model, device_ids=[device.index] if device.type == 'cuda' else None)
-    if not config.eval_only:
-        model = compile_or_not(model, config.compile, device, first_step, say)
-
     def save(val_loss=None):
-        if main_process:
-            path = ckpt.save(config.out_dir, ckpt.Checkpoint(
+        if writes:
+            log.sync()
+            saver.save(ckpt.Checkpoint(
                 asdict(raw_model.config), raw_model.state_dict(), step, samples_seen, val_loss, best_val_loss, asdict(config),
-                optimizer.state_dict(), scaler.state_dict(), data.tokenizer.to_dict()), config.keep_last)
-            say(f'saved {path}')
+                optimizer.state_dict(), scaler.state_dict(), data.tokenizer.to_dict(), environment))
 
-    stop = StopSignal(config.eval_only)
+    signals = Signals(catch=not config.eval_only)  # an evaluation has nothing to save: it stops at once
+    stop, save_now, skips = 0, False, 0
     peak = config.peak_flops or peak_flops(device, dtype)
     bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step', dynamic_ncols=True,
-               disable=None if main_process and not config.eval_only else True)  # None: on a terminal only
+               disable=None if writes else True)  # None: on a terminal only
+    at_exit.callback(bar.close)
     logged_at, logged_step = time.perf_counter(), step
 
     # the loop ------------------------------------------------------------------------------------------------------------
     while True:
-        lr = learning_rate_at(step, config)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-
         done = step >= config.max_iters or config.eval_only
-        if step % config.eval_interval == 0 or done:
+        due = stop or save_now or config.save_interval and step % config.save_interval == 0
+        val_loss = None
+        if not stop and (done or step % config.eval_interval == 0):
             model.eval()
-            val_loss = run_evaluation(lambda x, y: loss_of(model, x, y), raw_model, data, config, step, log, say)
+            val_loss = run_evaluation(lambda x, y: loss_of(model, x, y), raw_model, data, config, step, log, say, signals)
             model.train()
-            check_finite(val_loss, step, config.out_dir)
-            improved = val_loss < best_val_loss
-            best_val_loss = min(best_val_loss, val_loss)
-            is_saved = config.eval_only or resume and step == start_step
-            if not is_saved and (done or step > 0 and (improved or config.always_save_checkpoint)):
-                save(val_loss)
+            if val_loss is None:  # a signal broke it off
+                stop = due = signals.stop
+            else:
+                due = due or done or val_loss < best_val_loss or config.always_save_checkpoint
+                best_val_loss = min(best_val_loss, val_loss)
             logged_at, logged_step = time.perf_counter(), step  # the time of the evaluation is not the training's
-        if done:
+        if due and (step > 0 or done or stop) and step != saved_step:
+            save(val_loss)
+        if done or stop:
             break
 
-        step_loss = torch.zeros((), device=device)
+        lr = learning_rate_at(step, config)
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['peak_lr'] / config.learning_rate
+        losses = []
         for micro_step in range(accumulation):
             # micro-batches are laid out along the samples process after process: the same ones for any number of them
             number = rank * accumulation + micro_step
@@ -251,81 +290,53 @@ def main(config, given):
                 torch.manual_seed(bins.seed_of(config.seed, step * config.gradient_accumulation_steps + number))
             if ddp:  # gradients are summed over the processes once a step, in the last backward
                 ddp_model.require_backward_grad_sync = micro_step == accumulation - 1
-            loss = loss_of(model, x, y) / accumulation
-            scaler.scale(loss).backward()
-            step_loss += loss.detach()
+            loss = loss_of(model, x, y)
+            scaler.scale(loss / accumulation).backward()
+            losses.append(loss.detach())
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        scaler.step(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
+        loss, stop, save_now = exchange(torch.stack(losses).mean().item(), signals)
+        finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())  # the scaler leaves out overflows
+        if finite:
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        samples_seen += samples_per_step
 
-        if step % config.log_interval == 0:
-            if ddp:
-                dist.all_reduce(step_loss)
-            step_loss = step_loss.item() / world_size  # waits for the device
-            check_finite(step_loss, step, config.out_dir)
+        skips = 0 if finite else skips + 1
+        if not finite:
+            fault = describe_fault(loss, grad_norm, losses, step, samples_seen + rank * accumulation * config.batch_size, config)
+            require(config.nonfinite == 'skip' and skips <= config.max_skips, f'{fault}; this step was not taken, and what was '
+                    f'saved in {config.out_dir} is kept: lower --learning_rate, or leave such steps out with --nonfinite=skip')
+            say(f'{fault}: left out')
+        samples_seen += samples_per_step
+        if main_process and (step % config.log_interval == 0 or not finite):
             now = time.perf_counter()
             speed = (step + 1 - logged_step) * samples_per_step * config.block_size / (now - logged_at)
             logged_at, logged_step = now, step + 1
-            if main_process:
-                norm = grad_norm.item()  # infinite where float16 overflowed and the scaler left the step out: no number in JSON
-                log.write({'step': step, 'loss': step_loss, 'lr': lr, 'grad_norm': norm if math.isfinite(norm) else None,
-                           'tokens_per_second': round(speed, 1), 'samples_seen': samples_seen})
-                mfu = f'{raw_model.flops_per_token() * speed / (peak * world_size):.1%}' if peak else 'n/a'
-                text = f'loss {step_loss:.4f}, {speed:,.0f} tokens/s, mfu {mfu}'
-                bar.set_postfix_str(text)
-                if bar.disable:
-                    say(f'step {step}: {text}, lr {lr:.2e}')
+            log.write({'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'tokens_per_second': round(speed, 1),
+                       'samples_seen': samples_seen} | ({} if finite else {'skipped': True}))
+            mfu = f'{raw_model.flops_per_token() * speed / (peak * world_size):.1%}' if peak else 'n/a'
+            text = f'loss {loss:.4f}, {speed:,.0f} tokens/s, mfu {mfu}'
+            bar.set_postfix_str(text)
+            if bar.disable:
+                say(f'step {step}: {text}, lr {lr:.2e}')
         step += 1
         bar.update()
-        if stop.requested():
-            break
+        if writes:
+            saver.check()
 
     bar.close()
-    if stop.name:
-        save()
-        say(f'stopped by {stop.name} after {step} steps; go on with: '
+    if writes:
+        saver.wait()
+    if stop:
+        say(f'stopped by {signal.Signals(stop).name} after {step} steps; go on with: '
             f'python train.py --init_from=resume --out_dir={config.out_dir}')
+        sys.exit(128 + stop)
     elif not config.eval_only:
         say(f'done; now: python sample.py --out_dir={config.out_dir}')
-    if log:
-        log.close()
-    sys.exit(128 + stop.number if stop.number else 0)
 
 
 # Before the first step ----------------------------------------------------------------------------------------------------
-
-def make_say(main_process):
-    """print for the main process, above the progress bar. A reader that has gone (train.py | head) does not stop training."""
-    sys.stdout.reconfigure(line_buffering=True)
-
-    def say(text):
-        try:
-            tqdm.write(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    return say if main_process else lambda text: None
-
-
-@contextlib.contextmanager
-def main_process_first(rank):
-    """What may download or prepare something is done by one process, then by the others, who find it done."""
-    failed = torch.zeros(1)
-    if dist.is_initialized() and rank > 0:
-        dist.all_reduce(failed)  # waits for the main process
-        if failed.item():
-            sys.exit(2)  # it says why
-    failed.fill_(rank == 0)
-    try:
-        yield
-        failed.zero_()
-    finally:
-        if dist.is_initialized() and rank == 0:
-            dist.all_reduce(failed)
-
 
 def take_saved_config(config, given, checkpoint):
     """Resuming: keys that the command line does not give are as they were."""
@@ -346,7 +357,7 @@ def choose_model_config(config, given, checkpoint, resume):
             raise UserError(str(error)) from None
         return chosen
     saved = {field.name: field.default for field in fields(GPTConfig)} | checkpoint.model_config
-    for key in given & set(keys) - {'dropout', 'attention'}:
+    for key in given & set(keys) - set(FREE_KEYS):
         shorter = key == 'block_size' and not resume and chosen[key] < saved[key]  # a context can be cut
         require(shorter or chosen[key] == saved[key], f'{key} = {chosen[key]} but {checkpoint.path} has {key} = {saved[key]}: '
                                                       f'leave {key} out, or train from scratch')
@@ -384,17 +395,71 @@ def check_tokenizers(checkpoint, tokenizer, folder):
                   f'{checkpoint.path} ({vocab_size} tokens): prepare the data set with the tokenizer of the weights')
 
 
+def check_environment(checkpoint, environment, folder, other_data, say):
+    """Resuming: say what keeps the run from being the same to the last bit. Raises UserError if its data are not the same."""
+    saved = environment | checkpoint.environment
+    require(other_data or saved['data'] == environment['data'],
+            f'{folder} is not what {checkpoint.path} was trained on: the bins have changed; put the old ones back, or say that '
+            f'other data are meant with --dataset={folder}')
+    changed = [f'{key} {saved[key]} then, {environment[key]} now' for key in environment if saved[key] != environment[key]]
+    if changed:
+        say(f'note: the run will not be the same to the last bit ({"; ".join(changed)})')
+
+
 def load_optimizer(optimizer, scaler, checkpoint):
     """Restore the state; weight decay and betas stay the config's. Raises UserError if it does not fit."""
     require(checkpoint.optimizer is not None, f'{checkpoint.path} has no optimizer state: use --init_from={checkpoint.path}')
     try:
-        for saved, group in zip(checkpoint.optimizer['param_groups'], optimizer.param_groups):
-            saved.update({k: v for k, v in group.items() if k != 'params'})
-        optimizer.load_state_dict(checkpoint.optimizer)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{checkpoint.path}: its optimizer state does not fit: {error}') from None
-    if checkpoint.scaler:
-        scaler.load_state_dict(checkpoint.scaler)
+        load_state(optimizer, checkpoint.optimizer)
+        if checkpoint.scaler:
+            scaler.load_state_dict(checkpoint.scaler)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f'{checkpoint.path}: its optimizer state does not fit: {first_line(error)}; start another run from these '
+                        f'weights with --init_from={checkpoint.path}') from None
+
+
+def check_disk(config, size, resume):
+    """Room for the checkpoints to be kept and the one that is being written; resuming, for that one. Raises UserError."""
+    need = size * (1 if resume else config.keep_last + 2)
+    free = shutil.disk_usage(config.out_dir).free
+    require(free >= need, f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.0f} MB there, {free / 1e6:,.0f} MB are '
+                          f'free: free some room, lower --keep_last or choose another --out_dir')
+
+
+def memory_estimate(model, optimizer, config, device, half):
+    """One line: the memory that a step takes on this device, by part."""
+    weights = 4 * model.get_num_params(False)
+    # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
+    logits = config.batch_size * config.block_size * model.config.vocab_size * (8 + 2 * half)
+    parts = {'weights': weights, 'gradients': weights, 'optimizer': state_bytes(optimizer),
+             'activations': model.activation_bytes(config.batch_size, half), 'logits': logits}
+    there = f' of {torch.cuda.get_device_properties(device).total_memory / 1e6:,.0f}' if device.type == 'cuda' else ''
+    return (f'memory: about {sum(parts.values()) / 1e6:,.0f}{there} MB ('
+            + ', '.join(f'{name} {size / 1e6:,.0f}' for name, size in parts.items()) + ')')
+
+
+def compile_and_fit(model, try_out, config, device, say):
+    """The model, compiled where asked for, after a micro-batch on trial. While that is too large for the memory of any
+    process it is cut, and there are more of them: a step keeps its samples. Raises UserError when one sequence is too much.
+    """
+    while True:
+        try:
+            fitting = compile_or_not(model, config.compile, device, try_out, say)
+        except torch.OutOfMemoryError:
+            fitting = None
+        if not any_process(fitting is None):
+            return fitting
+        size = config.batch_size
+        require(size > 1, 'out of memory with a single sequence: lower --block_size or the size of the model, or give '
+                          '--activation_checkpointing')
+        parts = next(n for n in range(2, size + 1) if size % n == 0)
+        config.batch_size //= parts
+        config.gradient_accumulation_steps *= parts
+        config.eval_iters *= parts if config.eval_iters > 0 else 1
+        say(f'out of memory with batch_size = {size}: going on with {config.batch_size}, and {parts} times as many '
+            f'gradient_accumulation_steps; the samples of a step stay the same (--activation_checkpointing saves memory too)')
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
 
 
 # Inside the loop ----------------------------------------------------------------------------------------------------------
@@ -407,8 +472,10 @@ def to_device(x, y, device):
 
 
 @torch.no_grad()
-def evaluate(loss_of, split, n_windows, batch_size, token_bytes):
+def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals):
     """(loss in nats per token, bits per byte) over windows of a split that are the same at every evaluation; -1: all.
+
+    (None, None) where a signal to any process asks for a stop: it is then in the signals of every process.
 
     Bits per byte = total nats / (ln 2 * bytes of the targets' text) compares models with different tokenizers.
     """
@@ -416,6 +483,8 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes):
     index = split.evaluation_windows(n_windows)[rank::world_size]
     losses, n_tokens, n_bytes = [], 0, 0
     for at in range(0, len(index), batch_size):
+        if signals.stop:
+            break
         x, y = split.windows(index[at:at + batch_size])
         targets = y[y >= 0]
         missing = ((0, batch_size - len(x)), (0, 0))  # the last batch is filled up: a compiled model sees one shape
@@ -424,19 +493,27 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes):
         n_tokens += len(targets)
         n_bytes += int(token_bytes[targets].sum())
     nats = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
-    if world_size > 1:
-        shares = [None] * world_size
-        dist.all_gather_object(shares, (nats, n_tokens, n_bytes))
-        nats, n_tokens, n_bytes = map(sum, zip(*shares))
+    *shares, stops = zip(*gather((nats, n_tokens, n_bytes, signals.stop)))
+    signals.stop = max(stops)
+    if signals.stop:
+        return None, None
+    nats, n_tokens, n_bytes = map(sum, shares)
     return nats / n_tokens, nats / math.log(2) / n_bytes
 
 
-def run_evaluation(loss_of, raw_model, data, config, step, log, say):
-    """Evaluate both splits, print and log the result, and a sample if asked for; returns the val loss."""
+def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
+    """Evaluate both splits, print and log the result, and a sample if asked for; returns the val loss, None if interrupted.
+
+    Raises UserError if it is not finite.
+    """
     start = time.perf_counter()
     n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else data.val.n_windows
-    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes)
-    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes)
+    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, signals)
+    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals)
+    if signals.stop:
+        return None
+    require(math.isfinite(val_loss), f'step {step}: the val loss is {val_loss}: lower --learning_rate or set --grad_clip; what '
+                                     f'was saved in {config.out_dir} before is kept')
     seconds = time.perf_counter() - start
     say(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}, '
         f'{bits:.4f} bits per byte ({seconds:.1f} s)')
@@ -451,12 +528,27 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say):
     return val_loss
 
 
+def describe_fault(loss, grad_norm, losses, step, first_sample, config):
+    """'step 7: the loss is nan in samples 28 to 31': the first micro-batch that has it, or all of the step.
+
+    losses: of this process's micro-batches, which begin at first_sample.
+    """
+    bad = [first_sample + i * config.batch_size for i, value in enumerate(losses) if not math.isfinite(value)]
+    first = min(sum(gather(bad), []), default=None)
+    if first is not None:
+        return f'step {step}: the loss is {loss} in samples {first} to {first + config.batch_size - 1}'
+    start = min(gather(first_sample))
+    return (f'step {step}: the gradient norm is {grad_norm} in samples {start} to '
+            f'{start + config.batch_size * config.gradient_accumulation_steps - 1}')
+
+
 class Log:
     """out_dir/log.jsonl, one JSON object a line, and wandb if asked for: a wandb that fails never stops training."""
 
     def __init__(self, config, say):
         self.say, self.wandb = say, None
-        self.file = open(Path(config.out_dir) / 'log.jsonl', 'a', encoding='utf-8', buffering=1)
+        self.path = Path(config.out_dir) / 'log.jsonl'
+        self.file = open(self.path, 'ab', buffering=0)  # a line is in the file when it is written, or never
         if not config.wandb_log:
             return
         try:
@@ -471,7 +563,13 @@ class Log:
             say(f'wandb does not work, going on without it: {type(error).__name__}: {first_line(error)}')
 
     def write(self, line):
-        self.file.write(json.dumps(line) + '\n')
+        """line: a dict of numbers; what is not finite becomes null, since JSON has no word for it. Raises UserError."""
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        try:
+            self.file.write(json.dumps(line).encode() + b'\n')
+        except OSError as error:
+            raise UserError(f'{self.path}: cannot write: {error.strerror}; free some room, then go on with --init_from=resume'
+                            ) from None
         if self.wandb:
             try:
                 self.wandb.log(line, step=line['step'])
@@ -479,49 +577,17 @@ class Log:
                 self.say(f'wandb does not work any more, going on without it: {type(error).__name__}: {first_line(error)}')
                 self.wandb = None
 
+    def sync(self):
+        """Lines of before a checkpoint are on the disk before it is."""
+        with contextlib.suppress(OSError):  # not everything can be synced: /dev/null
+            os.fsync(self.file.fileno())
+
     def close(self):
         self.file.close()
         if self.wandb:
             self.wandb.finish()
 
 
-def check_finite(loss, step, out_dir):
-    require(math.isfinite(loss), f'step {step}: the loss is {loss}: lower --learning_rate or set --grad_clip; what was saved in '
-                                 f'{out_dir} before is kept')
-
-
-class StopSignal:
-    """Ctrl-C, SIGTERM and a closed terminal ask for a stop after the step that is running; a second one stops at once."""
-
-    def __init__(self, eval_only):
-        self.number, self.name = 0, ''
-        if not eval_only:  # an evaluation has nothing to save: it stops at once
-            for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it
-                if number and signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
-            os.write(2, b'\nstopping after this step; the same signal again stops at once, without saving\n')
-
-    def requested(self):
-        """Whether any process was asked to stop: all of them stop after the same step."""
-        number = self.number
-        if dist.is_initialized():
-            flag = torch.tensor(number)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            number = flag.item()
-        self.name = signal.Signals(number).name if number else ''
-        return bool(number)
-
-
 if __name__ == '__main__':
-    with user_errors():
-        try:
-            main(config, given)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    with user_errors(), contextlib.ExitStack() as at_exit:
+        main(config, given, at_exit)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from configurator import UserError, first_line, require
 from data.tokenizer import CharTokenizer, Tokenizer, gpt2
+from files import lock, replace
 
 FORMAT = 1
 PIECE_BYTES = 2**20  # a text file is read in pieces of at most this size, each tokenized by one thread
@@ -75,10 +76,10 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     require(max_tokens is None or max_tokens > 0, f'max_tokens = {max_tokens}: give more than 0')
     folder = Path(folder)
     names = ('meta.json', 'train.bin', 'val.bin')
-    temporary = {name: folder / f'{name}.{os.getpid()}.tmp' for name in names}
+    temporary = {name: folder / f'{name}.tmp' for name in names}  # what a killed prepare left there is written over
     sha256, n_bytes = hashlib.sha256(), {'train': 0, 'val': 0}
+    held = lock(folder, str(folder))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with BinWriter(temporary['train.bin'], tokenizer.vocab_size) as train, \
                 BinWriter(temporary['val.bin'], tokenizer.vocab_size) as val, \
                 tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
@@ -107,13 +108,14 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
         for name in names:
             (folder / name).unlink(missing_ok=True)
         for name in names:
-            os.replace(temporary[name], folder / name)
+            replace(temporary[name], folder / name)
     except OSError as error:
         raise UserError(f'{folder}: cannot write there: {error.strerror or error}') from None
     finally:
         for path in temporary.values():
             with contextlib.suppress(OSError):
                 path.unlink()
+        held.close()
     bytes_per_token = sum(n_bytes.values()) / (meta['train_tokens'] + meta['val_tokens'])
     print(f'{folder}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,} tokens, '
           f'vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {bytes_per_token:.2f} bytes/token')
@@ -260,6 +262,21 @@ class Dataset:
     val: TokenBin
     tokenizer: Tokenizer
     token_bytes: np.ndarray  # (vocab_size,) the length of each token's text; `<|endoftext|>` is not in the text: 0
+
+    def fingerprint(self):
+        """A sha256 by which a resumed run knows its data again: of all bytes of a bin up to 64 MB, else of its length and 64
+        pieces of 1 MB, evenly spread.
+        """
+        sha256 = hashlib.sha256()
+        for split in (self.train, self.val):
+            content = split.tokens.view(np.uint8)
+            sha256.update(f'{split.tokens.dtype.str} {len(content)} '.encode())
+            if len(content) <= 2**26:
+                sha256.update(content)
+            else:
+                for start in np.linspace(0, len(content) - 2**20, 64, dtype=np.int64):
+                    sha256.update(content[start:start + 2**20])
+        return sha256.hexdigest()
 
 
 def find_dataset(name):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ['OMP_NUM_THREADS'] = '1'  # two tests run at a time, each on one core
 ROOT = Path(__file__).parents[1]
 
 
@@ -33,7 +34,7 @@ def run(clone):
             text=True,
             timeout=200,
             capture_output=True,
-            env=os.environ | {'OMP_NUM_THREADS': '2', **(env or {})},
+            env=os.environ | (env or {}),
             **options,
         )
         assert result.returncode == code, f'{script} {arguments}: exit {result.returncode}\n{result.stdout}\n{result.stderr}'

@@ -45,7 +45,7 @@ def test_text_comes_back_whole(tmp_path, text):
         data.train.n_tokens,
         1,
     )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'meta.json', 'train.bin', 'val.bin']
 
 
 def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path, text):

@@ -12,6 +12,7 @@ import torch
 import checkpoint as ckpt
 from checkpoint import Checkpoint
 from configurator import UserError
+from files import lock
 from model import GPT, GPTConfig
 
 
@@ -68,7 +69,7 @@ def test_a_renamed_checkpoint_is_read_and_checked(tmp_path):
     assert ckpt.load(tmp_path / 'best.pt').step == 1
     with open(tmp_path / 'best.pt', 'ab') as file:
         file.write(b'x')
-    with pytest.raises(UserError, match='sha256'):
+    with pytest.raises(UserError, match='10,548 bytes instead of 10,547'):
         ckpt.load(tmp_path / 'best.pt')
 
 
@@ -253,11 +254,11 @@ def test_a_folder_that_is_not_gpt2_is_named(tmp_path, change, words):
 
 
 def test_two_runs_cannot_write_into_one_folder(tmp_path):
-    held = ckpt.lock(tmp_path)
-    with pytest.raises(UserError, match='another run'):
-        ckpt.lock(tmp_path)
+    held = lock(tmp_path, 'x')
+    with pytest.raises(UserError, match='another process'):
+        lock(tmp_path, 'x')
     held.close()
-    ckpt.lock(tmp_path).close()
+    lock(tmp_path, 'x').close()
 
 
 def test_an_earlier_run_is_moved_not_overwritten(tmp_path):

@@ -187,7 +187,7 @@ def test_ctrl_c_saves_and_another_run_is_kept_out(clone, run, refused, char_data
     common = (f'--out_dir={tmp_path}/out', f'--dataset={char_data}', *TINY)
     with start(clone, *common, '--max_iters=1000000', '--eval_interval=1000000') as process:
         read_until(process, 'step 3:')
-        refused('train.py', *common, says='another run is writing there')
+        refused('train.py', *common, says='another process is writing there')
         process.send_signal(number)
         rest = process.stdout.read()
     assert process.returncode == 128 + number

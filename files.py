@@ -1,0 +1,92 @@
+"""Files written so that a whole one is always there: under a temporary name, synced, renamed; a lock keeps others out."""
+import hashlib
+import os
+from pathlib import Path
+
+from configurator import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None
+
+
+def lock(folder, what):
+    """Make the folder and keep others out of it until the file returned is closed. what: its name, for the message of the
+    UserError that is raised if another process writes there, or if nobody can."""
+    path = Path(folder) / '.lock'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, 'a')
+    except OSError as error:
+        raise UserError(f'{what}: cannot write there: {error.strerror}; choose another folder') from None
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UserError(f'{what}: another process is writing there; wait for it or choose another folder') from None
+    return file
+
+
+def replace(temporary, path):
+    """Rename into place so that the new name survives a power cut: rename, then sync the folder."""
+    os.replace(temporary, path)
+    if os.name == 'posix':
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path, text):
+    """Replace a small file in one go; returns the path."""
+    temporary = path.with_name(path.name + '.tmp')
+    write_synced(temporary, text)
+    replace(temporary, path)
+    return path
+
+
+def write_synced(path, text):
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256_of(path):
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+class HashingFile:
+    """A file opened for writing that hashes what passes, so that it need not be read again; synced when it is closed."""
+
+    def __init__(self, path):
+        self.file, self.sha256, self.bytes, self.error = open(path, 'wb', buffering=0), hashlib.sha256(), 0, None
+
+    def write(self, data):
+        self.sha256.update(data)
+        self.bytes += len(data)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self.file.write(left):]
+        except OSError as error:
+            self.error = error  # torch.save reports its own bookkeeping instead
+            raise
+        return len(data)
+
+    def flush(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        try:
+            if error is None:  # what is there counts only if it is on the disk
+                os.fsync(self.file.fileno())
+        finally:
+            self.file.close()

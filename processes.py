@@ -1,0 +1,102 @@
+"""The processes of a run and what they tell one another: who goes first, whether to stop, the loss of a step.
+
+One process is a run too: then nothing is sent.
+"""
+import contextlib
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def start_group(backend):
+    """Join the other processes if torchrun started this one -> (rank, number of processes). backend: auto, nccl or gloo."""
+    if 'RANK' not in os.environ:
+        return 0, 1
+    # gloo beside nccl: what is on the CPU, such as the wish to stop, is exchanged without the GPU
+    dist.init_process_group({'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}[backend])
+    return dist.get_rank(), dist.get_world_size()
+
+
+def make_say(main_process):
+    """print for the main process, above the progress bar. A reader that has gone (train.py | head) does not stop training."""
+    sys.stdout.reconfigure(line_buffering=True)
+
+    def say(text):
+        try:
+            tqdm.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return say if main_process else lambda text: None
+
+
+def any_process(flag):
+    """Whether any process says yes."""
+    flag = torch.tensor(float(flag))
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+@contextlib.contextmanager
+def main_process_first(rank):
+    """What may write, download or prepare something is done by one process, then by the others, who find it done."""
+    if rank > 0 and any_process(False):  # waits for the main process
+        sys.exit(2)  # it says why
+    failed = rank == 0
+    try:
+        yield
+        failed = False
+    finally:
+        if rank == 0:
+            any_process(failed)
+
+
+class Signals:
+    """SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) ask to save and stop after the step that is running, or in the
+    midst of an evaluation; the same signal again stops at once. SIGUSR1 asks to save and go on.
+    """
+
+    def __init__(self, catch=True):
+        self.stop = 0  # the signal's number
+        self.save = False
+        if not catch:
+            return
+        for name, receive in (('SIGINT', self.ask_stop), ('SIGTERM', self.ask_stop), ('SIGHUP', self.ask_stop),
+                              ('SIGUSR1', self.ask_save)):
+            number = getattr(signal, name, None)  # Windows has not all of them; nohup ignores SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, receive)
+
+    def ask_stop(self, number, frame):
+        self.stop = number
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            os.write(2, b'\nstopping after this step; the same signal again stops at once, without saving\n')
+
+    def ask_save(self, number, frame):
+        self.save = True
+
+
+def exchange(loss, signals):
+    """One small exchange a step -> (mean loss, signal to stop by or 0, whether to save), the same in every process."""
+    save, signals.save = signals.save, False
+    shares = [torch.tensor([loss, signals.stop, save], dtype=torch.float64)]
+    if dist.is_initialized():
+        own, shares = shares[0], [torch.empty_like(shares[0]) for _ in range(dist.get_world_size())]
+        dist.all_gather(shares, own)
+    losses, stops, saves = zip(*(share.tolist() for share in shares))
+    return sum(losses) / len(losses), int(max(stops)), any(saves)
+
+
+def gather(value):
+    """The values of all processes, in a list by rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
