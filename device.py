@@ -1,5 +1,6 @@
 """Which device, which number format, compiled or not: the choices behind 'auto', in one place."""
 import contextlib
+import os
 import re
 
 import torch
@@ -50,6 +51,14 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, dtype=dtype)
+
+
+def make_deterministic(wanted):
+    """Kernels that give the same bits every time, where PyTorch has them (PyTorch notes, "Reproducibility")."""
+    if wanted:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 
 def peak_flops(device, dtype):

@@ -72,6 +72,7 @@ class Config:
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 scales its gradients
     compile: bool | Literal['auto'] = 'auto'  # auto: on CUDA
+    deterministic: bool = True  # the same bits every time; False: kernels that add in any order, faster on some GPUs
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torchrun, for gradients; auto: nccl on CUDA
     peak_flops: float | None = None  # of your device, for MFU; None: from a table
 
@@ -123,7 +124,7 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from data import bins
-from device import autocast, compile_or_not, peak_flops, pick_device, pick_dtype
+from device import autocast, compile_or_not, make_deterministic, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes
 from processes import Signals, any_process, exchange, gather, main_process_first, make_say, start_group
@@ -136,6 +137,8 @@ def main(config, given, at_exit):
     # processes and device ------------------------------------------------------------------------------------------------
     rank, world_size = start_group(config.backend)
     ddp = dist.is_initialized()  # started by torchrun
+    if ddp:
+        at_exit.callback(dist.destroy_process_group)
     main_process = rank == 0  # it prints
     writes = main_process and not config.eval_only  # checkpoints and the log
     say = make_say(main_process)
@@ -153,6 +156,7 @@ def main(config, given, at_exit):
     if ddp and (name == 'auto' and torch.cuda.is_available() or name.startswith('cuda')):
         name = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU for each process
     device = pick_device(name)
+    make_deterministic(config.deterministic)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
@@ -305,8 +309,10 @@ def main(config, given, at_exit):
         skips = 0 if finite else skips + 1
         if not finite:
             fault = describe_fault(loss, grad_norm, losses, step, samples_seen + rank * accumulation * config.batch_size, config)
-            require(config.nonfinite == 'skip' and skips <= config.max_skips, f'{fault}; this step was not taken, and what was '
-                    f'saved in {config.out_dir} is kept: lower --learning_rate, or leave such steps out with --nonfinite=skip')
+            if config.nonfinite == 'stop' or skips > config.max_skips:
+                require(not main_process, f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: '
+                                          f'lower --learning_rate, or leave such steps out with --nonfinite=skip')
+                sys.exit(2)  # the main process says why
             say(f'{fault}: left out')
         samples_seen += samples_per_step
         if main_process and (step % config.log_interval == 0 or not finite):

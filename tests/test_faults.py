@@ -1,0 +1,683 @@
+"""What can go wrong while a GPT trains, injected into real processes, and what must have happened afterwards.
+
+The run that the faults meet has all that a resumed run could get wrong: dropout, accumulated gradients, Muon beside AdamW,
+evaluations, checkpoints written in the background. `same_run` compares every log line, all weights and the optimizer's
+state, to the last bit, with those of the run that met no fault.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from test_checkpoint import Evil
+
+import checkpoint as ckpt
+from data import bins
+
+RUN = (*TINY, '--gradient_accumulation_steps=2', '--dropout=0.1', '--optimizer=muon', '--max_iters=20', '--eval_interval=8',
+       '--save_interval=4', '--lr_decay_iters=20')
+
+
+@pytest.fixture(scope='session')
+def arguments(char_data):
+    return (*RUN, f'--dataset={char_data}')
+
+
+@pytest.fixture(scope='session')
+def whole(run, arguments, tmp_path_factory):
+    """The run that met no fault. It has checkpoints of steps 16 and 20."""
+    out_dir = tmp_path_factory.mktemp('whole') / 'out'
+    run('train.py', f'--out_dir={out_dir}', *arguments)
+    assert [manifest['step'] for manifest in ckpt.manifests(out_dir)] == [20, 16]
+    return out_dir
+
+
+@pytest.fixture
+def out_dir(whole, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(whole, tmp_path / 'out')
+
+
+@pytest.fixture
+def fault(tmp_path):
+    """fault(code) -> the environment of processes in which code runs first: Python imports sitecustomize when it starts."""
+
+    def fault(code, **values):
+        folder = tmp_path / 'fault'
+        folder.mkdir(exist_ok=True)
+        (folder / 'sitecustomize.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in values.items()) + code)
+        return {'PYTHONPATH': str(folder)}
+
+    return fault
+
+
+def log_of(out_dir):
+    """What the log says, but for the speeds."""
+    lines = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ('tokens_per_second', 'seconds')} for line in lines]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return all(map(equal, a, b)) if isinstance(a, list) else a == b
+
+
+def same_run(out_dir, whole):
+    assert log_of(out_dir) == log_of(whole)
+    a, b = ckpt.load(out_dir), ckpt.load(whole)
+    assert (a.step, a.samples_seen, a.best_val_loss) == (b.step, b.samples_seen, b.best_val_loss)
+    assert equal(a.model, b.model) and equal(a.optimizer, b.optimizer)
+    assert not list(Path(out_dir).glob('*.tmp'))
+    assert {path.name for path in Path(out_dir).glob('ckpt_*')} == {path.name for path in whole.glob('ckpt_*')}
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file() and path.name != '.lock'}
+
+
+def last_words(result):
+    """The one sentence in which a program refuses."""
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith(('train.py: ', 'sample.py: ')) and 'Traceback' not in result.stderr, result.stderr
+    return line
+
+
+# A damaged checkpoint is passed over: the run goes on from the one before, and becomes the same run ----------------------------
+
+
+def flip_a_bit(path):
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+DAMAGED = {
+    'bit flip': (flip_a_bit, 'its sha256 is not'),
+    'truncated': (lambda path: path.write_bytes(path.read_bytes()[:-1000]), 'bytes instead of'),
+    'zero bytes': (lambda path: path.write_bytes(b''), 'it has 0 bytes'),
+    'data missing': (lambda path: path.unlink(), 'the file is missing'),
+    'garbage manifest': (lambda path: path.with_suffix('.json').write_bytes(b'\xff\x00garbage'), '.json is damaged'),
+    'manifest cut off': (lambda path: path.with_suffix('.json').write_text('{"step": 20, "sha'), '.json is damaged'),
+    'manifest of another form': (lambda path: path.with_suffix('.json').write_text('[1]'), '.json is damaged'),
+    'pickle that would run code': (lambda path: torch.save(Evil('ran'), path), 'bytes instead of'),
+}
+
+
+@pytest.mark.parametrize('what', DAMAGED)
+def test_a_damaged_checkpoint_is_passed_over(run, whole, out_dir, what):
+    damage, words = DAMAGED[what]
+    damage(out_dir / 'ckpt_00000020.pt')
+    result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}')
+    assert words in result.stderr and 'ckpt_00000020' in result.stderr and 'step 16:' in result.stdout
+    same_run(out_dir, whole)
+
+
+def all_bad(out_dir):
+    for path in out_dir.glob('*.pt'):
+        flip_a_bit(path)
+
+
+def no_manifests(out_dir):
+    for path in out_dir.glob('*.json'):
+        path.unlink()
+
+
+def forge(out_dir, **change):
+    """Change what the newest checkpoint holds, with a manifest that fits."""
+    path = out_dir / 'ckpt_00000020.pt'
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    commit(path)
+
+
+def commit(path, **change):
+    manifest = json.loads(path.with_suffix('.json').read_text())
+    manifest |= {'bytes': path.stat().st_size, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()} | change
+    path.with_suffix('.json').write_text(json.dumps(manifest))
+
+
+def evil(out_dir):
+    torch.save({'model': {'x': Evil(str(out_dir / 'ran'))}}, out_dir / 'ckpt_00000020.pt')
+    commit(out_dir / 'ckpt_00000020.pt')
+
+
+def wrong_shapes(out_dir):
+    state = ckpt.load(out_dir).optimizer
+    state['muon']['state'][0]['momentum_buffer'] = torch.zeros(3, 3)
+    forge(out_dir, optimizer=state)
+
+
+
+
+REFUSED = {  # what is done to the run's folder, what is asked for, what is said
+    'all bad': (all_bad, (), 'every checkpoint in it is damaged'),
+    'no manifest': (no_manifests, (), 'no manifest to check it by'),
+    'pickle that would run code': (evil, (), 'refused: it would run io.open'),
+    'another architecture asked for': (lambda out_dir: None, ('--n_layer=3',), 'n_layer = 3 but'),
+    'another architecture inside': (lambda out_dir: forge(out_dir, model_config={'n_layer': 1}), (), 'do not fit the model'),
+    'impossible architecture inside': (lambda out_dir: forge(out_dir, model_config={'n_head': 5}), (), 'not a model that can be'),
+    'no optimizer state': (lambda out_dir: forge(out_dir, optimizer=None), (), 'has no optimizer state'),
+    'optimizer state of another shape': (wrong_shapes, (), 'momentum_buffer has shape (3, 3)'),
+    'optimizer state of another optimizer': (lambda out_dir: None, ('--optimizer=adamw',), 'optimizer state does not fit'),
+    'step that is no number': (lambda out_dir: forge(out_dir, step='x'), (), 'step = x is not'),
+    'file of a later version': (lambda out_dir: forge(out_dir, format=99), (), 'format 99'),
+}
+
+
+@pytest.mark.parametrize('what', REFUSED)
+def test_what_cannot_be_resumed_is_refused_and_nothing_changes(run, out_dir, what):
+    damage, options, words = REFUSED[what]
+    damage(out_dir)
+    before = content(out_dir)
+    result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}', *options, code=2)
+    assert words in last_words(result)
+    assert content(out_dir) == before
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(run, whole, out_dir):
+    outside = out_dir.parent / 'outside.pt'
+    outside.write_bytes(b'precious')
+    for path in out_dir.glob('ckpt_*.json'):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {'file': '../outside.pt'}))
+    run('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=32')
+    assert outside.read_bytes() == b'precious'
+    assert ckpt.load(out_dir).step == 32 and not (out_dir / 'ckpt_00000016.pt').exists()
+
+
+# The data ------------------------------------------------------------------------------------------------------------------
+
+
+def overwrite(path, at, ids):
+    tokens = np.fromfile(path, dtype='<u2')
+    tokens[at] = ids
+    tokens.tofile(path)
+
+
+def swap(path):
+    tokens = np.fromfile(path, dtype='<u2')
+    i = np.argmax(tokens[1:] != tokens[:-1])  # the first two neighbours that differ
+    overwrite(path, slice(i, i + 2), tokens[[i + 1, i]])
+
+
+DATA = {
+    'changed since the checkpoint': (lambda data: swap(data / 'train.bin'), 'the bins have changed'),
+    'odd size': (lambda data: (data / 'train.bin').write_bytes(b'123'), 'not a multiple of 2'),
+    'empty': (lambda data: (data / 'val.bin').write_bytes(b''), 'val.bin is empty'),
+    'missing': (lambda data: (data / 'train.bin').unlink(), 'train.bin: No such file'),
+    'id beyond the vocabulary': (lambda data: overwrite(data / 'train.bin', 5000, 60000), 'token id 60000 at position 5000'),
+    'cut off': (lambda data: os.truncate(data / 'train.bin', 2000), 'where meta.json says'),
+    'garbage meta.json': (lambda data: (data / 'meta.json').write_text('{'), 'meta.json'),
+}
+
+
+@pytest.mark.parametrize('what', DATA)
+def test_broken_data_are_named_before_a_step_is_done(run, refused, char_data, out_dir, tmp_path, what):
+    data = shutil.copytree(char_data, tmp_path / 'data')
+    config = torch.load(out_dir / 'ckpt_00000020.pt', weights_only=True)['config']
+    forge(out_dir, config=config | {'dataset': str(data)})
+    damage, words = DATA[what]
+    damage(data)
+    before = content(out_dir)
+    refused('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=24', says=words)
+    assert content(out_dir) == before
+    if what.startswith('changed'):  # unless it is meant
+        run('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=21', f'--dataset={data}')
+
+
+def test_an_id_beyond_its_file_format_is_never_written(tmp_path):
+    code = f'from data.bins import BinWriter; w = BinWriter({str(tmp_path / "x.bin")!r}, 65536); w.append([65535, 65536])'
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert 'token id 65536 at position 1' in result.stderr
+    assert (tmp_path / 'x.bin').stat().st_size == 0
+
+
+# SIGKILL: the run is resumed, and becomes the same run --------------------------------------------------------------------------
+
+KILL_AT = '''
+import os, signal
+
+def kill_at(name, matches, after=False):
+    real = getattr(os, name)
+    def function(*arguments, **options):
+        path = os.readlink(f'/proc/self/fd/{arguments[0]}') if name == 'fsync' else str(arguments[-1])
+        result = real(*arguments, **options) if after else None
+        if path.endswith(matches):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result if after else real(*arguments, **options)
+    setattr(os, name, function)
+
+kill_at(*POINT)
+'''
+KILL_IN_EVALUATION = '''
+import numpy, os, signal
+pad, calls = numpy.pad, []
+def function(*arguments, **options):
+    calls.append(1)
+    if len(calls) == 14:  # 2 batches of 2 arrays of 2 splits make 8: this is the second evaluation, at step 8
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pad(*arguments, **options)
+numpy.pad = function
+'''
+KILLED = {  # the call at which the process dies, and the step at which it goes on
+    'while the data is written': (('fsync', 'ckpt_00000012.pt.tmp'), 8),
+    'while the manifest is written': (('fsync', 'ckpt_00000012.json.tmp'), 8),
+    'before the data has its name': (('replace', 'ckpt_00000012.pt'), 8),
+    'between data and manifest': (('replace', 'ckpt_00000012.json'), 8),
+    'just after the manifest': (('replace', 'ckpt_00000012.json', True), 12),
+    'before an old checkpoint is deleted': (('replace', 'ckpt_00000004.json.tmp'), 12),
+    'while an old checkpoint is deleted': (('replace', 'ckpt_00000004.json.tmp', True), 12),
+    'after the data of an old checkpoint is deleted': (('unlink', 'ckpt_00000004.json.tmp'), 12),
+    'in an evaluation': (KILL_IN_EVALUATION, 4),
+}
+
+
+@pytest.mark.parametrize('what', KILLED)
+def test_a_killed_run_goes_on_from_its_last_save(run, arguments, fault, whole, tmp_path, what):
+    point, step = KILLED[what]
+    code = point if isinstance(point, str) else KILL_AT
+    out_dir = tmp_path / 'out'
+    # saves are not in the background: the step at which the process dies is then known
+    run('train.py', f'--out_dir={out_dir}', *arguments, '--async_save=False', env=fault(code, POINT=point), code=-signal.SIGKILL)
+    result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}')
+    begun = next(line for line in result.stdout.splitlines() if line.startswith('step ') and ': loss' in line)
+    assert begun.startswith(f'step {step}:')
+    same_run(out_dir, whole)
+
+
+def test_killed_while_it_prepares_to_resume(run, fault, whole, out_dir):
+    (out_dir / 'ckpt_00000020.json').unlink()
+    (out_dir / 'ckpt_00000020.pt').unlink()
+    for name in ('config.py', 'log.jsonl'):
+        killed = fault(KILL_AT, POINT=('replace', name))
+        run('train.py', '--init_from=resume', f'--out_dir={out_dir}', env=killed, code=-signal.SIGKILL)
+    result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}')
+    assert 'removed what a killed process left half written: log.jsonl.tmp' in result.stdout
+    same_run(out_dir, whole)
+
+
+def test_killed_while_an_earlier_run_is_set_aside(run, arguments, fault, out_dir):
+    killed = fault(KILL_AT, POINT=('rename', 'log.jsonl'))
+    run('train.py', f'--out_dir={out_dir}', *arguments, env=killed, code=-signal.SIGKILL)
+    run('train.py', f'--out_dir={out_dir}', *arguments, '--max_iters=0')
+    kept = {path.name for path in out_dir.glob('earlier-*/*')}
+    assert kept == {'ckpt_00000016.pt', 'ckpt_00000016.json', 'ckpt_00000020.pt', 'ckpt_00000020.json', 'log.jsonl', 'config.py'}
+
+
+@pytest.mark.parametrize('point', [('fsync', 'train.bin.tmp'), ('replace', 'train.bin'), ('replace', 'val.bin')])
+def test_a_killed_prepare_leaves_no_data_set_and_is_repeated(run, refused, clone, fault, text, tmp_path, point):
+    (tmp_path / 'text.txt').write_text(text)
+    name = 'killed_' + tmp_path.name.replace('.', '_')
+    prepare = ('data/text/prepare.py', f'--input={tmp_path}/text.txt', '--tokenizer=char', f'--dataset={name}')
+    run(*prepare, env=fault(KILL_AT, POINT=point), code=-signal.SIGKILL)
+    refused('train.py', f'--dataset={name}', *TINY, says=name)
+    run(*prepare)
+    assert sorted(path.name for path in (clone / 'data' / name).iterdir()) == ['.lock', 'meta.json', 'train.bin', 'val.bin']
+    bins.open_dataset(clone / 'data' / name, 32)
+
+
+def test_kills_at_random_moments(run):
+    assert run('tools/crashtest.py', '--kills=5').stdout.endswith('OK\n')
+
+
+# Signals -------------------------------------------------------------------------------------------------------------------
+
+
+def start(clone, *arguments, env=None, command=()):
+    return subprocess.Popen([sys.executable, *command, clone / 'train.py', *map(str, arguments)], cwd=clone, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | (env or {}))
+
+
+def read_until(process, words):
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f'{words!r} never came')
+
+
+SLOW = 'import torch, time; relu = torch.nn.functional.gelu\ndef gelu(*a, **k): time.sleep(SECONDS); return relu(*a, **k)\n' \
+       'torch.nn.functional.gelu = gelu\n'  # so that a signal comes in time
+
+
+SLOW_EVALUATION = '''
+import numpy, time
+real, calls = numpy.pad, []
+def pad(*arguments, **options):
+    calls.append(1)
+    time.sleep(0.5 * (len(calls) > 8))  # not the first one
+    return real(*arguments, **options)
+numpy.pad = pad
+'''
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_stops_after_the_step_and_meanwhile_another_run_is_kept_out(
+        clone, run, refused, arguments, fault, whole, tmp_path, number):
+    slow = fault(SLOW, SECONDS=0.1)
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, env=slow) as process:
+        read_until(process, 'step 1:')
+        refused('train.py', f'--out_dir={tmp_path}/out', *arguments, says='another process is writing there')
+        process.send_signal(number)
+        rest = process.stdout.read()
+    assert process.returncode == 128 + number
+    step = ckpt.load(tmp_path / 'out').step
+    assert f'stopped by {number.name} after {step} steps' in rest and 'Traceback' not in rest and 2 <= step < 20
+    run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume')
+    same_run(tmp_path / 'out', whole)
+
+
+def test_the_same_signal_again_stops_at_once(clone, run, arguments, fault, whole, tmp_path):
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, env=fault(SLOW, SECONDS=0.5)) as process:
+        read_until(process, 'step 0: train loss')
+        process.send_signal(signal.SIGTERM)
+        read_until(process, 'again stops at once')
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == -signal.SIGTERM
+    assert 'no whole checkpoint' in last_words(run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume', code=2))
+    run('train.py', f'--out_dir={tmp_path}/out', *arguments)
+    same_run(tmp_path / 'out', whole)
+
+
+def test_a_signal_in_an_evaluation_stops_it_and_the_evaluation_is_made_up_for(clone, run, arguments, fault, whole, tmp_path):
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, env=fault(SLOW_EVALUATION)) as process:
+        read_until(process, 'step 7:')
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert 'stopped by SIGTERM after 8 steps' in process.stdout.read()
+    assert ckpt.manifests(tmp_path / 'out')[0]['val_loss'] is None
+    result = run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume', '--keep_last=9')
+    assert 'step 8: train loss' in result.stdout
+    same = {manifest['step']: manifest['val_loss'] is not None for manifest in ckpt.manifests(tmp_path / 'out')}
+    assert same == {4: False, 8: True, 12: False, 16: True, 20: True}
+    assert log_of(tmp_path / 'out') == log_of(whole) and equal(ckpt.load(tmp_path / 'out').model, ckpt.load(whole).model)
+
+
+def test_sigusr1_saves_and_goes_on(clone, arguments, fault, tmp_path):
+    options = ('--save_interval=1000', '--eval_interval=1000', '--max_iters=12', '--keep_last=9')
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, *options, env=fault(SLOW, SECONDS=0.1)) as process:
+        read_until(process, 'step 1:')
+        process.send_signal(signal.SIGUSR1)
+        rest = process.stdout.read()
+    assert process.returncode == 0 and 'done' in rest
+    last, asked = (manifest['step'] for manifest in ckpt.manifests(tmp_path / 'out'))
+    assert last == 12 and 2 <= asked < 12
+
+
+def workers(process):
+    """The processes that torchrun has started, by rank."""
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    ranks = {}
+    for child in children:
+        environment = Path(f'/proc/{child}/environ').read_bytes().split(b'\0')
+        ranks |= {int(word[5:]): int(child) for word in environment if word.startswith(b'RANK=')}
+    return ranks
+
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(clone, run, arguments, fault, whole, tmp_path):
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, command=TORCHRUN, env=fault(SLOW, SECONDS=0.1)) as process:
+        read_until(process, 'step 2:')
+        os.kill(workers(process)[1], signal.SIGTERM)
+        rest = process.stdout.read()
+    assert process.returncode != 0 and 'stopped by SIGTERM' in rest
+    assert 4 <= ckpt.load(tmp_path / 'out').step < 20
+    result = run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume')
+    assert 'world_size 2 then, 1 now' in result.stdout
+    assert [line['loss'] for line in log_of(tmp_path / 'out') if 'loss' in line] == pytest.approx(
+        [line['loss'] for line in log_of(whole) if 'loss' in line], abs=1e-5)
+
+
+def test_one_process_two_and_one_again(clone, run, arguments, whole, tmp_path):
+    common = (f'--out_dir={tmp_path}/out', '--init_from=resume')
+    run('train.py', f'--out_dir={tmp_path}/out', *arguments, '--max_iters=6')
+    with start(clone, *common, '--max_iters=13', command=TORCHRUN) as process:
+        assert 'world_size 1 then, 2 now' in process.stdout.read()
+    run('train.py', *common, '--max_iters=20')
+    a, b = log_of(tmp_path / 'out'), log_of(whole)
+    losses = [[(line['step'], line['samples_seen'], pytest.approx(line['loss'], abs=1e-5)) for line in log if 'loss' in line]
+              for log in (a, b)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+    for name, weight in ckpt.load(whole).model.items():
+        torch.testing.assert_close(ckpt.load(tmp_path / 'out').model[name], weight, atol=1e-4, rtol=0)
+
+
+def test_a_reader_that_has_gone_does_not_stop_training(clone, arguments, tmp_path):
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments) as process:
+        process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0 and ckpt.load(tmp_path / 'out').step == 20
+
+
+def test_a_terminal_that_was_closed_does_not_lose_the_run(clone, arguments, tmp_path):
+    master, slave = os.openpty()
+    command = [sys.executable, clone / 'train.py', f'--out_dir={tmp_path}/out', *arguments, '--max_iters=1000000']
+    process = subprocess.Popen(command, cwd=clone, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    os.set_blocking(master, False)
+    while not (tmp_path / 'out' / 'log.jsonl').exists() or len(log_of(tmp_path / 'out')) < 4:
+        with contextlib.suppress(BlockingIOError):
+            os.read(master, 1000)
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert ckpt.load(tmp_path / 'out').step >= 3
+
+
+# The disk ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_saved(run, out_dir):
+    size = (out_dir / 'ckpt_00000020.pt').stat().st_size
+    for background in (True, False):
+        result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=40', f'--async_save={background}',
+                     code=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 5000, size - 5000)))
+        said = last_words(result)
+        assert 'ckpt_00000024.pt: cannot write the checkpoint: File too large' in said and 'go on from step 20' in said
+        assert 'step 39' not in result.stdout and not list(out_dir.glob('*.tmp'))
+        assert [manifest['step'] for manifest in ckpt.manifests(out_dir)] == [20, 16] and ckpt.load(out_dir).step == 20
+
+
+def test_a_log_that_cannot_be_written_is_named(run, out_dir):
+    size = (out_dir / 'log.jsonl').stat().st_size + 400
+    result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=40', code=2,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert 'log.jsonl: cannot write: File too large' in last_words(result)
+
+
+def test_a_full_disk_behind_the_output_does_not_stop_training(clone, arguments, whole, tmp_path):
+    with open('/dev/full', 'w') as full:
+        command = [sys.executable, clone / 'train.py', f'--out_dir={tmp_path}/out', *arguments]
+        assert subprocess.run(command, stdout=full, stderr=subprocess.PIPE).returncode == 0
+    same_run(tmp_path / 'out', whole)
+
+
+def test_too_little_room_is_said_before_the_first_step(refused, arguments, fault, tmp_path):
+    nearly_full = fault('import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5)')
+    refused('train.py', f'--out_dir={tmp_path}/out', *arguments, env=nearly_full, says=('out_dir', '0 MB are free', 'keep_last'))
+    assert content(tmp_path / 'out') == {}
+
+
+def test_a_folder_that_cannot_be_written_is_named(refused, arguments):
+    refused('train.py', '--out_dir=/sys/plaingpt', *arguments, says=("out_dir = '/sys/plaingpt'", 'choose another'))
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------------
+
+# micro-batch number 1 is the one on trial, before step 0; then there are two in a step
+BAD_NUMBERS = '''
+import os, torch
+real, calls = torch.nn.functional.cross_entropy, []
+def cross_entropy(*arguments, **options):
+    loss = real(*arguments, **options)
+    if torch.is_grad_enabled():
+        calls.append(1)
+        if len(calls) in AT and os.environ.get('RANK', RANK) == RANK:
+            if WHAT == 'loss':
+                return loss * float('nan')
+            loss.register_hook(lambda gradient: gradient * float('inf'))
+    return loss
+torch.nn.functional.cross_entropy = cross_entropy
+'''
+
+
+@pytest.mark.parametrize('what, says', [('loss', 'the loss is nan in samples 44 to 47'),
+                                        ('gradient', 'the gradient norm is nan in samples 40 to 47')])
+def test_a_step_that_is_not_finite_is_not_taken(run, arguments, fault, whole, tmp_path, what, says):
+    bad = fault(BAD_NUMBERS, AT=[13], WHAT=what, RANK='0')
+    result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, env=bad, code=2)
+    assert f'step 5: {says}' in last_words(result) and '--nonfinite=skip' in result.stderr
+    run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume')
+    same_run(tmp_path / 'out', whole)
+
+
+def test_a_step_that_is_not_finite_is_left_out_if_asked_for(run, arguments, fault, tmp_path):
+    bad = fault(BAD_NUMBERS, AT=[12], WHAT='loss', RANK='0')
+    options = ('--nonfinite=skip', '--save_interval=1', '--keep_last=99')
+    result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, *options, env=bad)
+    assert 'step 5: the loss is nan in samples 40 to 43: left out' in result.stdout
+    before, after = (ckpt.load(tmp_path / 'out' / f'ckpt_0000000{step}.pt') for step in (5, 6))
+    assert equal(before.model, after.model) and equal(before.optimizer['adamw']['state'], after.optimizer['adamw']['state'])
+    assert after.samples_seen == before.samples_seen + 8
+    lines = [line for line in log_of(tmp_path / 'out') if 'loss' in line]
+    assert [line['step'] for line in lines if line.get('skipped')] == [5] and lines[5]['loss'] is None
+    assert len(lines) == 20 and all(line['loss'] < 10 for line in lines if line['step'] != 5)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(run, arguments, fault, tmp_path):
+    bad = fault(BAD_NUMBERS, AT=[4, 6, 10, 12, 14, 16], WHAT='loss', RANK='0')  # steps 1, 2; 4, 5, 6, 7
+    result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, '--nonfinite=skip', '--max_skips=3', env=bad, code=2)
+    assert result.stdout.count('left out') == 5 and 'step 7: the loss is nan' in last_words(result)
+
+
+def test_a_bad_loss_in_one_of_two_processes_stops_both(clone, arguments, fault, tmp_path):
+    bad = fault(BAD_NUMBERS, AT=[6], WHAT='loss', RANK='1')  # two on trial under DDP, then one in a step: the step is 3
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, command=TORCHRUN, env=bad) as process:
+        said = process.stdout.read()
+    assert said.count('train.py: step 3: the loss is nan in samples 28 to 31') == 1, said
+    assert not ckpt.manifests(tmp_path / 'out')
+
+
+OUT_OF_MEMORY = '''
+import torch
+real = torch.nn.functional.cross_entropy
+def cross_entropy(logits, targets, **options):
+    if len(targets) > LIMIT:
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+    return real(logits, targets, **options)
+torch.nn.functional.cross_entropy = cross_entropy
+'''
+
+
+def test_out_of_memory_cuts_the_micro_batch_and_keeps_the_step(run, arguments, fault, tmp_path):
+    result = run('train.py', f'--out_dir={tmp_path}/small', *arguments, env=fault(OUT_OF_MEMORY, LIMIT=2 * 32))
+    assert 'out of memory with batch_size = 4: going on with 2, and 2 times as many' in result.stdout
+    cut = ('--batch_size=2', '--gradient_accumulation_steps=4', '--eval_iters=4')
+    run('train.py', f'--out_dir={tmp_path}/asked', *arguments, *cut)
+    same_run(tmp_path / 'small', tmp_path / 'asked')
+    assert 'batch_size = 2\n' in (tmp_path / 'small' / 'config.py').read_text()
+
+
+def test_out_of_memory_with_one_sequence_is_said(refused, arguments, fault, tmp_path):
+    for command in ((), ('--gradient_accumulation_steps=3', '--batch_size=3')):
+        result = fault(OUT_OF_MEMORY, LIMIT=0)
+        refused('train.py', f'--out_dir={tmp_path}/out', *arguments, *command, env=result,
+                says=('out of memory with a single sequence', '--block_size'))
+
+
+def test_out_of_memory_in_one_of_two_processes_cuts_both(clone, arguments, fault, tmp_path):
+    only_one = 'import os' + OUT_OF_MEMORY.replace('> LIMIT', "> LIMIT and os.environ['RANK'] == '1'")
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, command=TORCHRUN, env=fault(only_one, LIMIT=2 * 32)) as process:
+        said = process.stdout.read()
+    assert 'going on with 2' in said and process.returncode == 0 and ckpt.load(tmp_path / 'out').step == 20
+
+
+# Other runs, other clocks, other machines -----------------------------------------------------------------------------------
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(run, fault, whole, out_dir):
+    for step, age in ((16, 0), (20, 10**6)):  # the newest checkpoint seems to be the oldest file
+        for suffix in ('pt', 'json'):
+            os.utime(out_dir / f'ckpt_000000{step}.{suffix}', (1e9 - age, 1e9 - age))
+    backwards = 'import time; now = [2e9]\ndef clock(): now[0] -= 3600; return now[0]\ntime.time = time.perf_counter = clock\n'
+    result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=24', env=fault(backwards))
+    assert 'step 20:' in result.stdout and 'step 19:' not in result.stdout
+    assert [line['step'] for line in log_of(out_dir) if 'loss' in line] == list(range(24))
+    assert ckpt.load(out_dir).step == 24
+
+
+def test_what_keeps_a_resumed_run_from_being_the_same_to_the_last_bit_is_said(run, out_dir):
+    result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=21', env={'OMP_NUM_THREADS': '2'})
+    assert 'not be the same to the last bit (threads 1 then, 2 now)' in result.stdout
+
+
+def test_two_threads_and_a_compiled_model_are_resumed_to_the_last_bit_too(run, arguments, tmp_path):
+    whole, parts, threads = tmp_path / 'whole', tmp_path / 'parts', {'OMP_NUM_THREADS': '2'}
+    result = run('train.py', f'--out_dir={whole}', *arguments, '--compile=True', '--n_layer=1', '--max_iters=8', env=threads)
+    assert 'compiling' in result.stdout and 'torch.compile failed' not in result.stdout
+    shutil.copytree(whole, parts)
+    (parts / 'ckpt_00000008.pt').unlink()
+    run('train.py', f'--out_dir={parts}', '--init_from=resume', env=threads)
+    same_run(parts, whole)
+
+
+def test_secrets_stay_out_of_the_files_of_a_run(run, arguments, tmp_path):
+    secrets = {'WANDB_API_KEY': 'a1b2c3d4e5' * 4, 'HF_TOKEN': 'hf_verysecretverysecret', 'WANDB_MODE': 'offline',
+               'WANDB_SILENT': 'true', 'HOME': str(tmp_path)}
+    result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, '--wandb_log', '--max_iters=4', env=secrets)
+    files = [path for path in (tmp_path / 'out').rglob('*') if path.is_file()]
+    assert any('wandb' in path.parts for path in files)
+    for written in (result.stdout.encode(), result.stderr.encode(), *(path.read_bytes() for path in files)):
+        for name in ('WANDB_API_KEY', 'HF_TOKEN'):
+            assert secrets[name].encode() not in written
+
+
+# Downloads -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'what, says', [('cut off', 'broke off after'), ('another content', 'sha256'), ('not https', 'only https')])
+def test_a_download_gets_its_name_when_it_is_whole(run, tmp_path, what, says):
+    content = b'{"model_type": "gpt2"}' * 1000
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header('X-Linked-Etag', f'"{hashlib.sha256(b"x" if what == "another content" else content).hexdigest()}"')
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            if self.command == 'GET':
+                self.wfile.write(content[:-100] if what == 'cut off' else content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        host = 'example.com' if what == 'not https' else f'127.0.0.1:{server.server_port}'
+        hub = {'HF_ENDPOINT': f'http://{host}', 'XDG_CACHE_HOME': str(tmp_path)}
+        assert says in last_words(run('sample.py', '--init_from=gpt2', env=hub, code=2))
+        server.shutdown()
+        thread.join()
+    assert not list(tmp_path.rglob('config.json'))
