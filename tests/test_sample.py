@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 from conftest import together
 
@@ -139,9 +138,8 @@ def test_mistakes_are_one_sentence(refused, trained, tmp_path):
         refused('sample.py', f'--out_dir={tmp_path}/foreign', says='ckpt.pt')
 
 
-@pytest.mark.parametrize(
-    'option', ['--top_k=None', '--top_k=3', '--top_p=0.5', '--min_p=0.2', '--repetition_penalty=1.5', '--temperature=2']
-)
-def test_every_option_has_its_effect(run, trained, option):
+def test_every_option_has_its_effect(run, trained):
     common = (f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=60', '--start=d', '--temperature=1', '--top_k=50')
-    assert run('sample.py', *common, option).stdout != run('sample.py', *common).stdout
+    options = ((), '--top_k=None', '--top_k=3', '--top_p=0.5', '--min_p=0.2', '--repetition_penalty=1.5', '--temperature=2')
+    texts = [run('sample.py', *common, *([option] if option else [])).stdout for option in options]
+    assert all(text != texts[0] for text in texts[1:])
