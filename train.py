@@ -49,7 +49,7 @@ class Config:
     logit_softcap: float = 0.0  # bound logits by this, smoothly; 0: off
     zero_init: bool = False  # output projections start at 0
     attention: Literal['sdpa', 'math'] = 'sdpa'  # math: the same written out, slower
-    activation_checkpointing: bool = False  # a third more time for less memory: backward computes each block again
+    activation_checkpointing: bool = False  # less memory for more time: backward computes each block again
     # optimizer
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices inside the blocks, beside AdamW for all else
     learning_rate: float = 6e-4  # of AdamW, the highest
@@ -308,12 +308,7 @@ def main(config, given, at_exit):
 
         skips = 0 if finite else skips + 1
         if not finite:
-            fault = describe_fault(loss, grad_norm, losses, step, samples_seen + rank * accumulation * config.batch_size, config)
-            if config.nonfinite == 'stop' or skips > config.max_skips:
-                require(not main_process, f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: '
-                                          f'lower --learning_rate, or leave such steps out with --nonfinite=skip')
-                sys.exit(2)  # the main process says why
-            say(f'{fault}: left out')
+            report_fault(loss, grad_norm, losses, step, samples_seen, skips, config, say)
         samples_seen += samples_per_step
         if main_process and (step % config.log_interval == 0 or not finite):
             now = time.perf_counter()
@@ -534,18 +529,24 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     return val_loss
 
 
-def describe_fault(loss, grad_norm, losses, step, first_sample, config):
-    """'step 7: the loss is nan in samples 28 to 31': the first micro-batch that has it, or all of the step.
+def report_fault(loss, grad_norm, losses, step, samples_seen, skips, config, say):
+    """Say which samples made a step's loss or gradient infinite or nan. Raises UserError unless such steps are to be left out.
 
-    losses: of this process's micro-batches, which begin at first_sample.
+    losses: of this process's micro-batches. The first that is bad is named; if only the gradient is, the whole step is.
     """
-    bad = [first_sample + i * config.batch_size for i, value in enumerate(losses) if not math.isfinite(value)]
-    first = min(sum(gather(bad), []), default=None)
-    if first is not None:
-        return f'step {step}: the loss is {loss} in samples {first} to {first + config.batch_size - 1}'
-    start = min(gather(first_sample))
-    return (f'step {step}: the gradient norm is {grad_norm} in samples {start} to '
-            f'{start + config.batch_size * config.gradient_accumulation_steps - 1}')
+    finite = [math.isfinite(value) for value in sum(gather([value.item() for value in losses]), [])]
+    if all(finite):
+        first, count, what = samples_seen, len(finite) * config.batch_size, f'gradient norm is {grad_norm}'
+    else:
+        first, count, what = samples_seen + finite.index(False) * config.batch_size, config.batch_size, f'loss is {loss}'
+    fault = f'step {step}: the {what} in samples {first} to {first + count - 1}'
+    if config.nonfinite == 'skip' and skips <= config.max_skips:
+        say(f'{fault}: left out')
+        return
+    if dist.is_initialized() and dist.get_rank() > 0:
+        sys.exit(2)  # the main process says why
+    raise UserError(f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: lower --learning_rate, '
+                    f'or leave such steps out with --nonfinite=skip')
 
 
 class Log:

@@ -476,3 +476,45 @@ def test_crop_block_size_keeps_the_logits_of_short_contexts():
 def test_an_architecture_that_cannot_be_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**{'n_head': 4, 'n_embd': 32} | options)
+
+
+# Memory -------------------------------------------------------------------------------------------------------------------
+
+
+def forward_keeps(model, idx, half=False):
+    """Bytes that autograd keeps after a forward pass, but for the weights: every storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast('cpu', enabled=half):
+        loss = model(idx, idx)[1]
+    return loss, sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('options', [{}, {'bias': False, 'n_layer': 5}, {'n_kv_head': 1}, {'activation': 'swiglu'},
+                                     {'activation': 'relu'}, {'position': 'rope'}, {'tie_weights': False}], ids=str)
+def test_the_estimate_of_activations_is_what_autograd_keeps(options, half):
+    model = GPT(GPTConfig(**{'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'vocab_size': 200, 'block_size': 128} | options))
+    _, kept = forward_keeps(model, torch.randint(200, (4, 128)), half)
+    logits = 4 * 128 * 200 * 4  # their log-softmax
+    assert model.activation_bytes(4, half) == pytest.approx(kept - logits, rel=0.06)
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing():
+    options = {'n_layer': 4, 'n_head': 4, 'n_embd': 64, 'vocab_size': 50, 'block_size': 64, 'dropout': 0.1}
+    results = []
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**options, activation_checkpointing=wanted))
+        idx = torch.randint(50, (4, 64))
+        loss, kept = forward_keeps(model, idx)
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()], kept))
+    (loss, gradients, all_kept), (same_loss, same_gradients, less) = results
+    assert torch.equal(loss, same_loss) and all(map(torch.equal, gradients, same_gradients))
+    assert less < all_kept / 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import adamw, learning_rate_at
+from optimizer import adamw, learning_rate_at, load_state, make_optimizer, state_bytes
 
 BASE = {
     'learning_rate': 1e-3,
@@ -80,3 +80,56 @@ def test_a_step_is_adamw():
     p.grad = grad.clone()
     optimizer.step()  # the first step: m / (1 - beta1) = g, v / (1 - beta2) = g^2 (Loshchilov & Hutter 2019, algorithm 2)
     torch.testing.assert_close(p.detach(), before * (1 - 1e-2 * 0.1) - 1e-2 * grad / (grad.abs() + 1e-8))
+
+
+def one_step(name, **options):
+    """A small GPT after one step on a random batch: (model, the weights before, its gradients, optimizer)."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True))
+    config = SimpleNamespace(**BASE | {'optimizer': name, 'weight_decay': 0.0, 'beta1': 0.9, 'beta2': 0.95,
+                                       'muon_learning_rate': 0.02} | options)
+    optimizer = make_optimizer(model, config, 'cpu')
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    idx = torch.randint(11, (4, 8))
+    model(idx, idx)[1].backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    return model, before, gradients, optimizer
+
+
+def test_muon_takes_orthogonal_steps_with_the_matrices_and_adamw_steps_with_the_rest():
+    model, before, gradients, _ = one_step('muon')
+    plain, _, _, _ = one_step('adamw')
+    for name, p in model.named_parameters():
+        if '.h.' in name and p.dim() == 2:
+            # the gradient's own directions, each of about the same length (Jordan et al. 2024)
+            u, sizes, v = torch.linalg.svd(gradients[name], full_matrices=False)
+            scale = 0.02 * max(1, p.size(0) / p.size(1)) ** 0.5
+            lengths = (u.T @ (before[name] - p) @ v.T / scale).diagonal()[sizes > 0.05 * sizes.norm()]
+            assert len(lengths) > 3 and 0.5 < lengths.min() and lengths.max() < 1.3, (name, lengths)
+        else:
+            assert torch.equal(p, dict(plain.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_the_state_comes_back_and_rates_stay_the_configs(name):
+    _, _, _, old = one_step(name)
+    _, _, _, new = one_step(name, learning_rate=5e-4, muon_learning_rate=0.01, weight_decay=0.3)
+    load_state(new, old.state_dict())
+    flat = lambda o: [v for part in getattr(o, 'parts', {'': o}).values() for s in part.state.values() for v in s.values()]  # noqa: E731
+    assert len(flat(new)) > 10 and all(torch.equal(a, b) for a, b in zip(flat(old), flat(new), strict=True))
+    assert {group['peak_lr'] for group in new.param_groups} == ({5e-4} if name == 'adamw' else {5e-4, 0.01})
+    assert {group['weight_decay'] for group in new.param_groups} == {0.0, 0.3}
+    assert state_bytes(new) == 4 * sum(v.numel() for v in flat(new) if v.dim() > 0)
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    _, _, _, adam = one_step('adamw')
+    _, _, _, muon = one_step('muon')
+    for optimizer, state in ((adam, muon.state_dict()), (muon, adam.state_dict())):
+        with pytest.raises(ValueError, match='it is not the state of optimizer'):
+            load_state(optimizer, state)
+    state = adam.state_dict()
+    state['state'][0]['exp_avg'] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match='shape'):
+        load_state(adam, state)

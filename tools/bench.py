@@ -89,7 +89,7 @@ def saving(config, device):
         saves = [save(saver, model, optimizer, i) for i in tqdm(range(config.repeats), desc='saving 500 MB', disable=None)]
         size = ckpt.manifests(folder)[0]['bytes']
     stop, until = (statistics.median(x[i] for x in saves) for i in (0, 1))
-    yield f'saving {size / 1e6:.0f} MB', f'stops the loop {stop:.2f} s (at most {max(saves)[0]:.2f} s), on the disk after {until:.2f} s'
+    yield f'saving {size / 1e6:.0f} MB', f'stops the loop {stop:.2f} s (at most {max(saves)[0]:.2f} s), done after {until:.2f} s'
 
 
 def save(saver, model, optimizer, step):
