@@ -74,16 +74,15 @@ def compile_or_not(model, choice, device, first_step, say):
 
     Compiling happens in that step; if it fails, one line says why and the plain model is returned.
     """
-    if choice is False or choice == 'auto' and device.type != 'cuda':
-        first_step(model)
-        return model
-    say('compiling the model: the first step takes up to a minute')
-    try:
-        compiled = torch.compile(model, dynamic=False)
-        first_step(compiled)
-        return compiled
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no compiler on the machine, an unsupported platform, ...
-        say(f'torch.compile failed, going on without it: {type(error).__name__}: {first_line(error)[:150]}')
-        return model
+    if choice is True or choice == 'auto' and device.type == 'cuda':
+        say('compiling the model: the first step takes up to a minute')
+        try:
+            compiled = torch.compile(model, dynamic=False)
+            first_step(compiled)
+            return compiled
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler on the machine, an unsupported platform, ...
+            say(f'torch.compile failed, going on without it: {type(error).__name__}: {first_line(error)[:150]}')
+    first_step(model)
+    return model

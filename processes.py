@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from configurator import UserError
+
 
 def start_group(backend):
     """Join the other processes if torchrun started this one -> (rank, number of processes). backend: auto, nccl or gloo."""
@@ -19,6 +21,17 @@ def start_group(backend):
     # gloo beside nccl: what is on the CPU, such as the wish to stop, is exchanged without the GPU
     dist.init_process_group({'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}[backend])
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave(code):
+    """End this process. One of several skips the interpreter's own end, in which gloo's threads, which DDP keeps alive, now and
+    then abort a process that has done its work.
+    """
+    if 'RANK' in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def make_say(main_process):
@@ -40,6 +53,13 @@ def any_process(flag):
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return flag.item() > 0
+
+
+def fail(message):
+    """End all processes, which have all come here: the main process raises UserError, the others leave it to say why."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        sys.exit(2)
+    raise UserError(message)
 
 
 @contextlib.contextmanager

@@ -127,13 +127,14 @@ from data import bins
 from device import autocast, compile_or_not, make_deterministic, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes
-from processes import Signals, any_process, exchange, gather, main_process_first, make_say, start_group
+from processes import Signals, any_process, exchange, fail, gather, leave, main_process_first, make_say, start_group
 
 FREE_KEYS = ('dropout', 'attention', 'activation_checkpointing')  # of GPTConfig: may differ from those of the weights
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
 
 
 def main(config, given, at_exit):
+    """Returns the exit code. at_exit: an ExitStack for what must be closed on every way out."""
     # processes and device ------------------------------------------------------------------------------------------------
     rank, world_size = start_group(config.backend)
     ddp = dist.is_initialized()  # started by torchrun
@@ -332,9 +333,10 @@ def main(config, given, at_exit):
     if stop:
         say(f'stopped by {signal.Signals(stop).name} after {step} steps; go on with: '
             f'python train.py --init_from=resume --out_dir={config.out_dir}')
-        sys.exit(128 + stop)
-    elif not config.eval_only:
+        return 128 + stop
+    if not config.eval_only:
         say(f'done; now: python sample.py --out_dir={config.out_dir}')
+    return 0
 
 
 # Before the first step ----------------------------------------------------------------------------------------------------
@@ -451,8 +453,9 @@ def compile_and_fit(model, try_out, config, device, say):
         if not any_process(fitting is None):
             return fitting
         size = config.batch_size
-        require(size > 1, 'out of memory with a single sequence: lower --block_size or the size of the model, or give '
-                          '--activation_checkpointing')
+        if size == 1:
+            fail('out of memory with a single sequence: lower --block_size or the size of the model, or give '
+                 '--activation_checkpointing')
         parts = next(n for n in range(2, size + 1) if size % n == 0)
         config.batch_size //= parts
         config.gradient_accumulation_steps *= parts
@@ -513,8 +516,9 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals)
     if signals.stop:
         return None
-    require(math.isfinite(val_loss), f'step {step}: the val loss is {val_loss}: lower --learning_rate or set --grad_clip; what '
-                                     f'was saved in {config.out_dir} before is kept')
+    if not math.isfinite(val_loss):
+        fail(f'step {step}: the val loss is {val_loss}: lower --learning_rate or set --grad_clip; what was saved in '
+             f'{config.out_dir} before is kept')
     seconds = time.perf_counter() - start
     say(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 700)):.2f}, '
         f'{bits:.4f} bits per byte ({seconds:.1f} s)')
@@ -543,10 +547,8 @@ def report_fault(loss, grad_norm, losses, step, samples_seen, skips, config, say
     if config.nonfinite == 'skip' and skips <= config.max_skips:
         say(f'{fault}: left out')
         return
-    if dist.is_initialized() and dist.get_rank() > 0:
-        sys.exit(2)  # the main process says why
-    raise UserError(f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: lower --learning_rate, '
-                    f'or leave such steps out with --nonfinite=skip')
+    fail(f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: lower --learning_rate, or leave '
+         f'such steps out with --nonfinite=skip')
 
 
 class Log:
@@ -597,4 +599,5 @@ class Log:
 
 if __name__ == '__main__':
     with user_errors(), contextlib.ExitStack() as at_exit:
-        main(config, given, at_exit)
+        code = main(config, given, at_exit)
+    leave(code)

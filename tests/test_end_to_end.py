@@ -72,7 +72,7 @@ def test_the_loss_of_the_whole_split_is_that_of_the_model(run, trained, char_dat
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, char_data, tmp_path):
     common = (*TINY, f'--dataset={char_data}', '--max_iters=14', '--eval_interval=7', '--dropout=0.2', '--batch_size=2',
-              '--gradient_accumulation_steps=3')
+              '--gradient_accumulation_steps=3', '--dtype=float16')
     run('train.py', f'--out_dir={tmp_path}/whole', *common)
     run('train.py', f'--out_dir={tmp_path}/parts', *common, '--max_iters=7', '--lr_decay_iters=14')
     result = run('train.py', f'--out_dir={tmp_path}/parts', '--init_from=resume', '--max_iters=14')  # all else as it was
@@ -80,8 +80,9 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(run, char_data, tmp_p
     for key in ('loss', 'val_loss'):
         whole, parts = ([line[key] for line in log_lines(tmp_path / name, key)] for name in ('whole', 'parts'))
         assert whole == parts and len(whole) == (14 if key == 'loss' else 3)
-    whole, parts = weights(tmp_path / 'whole'), weights(tmp_path / 'parts')
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, parts = ckpt.load(tmp_path / 'whole'), ckpt.load(tmp_path / 'parts')
+    assert all(torch.equal(whole.model[name], parts.model[name]) for name in whole.model)
+    assert parts.scaler == whole.scaler and parts.scaler['_growth_tracker'] == 14
 
 
 def test_accumulation_does_not_change_the_step(run, char_data, tmp_path):
