@@ -53,12 +53,18 @@ def autocast(device, dtype):
     return torch.autocast(device_type=device.type, dtype=dtype)
 
 
-def make_deterministic(wanted):
-    """Kernels that give the same bits every time, where PyTorch has them (PyTorch notes, "Reproducibility")."""
+def make_deterministic(wanted, device):
+    """Kernels that give the same bits every time (PyTorch notes, "Reproducibility")."""
     if wanted:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    # on CUDA warn_only would leave flash attention's backward as it is, which adds in any order
+    torch.use_deterministic_algorithms(wanted, warn_only=device.type != 'cuda')
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+
+
+def describe(device):
+    """The hardware behind a device, by name: other hardware may round in another way."""
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else torch.backends.cpu.get_cpu_capability()
 
 
 def peak_flops(device, dtype):

@@ -330,10 +330,10 @@ class GPT(nn.Module):
         return load(model_type).build_model(**(override_args or {}))
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """As in nanoGPT: AdamW; matrices and embeddings decay, gains and biases do not."""
+        """As in nanoGPT: AdamW; matrices and embeddings decay, gains and biases do not. device_type is not needed here."""
         from optimizer import adamw
 
-        return adamw(self, weight_decay, learning_rate, betas, device_type)
+        return adamw(self.parameters(), weight_decay, learning_rate, betas)
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward: 6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B)."""

@@ -4,30 +4,25 @@ import math
 import torch
 
 
-def make_optimizer(model, config, device_type):
+def make_optimizer(model, config):
     """The optimizer that train.py's keys ask for. Each of its groups has its peak rate in group['peak_lr']."""
     betas = config.beta1, config.beta2
     if config.optimizer == 'muon':
-        return MuonWithAdamW(model, config.weight_decay, config.learning_rate, betas, config.muon_learning_rate, device_type)
-    return adamw(model, config.weight_decay, config.learning_rate, betas, device_type)
+        return MuonWithAdamW(model, config.weight_decay, config.learning_rate, betas, config.muon_learning_rate)
+    return adamw(model.parameters(), config.weight_decay, config.learning_rate, betas)
 
 
-def adamw(model, weight_decay, learning_rate, betas, device_type):
-    """AdamW (Loshchilov & Hutter 2019) in two groups: what decays and what does not.
+def adamw(params, weight_decay, learning_rate, betas):
+    """AdamW (Loshchilov & Hutter 2019), in one kernel for all tensors and two groups: what decays and what does not.
 
     The groups keep nanoGPT's order, so that the optimizer state of its checkpoints loads.
     """
-    return adamw_of(model.parameters(), weight_decay, learning_rate, betas, device_type)
-
-
-def adamw_of(params, weight_decay, learning_rate, betas, device_type):
     params = [p for p in params if p.requires_grad]
     decay = [p for p in params if p.dim() >= 2]  # weights of Linear and Embedding
     no_decay = [p for p in params if p.dim() < 2]  # biases, gains of the norms
     groups = [{'params': decay, 'weight_decay': weight_decay, 'peak_lr': learning_rate},
               {'params': no_decay, 'weight_decay': 0.0, 'peak_lr': learning_rate}]
-    fused = device_type in ('cuda', 'cpu', 'mps')  # one kernel for all tensors
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 class MuonWithAdamW:
@@ -36,14 +31,13 @@ class MuonWithAdamW:
     Muon's update is momentum made orthogonal by Newton-Schulz iterations: it wants a rate of its own, the same for all widths.
     """
 
-    def __init__(self, model, weight_decay, learning_rate, betas, muon_learning_rate, device_type):
+    def __init__(self, model, weight_decay, learning_rate, betas, muon_learning_rate):
         matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
         inside = {id(p) for p in matrices}
         group = {'params': matrices, 'peak_lr': muon_learning_rate}
         self.parts = {
             'muon': torch.optim.Muon([group], lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95),
-            'adamw': adamw_of((p for p in model.parameters() if id(p) not in inside), weight_decay, learning_rate, betas,
-                              device_type)}
+            'adamw': adamw((p for p in model.parameters() if id(p) not in inside), weight_decay, learning_rate, betas)}
 
     @property
     def param_groups(self):

@@ -27,7 +27,8 @@ def leave(code):
     """End this process. One of several skips the interpreter's own end, in which gloo's threads, which DDP keeps alive, now and
     then abort a process that has done its work.
     """
-    if 'RANK' in os.environ:
+    if dist.is_initialized():
+        dist.destroy_process_group()  # only here: after an error of one process it would wait for the others
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -78,12 +79,12 @@ def main_process_first(rank):
 
 class Signals:
     """SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) ask to save and stop after the step that is running, or in the
-    midst of an evaluation; the same signal again stops at once. SIGUSR1 asks to save and go on.
+    midst of an evaluation; Ctrl-C again stops at once. SIGUSR1 asks to save and go on.
     """
 
     def __init__(self, catch=True):
         self.stop = 0  # the signal's number
-        self.save = False
+        self.saves = 0  # asked for so far
         if not catch:
             return
         for name, receive in (('SIGINT', self.ask_stop), ('SIGTERM', self.ask_stop), ('SIGHUP', self.ask_stop),
@@ -94,23 +95,25 @@ class Signals:
 
     def ask_stop(self, number, frame):
         self.stop = number
-        signal.signal(number, signal.SIG_DFL)
+        again = b''
+        if number == signal.SIGINT:  # the others may well come twice: from a scheduler, and again from torchrun
+            signal.signal(number, signal.SIG_DFL)
+            again = b'; Ctrl-C again stops at once, without saving'
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            os.write(2, b'\nstopping after this step; the same signal again stops at once, without saving\n')
+            os.write(2, b'\nstopping after this step' + again + b'\n')
 
     def ask_save(self, number, frame):
-        self.save = True
+        self.saves += 1
 
 
 def exchange(loss, signals):
-    """One small exchange a step -> (mean loss, signal to stop by or 0, whether to save), the same in every process."""
-    save, signals.save = signals.save, False
-    shares = [torch.tensor([loss, signals.stop, save], dtype=torch.float64)]
+    """One small exchange a step -> (mean loss, signal to stop by or 0, saves asked for so far), the same in every process."""
+    shares = [torch.tensor([loss, signals.stop, signals.saves], dtype=torch.float64)]
     if dist.is_initialized():
         own, shares = shares[0], [torch.empty_like(shares[0]) for _ in range(dist.get_world_size())]
         dist.all_gather(shares, own)
     losses, stops, saves = zip(*(share.tolist() for share in shares))
-    return sum(losses) / len(losses), int(max(stops)), any(saves)
+    return sum(losses) / len(losses), int(max(stops)), int(sum(saves))
 
 
 def gather(value):

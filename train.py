@@ -124,7 +124,7 @@ from tqdm import tqdm
 
 import checkpoint as ckpt
 from data import bins
-from device import autocast, compile_or_not, make_deterministic, peak_flops, pick_device, pick_dtype
+from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes
 from processes import Signals, any_process, exchange, fail, gather, leave, main_process_first, make_say, start_group
@@ -138,8 +138,6 @@ def main(config, given, at_exit):
     # processes and device ------------------------------------------------------------------------------------------------
     rank, world_size = start_group(config.backend)
     ddp = dist.is_initialized()  # started by torchrun
-    if ddp:
-        at_exit.callback(dist.destroy_process_group)
     main_process = rank == 0  # it prints
     writes = main_process and not config.eval_only  # checkpoints and the log
     say = make_say(main_process)
@@ -157,14 +155,14 @@ def main(config, given, at_exit):
     if ddp and (name == 'auto' and torch.cuda.is_available() or name.startswith('cuda')):
         name = f'cuda:{os.environ["LOCAL_RANK"]}'  # one GPU for each process
     device = pick_device(name)
-    make_deterministic(config.deterministic)
+    make_deterministic(config.deterministic, device)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
     accumulation, rest = divmod(config.gradient_accumulation_steps, world_size)  # micro-batches of this process
-    require(not rest, f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
-                      f'processes: try {f"{config.gradient_accumulation_steps - rest} or " * (accumulation > 0)}'
-                      f'{config.gradient_accumulation_steps - rest + world_size}')
+    if rest:
+        fail(f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
+             f'processes: try {f"{accumulation * world_size} or " * (accumulation > 0)}{(accumulation + 1) * world_size}')
 
     # data, model, optimizer ----------------------------------------------------------------------------------------------
     model_config = choose_model_config(config, given, checkpoint, resume)
@@ -173,7 +171,7 @@ def main(config, given, at_exit):
         folder = find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
-                   'data': data.fingerprint()}
+                   'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint()}
     torch.manual_seed(config.seed)
     if checkpoint is None:
         raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
@@ -184,7 +182,7 @@ def main(config, given, at_exit):
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
     raw_model.to(device)
-    optimizer = make_optimizer(raw_model, config, device.type)
+    optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # otherwise it does nothing
     step, samples_seen, best_val_loss, saved_step = 0, 0, math.inf, None
     if resume:
@@ -213,11 +211,12 @@ def main(config, given, at_exit):
             return model(*to_device(x, y, device))[1]
 
     def try_out(model, sync=False):
-        """Forward and backward of one micro-batch, while as much memory is taken as the optimizer is going to take."""
+        """Micro-batches as in a step, with as much memory taken as the optimizer is going to take."""
         reserve = torch.empty(0 if resume else state_bytes(optimizer), dtype=torch.uint8, device=device)
         if ddp:
             ddp_model.require_backward_grad_sync = sync
-        scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
+        for _ in range(min(accumulation, 2)):  # the second has the gradients of the first beside it
+            scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
         optimizer.zero_grad(set_to_none=True)
         del reserve
 
@@ -256,7 +255,7 @@ def main(config, given, at_exit):
                 optimizer.state_dict(), scaler.state_dict(), data.tokenizer.to_dict(), environment))
 
     signals = Signals(catch=not config.eval_only)  # an evaluation has nothing to save: it stops at once
-    stop, save_now, skips = 0, False, 0
+    stop, saves, saves_done, skips = 0, 0, 0, 0
     peak = config.peak_flops or peak_flops(device, dtype)
     bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step', dynamic_ncols=True,
                disable=None if writes else True)  # None: on a terminal only
@@ -266,7 +265,7 @@ def main(config, given, at_exit):
     # the loop ------------------------------------------------------------------------------------------------------------
     while True:
         done = step >= config.max_iters or config.eval_only
-        due = stop or save_now or config.save_interval and step % config.save_interval == 0
+        due = stop or saves > saves_done or config.save_interval and step % config.save_interval == 0
         val_loss = None
         if not stop and (done or step % config.eval_interval == 0):
             model.eval()
@@ -280,12 +279,13 @@ def main(config, given, at_exit):
             logged_at, logged_step = time.perf_counter(), step  # the time of the evaluation is not the training's
         if due and (step > 0 or done or stop) and step != saved_step:
             save(val_loss)
+        saves_done = saves
         if done or stop:
             break
 
         lr = learning_rate_at(step, config)
         for group in optimizer.param_groups:
-            group['lr'] = lr * group['peak_lr'] / config.learning_rate
+            group['lr'] = lr * (group['peak_lr'] / config.learning_rate)
         losses = []
         for micro_step in range(accumulation):
             # micro-batches are laid out along the samples process after process: the same ones for any number of them
@@ -300,8 +300,8 @@ def main(config, given, at_exit):
             losses.append(loss.detach())
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
-        loss, stop, save_now = exchange(torch.stack(losses).mean().item(), signals)
-        finite = math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled())  # the scaler leaves out overflows
+        loss, stop, saves = exchange(torch.stack(losses).mean().item(), signals)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             scaler.step(optimizer)
         scaler.update()
@@ -309,7 +309,7 @@ def main(config, given, at_exit):
 
         skips = 0 if finite else skips + 1
         if not finite:
-            report_fault(loss, grad_norm, losses, step, samples_seen, skips, config, say)
+            leave_out(loss, grad_norm, losses, step, samples_seen, skips, scaler, config, say)
         samples_seen += samples_per_step
         if main_process and (step % config.log_interval == 0 or not finite):
             now = time.perf_counter()
@@ -328,8 +328,9 @@ def main(config, given, at_exit):
             saver.check()
 
     bar.close()
-    if writes:
-        saver.wait()
+    with main_process_first(rank):  # torchrun ends all processes as soon as one has failed: they wait for the last save
+        if writes:
+            saver.wait()
     if stop:
         say(f'stopped by {signal.Signals(stop).name} after {step} steps; go on with: '
             f'python train.py --init_from=resume --out_dir={config.out_dir}')
@@ -432,9 +433,10 @@ def check_disk(config, size, resume):
 def memory_estimate(model, optimizer, config, device, half):
     """One line: the memory that a step takes on this device, by part."""
     weights = 4 * model.get_num_params(False)
+    gradients = weights * (2 if dist.is_initialized() else 1)  # DDP has a copy of them in its buckets
     # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
     logits = config.batch_size * config.block_size * model.config.vocab_size * (8 + 2 * half)
-    parts = {'weights': weights, 'gradients': weights, 'optimizer': state_bytes(optimizer),
+    parts = {'weights': weights, 'gradients': gradients, 'optimizer': state_bytes(optimizer),
              'activations': model.activation_bytes(config.batch_size, half), 'logits': logits}
     there = f' of {torch.cuda.get_device_properties(device).total_memory / 1e6:,.0f}' if device.type == 'cuda' else ''
     return (f'memory: about {sum(parts.values()) / 1e6:,.0f}{there} MB ('
@@ -462,6 +464,7 @@ def compile_and_fit(model, try_out, config, device, say):
         config.eval_iters *= parts if config.eval_iters > 0 else 1
         say(f'out of memory with batch_size = {size}: going on with {config.batch_size}, and {parts} times as many '
             f'gradient_accumulation_steps; the samples of a step stay the same (--activation_checkpointing saves memory too)')
+        torch.compiler.reset()  # what was compiled for the larger shape counts no more
         if device.type == 'cuda':
             torch.cuda.empty_cache()
 
@@ -498,8 +501,8 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals):
         n_bytes += int(token_bytes[targets].sum())
     nats = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     *shares, stops = zip(*gather((nats, n_tokens, n_bytes, signals.stop)))
-    signals.stop = max(stops)
-    if signals.stop:
+    if any(stops):
+        signals.stop = max(stops)
         return None, None
     nats, n_tokens, n_bytes = map(sum, shares)
     return nats / n_tokens, nats / math.log(2) / n_bytes
@@ -514,7 +517,7 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else data.val.n_windows
     val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, signals)
     train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals)
-    if signals.stop:
+    if val_loss is None or train_loss is None:
         return None
     if not math.isfinite(val_loss):
         fail(f'step {step}: the val loss is {val_loss}: lower --learning_rate or set --grad_clip; what was saved in '
@@ -533,9 +536,10 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     return val_loss
 
 
-def report_fault(loss, grad_norm, losses, step, samples_seen, skips, config, say):
+def leave_out(loss, grad_norm, losses, step, samples_seen, skips, scaler, config, say):
     """Say which samples made a step's loss or gradient infinite or nan. Raises UserError unless such steps are to be left out.
 
+    In float16 a gradient that overflows is no fault: the scaler lowers its scale, unless that happens again and again.
     losses: of this process's micro-batches. The first that is bad is named; if only the gradient is, the whole step is.
     """
     finite = [math.isfinite(value) for value in sum(gather([value.item() for value in losses]), [])]
@@ -544,7 +548,8 @@ def report_fault(loss, grad_norm, losses, step, samples_seen, skips, config, say
     else:
         first, count, what = samples_seen + finite.index(False) * config.batch_size, config.batch_size, f'loss is {loss}'
     fault = f'step {step}: the {what} in samples {first} to {first + count - 1}'
-    if config.nonfinite == 'skip' and skips <= config.max_skips:
+    overflow = scaler.is_enabled() and math.isfinite(loss)
+    if (config.nonfinite == 'skip' or overflow) and skips <= config.max_skips:
         say(f'{fault}: left out')
         return
     fail(f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: lower --learning_rate, or leave '

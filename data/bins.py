@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from configurator import UserError, first_line, require
 from data.tokenizer import CharTokenizer, Tokenizer, gpt2
-from files import lock, replace
+from files import lock, replace, write_synced
 
 FORMAT = 1
 PIECE_BYTES = 2**20  # a text file is read in pieces of at most this size, each tokenized by one thread
@@ -102,7 +102,7 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                 **{f'{split}_bytes': n_bytes[split] for split in writers}, 'tokenizer': tokenizer.to_dict()}
         for split, writer in writers.items():
             require(writer.n_tokens > 1, f'{source}: too little text, nothing is left for {split}.bin')
-        temporary['meta.json'].write_text(json.dumps(meta, ensure_ascii=False), encoding='utf-8')
+        write_synced(temporary['meta.json'], json.dumps(meta, ensure_ascii=False))
         if (folder / 'train.bin').exists():
             print(f'replacing the data set that was in {folder}')
         for name in names:

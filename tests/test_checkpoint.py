@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import time
 from dataclasses import asdict
 
 import pytest
@@ -292,3 +293,42 @@ def test_the_tokenizer_of_a_nanogpt_run_is_that_of_its_data_set(tmp_path):
     (tmp_path / 'data' / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 5, 'itos': dict(enumerate('abcde'))}))
     (tmp_path / 'data' / 'train.bin').write_bytes(b'')
     assert found.get_tokenizer().decode([0, 4]) == 'ae'
+
+
+def test_a_save_in_the_background_is_of_the_moment_in_which_it_was_asked_for(tmp_path, monkeypatch):
+    model = tiny_model()
+    before = model.lm_head.weight.detach().clone()
+    write_out, running = torch.save, []
+
+    def slow(*arguments, **options):
+        running.append(len(running))
+        time.sleep(0.2)
+        write_out(*arguments, **options)
+        running.append('done')
+
+    monkeypatch.setattr(torch, 'save', slow)
+    said = []
+    saver = ckpt.Saver(tmp_path, 2, True, said.append)
+    start = time.perf_counter()
+    saver.save(Checkpoint(asdict(model.config), model.state_dict(), 1))
+    assert not said and time.perf_counter() - start < 0.2
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    saver.save(Checkpoint(asdict(model.config), model.state_dict(), 2))  # waits for the first
+    saver.wait()
+    assert running == [0, 'done', 2, 'done'] and len(said) == 2
+    for step, expected in ((1, before), (2, before + 1)):
+        found = ckpt.load(tmp_path / f'ckpt_0000000{step}.pt')
+        assert torch.equal(found.model['lm_head.weight'], expected)
+        assert found.build_model().transformer.wte.weight is not None
+        storage = {found.model[name].untyped_storage().data_ptr() for name in ('lm_head.weight', 'transformer.wte.weight')}
+        assert len(storage) == 1  # tied weights are written once
+
+
+def test_names_are_given_when_the_content_is_on_the_disk(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: (done.append(os.readlink(f'/proc/self/fd/{fd}')), sync(fd)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append(str(b)), rename(a, b)))
+    path = str(write(tmp_path, 1))
+    manifest = path.replace('.pt', '.json')
+    assert done == [path + '.tmp', manifest + '.tmp', path, str(tmp_path), manifest, str(tmp_path)]

@@ -78,13 +78,13 @@ def test_peaks_are_found_by_name(monkeypatch, name, peak):
 
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch):
-    model, said = torch.nn.Linear(2, 2), []
+    model, said, tried = torch.nn.Linear(2, 2), [], []
 
     def broken(*args, **kwargs):
         raise RuntimeError('no C++ compiler\nlong trace')
 
     monkeypatch.setattr(torch, 'compile', broken)
-    assert device.compile_or_not(model, True, torch.device('cpu'), lambda m: None, said.append) is model
+    assert device.compile_or_not(model, True, torch.device('cpu'), tried.append, said.append) is model and tried == [model]
     assert said[-1] == 'torch.compile failed, going on without it: RuntimeError: no C++ compiler'
     monkeypatch.setattr(torch, 'compile', lambda *args, **kwargs: (_ for _ in ()).throw(AssertionError()))
     assert device.compile_or_not(model, True, torch.device('cpu'), lambda m: None, said.append) is model

@@ -169,8 +169,6 @@ def wrong_shapes(out_dir):
     forge(out_dir, optimizer=state)
 
 
-
-
 REFUSED = {  # what is done to the run's folder, what is asked for, what is said
     'all bad': (all_bad, (), 'every checkpoint in it is damaged'),
     'no manifest': (no_manifests, (), 'no manifest to check it by'),
@@ -391,13 +389,13 @@ def test_a_signal_saves_and_stops_after_the_step_and_meanwhile_another_run_is_ke
     same_run(tmp_path / 'out', whole)
 
 
-def test_the_same_signal_again_stops_at_once(clone, arguments, fault, tmp_path):
+def test_ctrl_c_again_stops_at_once(clone, arguments, fault, tmp_path):
     with start(clone, f'--out_dir={tmp_path}/out', *arguments, env=fault(SLOW, SECONDS=0.5)) as process:
         read_until(process, 'step 0: train loss')
-        process.send_signal(signal.SIGTERM)
-        read_until(process, 'again stops at once')
-        process.send_signal(signal.SIGTERM)
-    assert process.returncode == -signal.SIGTERM and not list((tmp_path / 'out').glob('ckpt_*'))
+        process.send_signal(signal.SIGINT)
+        read_until(process, 'Ctrl-C again stops at once')
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == -signal.SIGINT and not list((tmp_path / 'out').glob('ckpt_*'))
 
 
 def test_a_signal_in_an_evaluation_stops_it_and_the_evaluation_is_made_up_for(clone, run, arguments, fault, whole, tmp_path):
@@ -438,10 +436,23 @@ def workers(process):
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(clone, run, arguments, fault, whole, tmp_path):
-    with start(clone, f'--out_dir={tmp_path}/out', *arguments, command=TORCHRUN, env=fault(SLOW, SECONDS=0.05)) as process:
+SLOW_SAVE = '''
+save = torch.save
+def slow_save(*arguments, **options):
+    time.sleep(2)
+    save(*arguments, **options)
+torch.save = slow_save
+'''
+
+
+def test_both_processes_stop_after_the_same_step_and_wait_for_the_save(clone, run, arguments, fault, whole, tmp_path):
+    slow = fault(SLOW + SLOW_SAVE, SECONDS=0.05)
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, command=TORCHRUN, env=slow) as process:
         read_until(process, 'step 2:')
-        os.kill(workers(process)[1], signal.SIGTERM)
+        for _ in range(2):  # a scheduler may tell every process, and torchrun then tells them again
+            for pid in workers(process).values():
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(0.3)
         rest = process.stdout.read()
     assert process.returncode != 0 and 'stopped by SIGTERM' in rest
     assert 4 <= ckpt.load(tmp_path / 'out').step < 20
@@ -449,6 +460,29 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(clone, 
     assert 'world_size 2 then, 1 now' in result.stdout
     assert [line['loss'] for line in log_of(tmp_path / 'out') if 'loss' in line] == pytest.approx(
         [line['loss'] for line in log_of(whole) if 'loss' in line], abs=1e-5)
+
+
+def test_a_signal_to_one_of_two_processes_in_an_evaluation_stops_both(clone, arguments, fault, tmp_path):
+    slow = fault(SLOW_EVALUATION.replace('0.5', "(os.environ['RANK'] == '0')").replace('import', 'import os,'))
+    options = ('--eval_iters=4', '--gradient_accumulation_steps=2')
+    with start(clone, f'--out_dir={tmp_path}/out', *arguments, *options, command=TORCHRUN, env=slow) as process:
+        read_until(process, 'step 7:')
+        time.sleep(0.5)  # the process that gets the signal waits for the other
+        os.kill(workers(process)[1], signal.SIGTERM)
+        rest = process.stdout.read()
+    assert 'stopped by SIGTERM after 8 steps' in rest and ckpt.load(tmp_path / 'out').step == 8
+
+
+def test_three_processes_are_resumed_to_the_last_bit(clone, arguments, tmp_path):
+    whole, parts, command = tmp_path / 'whole', tmp_path / 'parts', (*TORCHRUN[:-1], '--nproc_per_node=3')
+    options = ('--gradient_accumulation_steps=3', '--max_iters=8', '--n_embd=128', '--n_layer=4')
+    with start(clone, f'--out_dir={whole}', *arguments, *options, command=command) as process:
+        process.stdout.read()
+    shutil.copytree(whole, parts)
+    (parts / 'ckpt_00000008.pt').unlink()
+    with start(clone, f'--out_dir={parts}', '--init_from=resume', command=command) as process:
+        assert 'step 4:' in process.stdout.read()
+    same_run(parts, whole)
 
 
 def test_one_process_two_and_one_again(clone, run, arguments, whole, tmp_path):
@@ -575,6 +609,12 @@ def test_too_many_bad_steps_in_a_row_end_the_run(run, arguments, fault, tmp_path
     assert result.stdout.count('left out') == 5 and 'step 7: the loss is nan' in last_words(result)
 
 
+def test_float16_that_always_overflows_ends_the_run(run, arguments, fault, tmp_path):
+    bad = fault(BAD_NUMBERS, AT=list(range(3, 100)), WHAT='gradient', RANK='0')
+    result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, '--dtype=float16', '--max_skips=4', env=bad, code=2)
+    assert result.stdout.count('left out') == 4 and 'step 4: the gradient norm is' in last_words(result)
+
+
 def test_a_bad_loss_in_one_of_two_processes_stops_both(clone, arguments, fault, tmp_path):
     bad = fault(BAD_NUMBERS, AT=[6], WHAT='loss', RANK='1')  # two on trial under DDP, then one in a step: the step is 3
     with start(clone, f'--out_dir={tmp_path}/out', *arguments, command=TORCHRUN, env=bad) as process:
@@ -615,6 +655,15 @@ def test_out_of_memory_in_one_of_two_processes_cuts_both(clone, arguments, fault
     with start(clone, f'--out_dir={tmp_path}/out', *arguments, command=TORCHRUN, env=fault(only_one, LIMIT=2 * 32)) as process:
         said = process.stdout.read()
     assert 'going on with 2' in said and process.returncode == 0 and ckpt.load(tmp_path / 'out').step == 20
+
+
+def test_only_a_better_checkpoint_is_kept_by_a_resumed_run_too(run, arguments, tmp_path):
+    options = ('--always_save_checkpoint=False', '--save_interval=1000')
+    run('train.py', f'--out_dir={tmp_path}/out', *arguments, *options, '--max_iters=8')
+    run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume', '--max_iters=24', '--learning_rate=1', '--min_lr=1',
+        '--muon_learning_rate=1', '--keep_last=9')
+    losses = {line['step']: line['val_loss'] for line in log_of(tmp_path / 'out') if 'val_loss' in line}
+    assert losses[16] > losses[8] and [m['step'] for m in ckpt.manifests(tmp_path / 'out')] == [24, 8]
 
 
 # Other runs, other clocks, other machines -----------------------------------------------------------------------------------

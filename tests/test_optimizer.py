@@ -63,7 +63,7 @@ def test_what_is_left_out_follows_from_the_rest():
 
 def test_matrices_decay_and_gains_and_biases_do_not():
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=2, n_head=2, n_embd=8))
-    decay, rest = adamw(model, 0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
+    decay, rest = adamw(model.parameters(), 0.1, 1e-3, (0.9, 0.95)).param_groups
     assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].split('.')[-2] for p in decay['params']} == {'wte', 'wpe', 'c_attn', 'c_proj', 'c_fc'}
@@ -73,7 +73,7 @@ def test_matrices_decay_and_gains_and_biases_do_not():
 
 def test_a_step_is_adamw():
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8))
-    optimizer = adamw(model, 0.1, 1e-2, (0.9, 0.95), 'cpu')
+    optimizer = adamw(model.parameters(), 0.1, 1e-2, (0.9, 0.95))
     assert all(group['fused'] for group in optimizer.param_groups)
     p = model.transformer.wpe.weight
     before, grad = p.detach().clone(), torch.randn_like(p)
@@ -88,7 +88,7 @@ def one_step(name, **options):
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True))
     config = SimpleNamespace(**BASE | {'optimizer': name, 'weight_decay': 0.0, 'beta1': 0.9, 'beta2': 0.95,
                                        'muon_learning_rate': 0.02} | options)
-    optimizer = make_optimizer(model, config, 'cpu')
+    optimizer = make_optimizer(model, config)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     idx = torch.randint(11, (4, 8))
     model(idx, idx)[1].backward()

@@ -50,7 +50,7 @@ def saving(config, device):
     run = train.Config(**read_config_file(ROOT / 'config' / 'quickstart.py', train.Config))
     keys = {key: getattr(run, key) for key in GPTConfig.__dataclass_fields__ if key != 'vocab_size'}
     model = GPT(GPTConfig(**keys, vocab_size=2048)).to(device)
-    optimizer = make_optimizer(model, run, device.type)
+    optimizer = make_optimizer(model, run)
     dtype = pick_dtype('auto', device, run.n_embd)
 
     def steps(n):
@@ -80,7 +80,7 @@ def saving(config, device):
     yield '  share of the training', f'{stop / wall:.2%} of the time, {cpu_save / cpu:.2%} of the CPU seconds'
 
     model = GPT(GPTConfig(n_layer=12, n_head=8, n_embd=512, vocab_size=8192, block_size=128)).to(device)
-    optimizer = make_optimizer(model, run, device.type)
+    optimizer = make_optimizer(model, run)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
