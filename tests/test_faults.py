@@ -374,12 +374,9 @@ numpy.pad = pad
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_stops_after_the_step_and_meanwhile_another_run_is_kept_out(
-        clone, run, refused, arguments, fault, whole, tmp_path, number):
+def test_a_signal_saves_and_stops_after_the_step(clone, run, arguments, fault, whole, tmp_path, number):
     with start(clone, f'--out_dir={tmp_path}/out', *arguments, env=fault(SLOW, SECONDS=0.05)) as process:
         read_until(process, 'step 1:')
-        if number == signal.SIGINT:
-            refused('train.py', f'--out_dir={tmp_path}/out', *arguments, says='another process is writing there')
         process.send_signal(number)
         rest = process.stdout.read()
     assert process.returncode == 128 + number
@@ -506,7 +503,7 @@ def test_a_reader_that_has_gone_does_not_stop_training(clone, arguments, tmp_pat
     assert process.returncode == 0 and ckpt.load(tmp_path / 'out').step == 20
 
 
-def test_a_terminal_that_was_closed_does_not_lose_the_run(clone, arguments, tmp_path):
+def test_another_run_is_kept_out_and_a_terminal_that_is_closed_loses_nothing(clone, refused, arguments, tmp_path):
     master, slave = os.openpty()
     command = [sys.executable, clone / 'train.py', f'--out_dir={tmp_path}/out', *arguments, '--max_iters=1000000']
     process = subprocess.Popen(command, cwd=clone, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
@@ -517,6 +514,8 @@ def test_a_terminal_that_was_closed_does_not_lose_the_run(clone, arguments, tmp_
             os.read(master, 1000)
         time.sleep(0.1)
         assert process.poll() is None
+    for resume in ((), ('--init_from=resume',)):
+        refused('train.py', f'--out_dir={tmp_path}/out', *arguments, *resume, says='another process is writing there')
     os.close(master)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
@@ -563,7 +562,7 @@ def test_a_folder_that_cannot_be_written_is_named(refused, arguments):
 
 # Numbers -------------------------------------------------------------------------------------------------------------------
 
-# micro-batch number 1 is the one on trial, before step 0; then there are two in a step
+# micro-batches 1 and 2 are on trial, before step 0; then there are two in each step
 BAD_NUMBERS = '''
 import os, torch
 real, calls = torch.nn.functional.cross_entropy, []
@@ -583,7 +582,7 @@ torch.nn.functional.cross_entropy = cross_entropy
 @pytest.mark.parametrize('what, says', [('loss', 'the loss is nan in samples 44 to 47'),
                                         ('gradient', 'the gradient norm is nan in samples 40 to 47')])
 def test_a_step_that_is_not_finite_is_not_taken(run, arguments, fault, whole, tmp_path, what, says):
-    bad = fault(BAD_NUMBERS, AT=[13], WHAT=what, RANK='0')
+    bad = fault(BAD_NUMBERS, AT=[14], WHAT=what, RANK='0')
     result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, env=bad, code=2)
     assert f'step 5: {says}' in last_words(result) and '--nonfinite=skip' in result.stderr
     run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume')
@@ -591,7 +590,7 @@ def test_a_step_that_is_not_finite_is_not_taken(run, arguments, fault, whole, tm
 
 
 def test_a_step_that_is_not_finite_is_left_out_if_asked_for(run, arguments, fault, tmp_path):
-    bad = fault(BAD_NUMBERS, AT=[12], WHAT='loss', RANK='0')
+    bad = fault(BAD_NUMBERS, AT=[13], WHAT='loss', RANK='0')
     options = ('--nonfinite=skip', '--save_interval=1', '--keep_last=99')
     result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, *options, env=bad)
     assert 'step 5: the loss is nan in samples 40 to 43: left out' in result.stdout
@@ -604,7 +603,7 @@ def test_a_step_that_is_not_finite_is_left_out_if_asked_for(run, arguments, faul
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(run, arguments, fault, tmp_path):
-    bad = fault(BAD_NUMBERS, AT=[4, 6, 10, 12, 14, 16], WHAT='loss', RANK='0')  # steps 1, 2; 4, 5, 6, 7
+    bad = fault(BAD_NUMBERS, AT=[5, 7, 11, 13, 15, 17], WHAT='loss', RANK='0')  # steps 1, 2; 4, 5, 6, 7
     result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, '--nonfinite=skip', '--max_skips=3', env=bad, code=2)
     assert result.stdout.count('left out') == 5 and 'step 7: the loss is nan' in last_words(result)
 
