@@ -56,7 +56,7 @@ class Checkpoint:
                  'optimizer': dict | None, 'scaler': dict | None, 'tokenizer': dict | None, 'environment': dict}
         for name, kind in kinds.items():
             value = getattr(self, name)
-            fits = isinstance(value, kind) and not (kind is int and value < 0)
+            fits = isinstance(value, kind) and not (kind is int and not 0 <= value < 2**63)
             require(fits, f'{self.path}: {name} = {str(value)[:40]} is not what a checkpoint has there')
 
     def build_model(self, **override):
@@ -160,7 +160,9 @@ def save(out_dir, checkpoint, keep_last=2):
     temporary, manifest_temporary = path.with_suffix('.pt.tmp'), path.with_suffix('.json.tmp')
     file = None
     try:
-        known = read_manifest(manifest_path) if manifest_path.exists() else None
+        known, _ = read_manifest(manifest_path)
+        if path.exists() and not manifest_path.exists():
+            path.rename(path.with_name(path.name + '.unchecked'))  # not ours to overwrite
         if known and not damage(path, known):
             if checkpoint.val_loss is not None:
                 write_text(manifest_path, json.dumps(known | {'val_loss': checkpoint.val_loss}, indent=1))
@@ -175,7 +177,7 @@ def save(out_dir, checkpoint, keep_last=2):
             replace(temporary, path)
             replace(manifest_temporary, manifest_path)
         found = [manifest for manifest in manifests(out_dir) if manifest['step'] <= checkpoint.step]
-        for old in found[keep_last:]:
+        for old in reversed(found[keep_last:]):  # the oldest first: one that a killed process left is not left for good
             if old is not min(found, key=val_loss_of):
                 delete(out_dir / old['file'])
     except (OSError, RuntimeError) as error:
@@ -252,23 +254,35 @@ def val_loss_of(manifest):
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
-def manifests(out_dir):
-    """The manifests of a run's folder, newest first. One that cannot be read is named and left out."""
-    found = [manifest for path in Path(out_dir).glob('ckpt_*.json') if (manifest := read_manifest(path))]
+def manifests(out_dir, say=lambda text: None):
+    """The manifests of a run's folder, newest first. One that cannot be trusted is named and left out.
+
+    Only files that are named as `save` names them count: a copy that somebody made is not ours to list or to delete.
+    """
+    found = []
+    for path in Path(out_dir).glob('ckpt_*.json'):
+        name = re.fullmatch(r'ckpt_(\d{8,}).json', path.name)
+        manifest, wrong = read_manifest(path) if name else (None, None)
+        if manifest and manifest['step'] != int(name[1]):
+            manifest, wrong = None, f'step = {manifest["step"]} is not that of its name'
+        if manifest:
+            found.append(manifest)
+        elif wrong:
+            say(f'{path} is damaged and passed over: {wrong}')
     return sorted(found, key=lambda m: m['step'], reverse=True)
 
 
 def read_manifest(path):
-    """The manifest with its file's name; None, and a line on stderr, if it is damaged."""
+    """(the manifest with its file's name, None), or (None, what is wrong with it); (None, None) if there is none."""
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
-        kinds = {'step': int, 'bytes': int, 'sha256': str}
-        require(all(isinstance(manifest[key], kind) for key, kind in kinds.items()), 'not a manifest')
-        require(isinstance(manifest['val_loss'], float | None), 'val_loss is not a number')
-        return manifest | {'file': path.with_suffix('.pt').name}  # whatever it says: nothing else is read or deleted
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f'{path} is damaged and passed over: {error!r}', file=sys.stderr)
-        return None
+        for key, kind in {'step': int, 'bytes': int, 'sha256': str, 'val_loss': float | int | None, 'config': dict}.items():
+            require(isinstance(manifest[key], kind), f'{key} = {str(manifest[key])[:40]}')
+        return manifest | {'file': path.with_suffix('.pt').name}, None  # whatever it says: nothing else is read or deleted
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return None, f'it is no manifest ({first_line(error)[:80] if isinstance(error, UserError) else type(error).__name__})'
 
 
 def load(where, prefer_best=False, mmap=False):
@@ -283,31 +297,48 @@ def load(where, prefer_best=False, mmap=False):
     if where.is_file():
         manifest = where.with_suffix('.json')
         if manifest.exists():
-            known = read_manifest(manifest)
-            wrong = damage(where, known) if known else 'its manifest cannot be read'
+            known, wrong = read_manifest(manifest)
+            wrong = damage(where, known) if known else wrong
             require(not wrong, f'{where} is damaged: {wrong}; name another')
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s folder, a .pt file or one of '
                             f'{", ".join(GPT2_SIZES)}')
     if (where / 'config.json').exists():
         return load_huggingface(where)
-    found = manifests(where)
+    for _ in range(10):
+        with contextlib.suppress(FileNotFoundError):  # the run is alive, and has just deleted what was to be read
+            return load_run(where, prefer_best, mmap)
+    raise UserError(f'{where}: its checkpoints disappear while they are read; try again')
+
+
+def load_run(folder, prefer_best, mmap):
+    """The newest whole checkpoint of a run's folder, or the best; what is passed over is said."""
+    found = manifests(folder, warn)
+    loose = [path for path in sorted(folder.glob('ckpt_*.pt')) if not path.with_suffix('.json').exists()]
     if not found:
-        if (where / 'ckpt.pt').exists():
-            return load_file(where / 'ckpt.pt', mmap)
-        loose = sorted(where.glob('ckpt_*.pt'))
-        raise UserError(f'{where}: there is no whole checkpoint in this folder; ' + (
+        if (folder / 'ckpt.pt').exists():
+            return load_file(folder / 'ckpt.pt', mmap)
+        raise UserError(f'{folder}: there is no whole checkpoint in this folder; ' + (
             f'{loose[-1].name} has no manifest to check it by: trust it with --init_from={loose[-1]}' if loose else
             'train one first'))
-    if prefer_best and not found[0].get('config', {}).get('always_save_checkpoint', True):
+    for path in loose:
+        warn(f'{path} has no manifest to check it by and is passed over; to trust it: --init_from={path}')
+    if prefer_best and not found[0]['config'].get('always_save_checkpoint', True):
         found.sort(key=val_loss_of)
     for manifest in found:
-        path = where / manifest['file']
+        path = folder / manifest['file']
         wrong = damage(path, manifest)
         if not wrong:
-            return load_file(path, mmap)
-        print(f'{path} is damaged and passed over: {wrong}', file=sys.stderr)
-    raise UserError(f'{where}: every checkpoint in it is damaged; restore one from a copy, or train anew in another --out_dir')
+            checkpoint = load_file(path, mmap)
+            checkpoint.val_loss = manifest['val_loss']  # it may have been measured later
+            return checkpoint
+        warn(f'{path} is damaged and passed over: {wrong}')
+    raise UserError(f'{folder}: every checkpoint in it is damaged; restore one from a copy, or train anew in another --out_dir')
+
+
+def warn(text):
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(text, file=sys.stderr)
 
 
 def load_model(path_or_out_dir, device='cpu'):
@@ -319,6 +350,8 @@ def load_model(path_or_out_dir, device='cpu'):
 def damage(path, manifest):
     """What is wrong with a checkpoint's file, by its manifest; None if it is whole."""
     if not path.exists():
+        if not path.with_suffix('.json').exists():
+            raise FileNotFoundError(path)  # both are gone: nothing is wrong
         return 'the file is missing'
     if path.stat().st_size != manifest['bytes']:
         return f'it has {path.stat().st_size:,} bytes instead of {manifest["bytes"]:,}'
@@ -329,6 +362,8 @@ def load_file(path, mmap=False):
     """A .pt file of plainGPT or nanoGPT. Only tensors and plain values are read; anything that would run code is refused."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
     except pickle.UnpicklingError as error:
         named = re.search(r'GLOBAL (\S+)', str(error))
         raise UserError(f'{path}: refused: ' + (f'it would run {named[1]}' if named else 'it is no checkpoint of plainGPT or '

@@ -43,10 +43,13 @@ def user_errors():
     That is a UserError and an OSError (disk full, no permission, not a file). A bug keeps its traceback.
     """
     script = Path(sys.argv[0]).name
+    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # closed: train.py >&-
     report = sys.excepthook
     # Ctrl-C is no bug either, also while modules are imported after this; SIGTERM cleans up what is half written
     sys.excepthook = lambda kind, *rest: print('stopped', file=sys.stderr) if kind is KeyboardInterrupt else report(kind, *rest)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if hasattr(signal, 'SIGUSR1'):  # asks train.py to save: while there is nothing to save it is no reason to die
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         yield
     except UserError as error:

@@ -49,10 +49,14 @@ def write_text(path, text):
 
 
 def write_synced(path, text):
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Raises OSError that names the file."""
+    try:
+        with open(path, 'w', encoding='utf-8') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sha256_of(path):

@@ -184,12 +184,12 @@ def main(config, given, at_exit):
     raw_model.to(device)
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # otherwise it does nothing
-    step, samples_seen, best_val_loss, saved_step = 0, 0, math.inf, None
+    step, samples_seen, best_val_loss, saved_step, evaluated = 0, 0, math.inf, None, False
     if resume:
         check_environment(checkpoint, environment, folder, config.eval_only or 'dataset' in given, say)
         step, samples_seen = checkpoint.step, checkpoint.samples_seen
         best_val_loss = math.inf if checkpoint.best_val_loss is None else checkpoint.best_val_loss
-        saved_step = None if checkpoint.val_loss is None else step  # without: a signal broke its evaluation off
+        saved_step, evaluated = step, checkpoint.val_loss is not None
         load_optimizer(optimizer, scaler, checkpoint)
     start_step, checkpoint = step, None  # free its memory
     samples_per_step = config.batch_size * config.gradient_accumulation_steps
@@ -239,7 +239,6 @@ def main(config, given, at_exit):
         ckpt.cut_log(config.out_dir, start_step)
         saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save, say)
         at_exit.callback(saver.wait)
-    if main_process and (resume or not config.eval_only):  # a mere evaluation of other weights is no part of a run
         log = at_exit.enter_context(contextlib.closing(Log(config, say)))
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0 and not config.eval_only:
         say(f'note: warmup_iters = {config.warmup_iters} is not over within max_iters = {config.max_iters}: the learning rate '
@@ -265,7 +264,7 @@ def main(config, given, at_exit):
     # the loop ------------------------------------------------------------------------------------------------------------
     while True:
         done = step >= config.max_iters or config.eval_only
-        due = stop or saves > saves_done or config.save_interval and step % config.save_interval == 0
+        due = stop or saves > saves_done or not skips and config.save_interval and step % config.save_interval == 0
         val_loss = None
         if not stop and (done or step % config.eval_interval == 0):
             model.eval()
@@ -274,10 +273,11 @@ def main(config, given, at_exit):
             if val_loss is None:  # a signal broke it off
                 stop = due = signals.stop
             else:
-                due = due or done or val_loss < best_val_loss or config.always_save_checkpoint
+                due = due or done or not skips and (val_loss < best_val_loss or config.always_save_checkpoint)
                 best_val_loss = min(best_val_loss, val_loss)
             logged_at, logged_step = time.perf_counter(), step  # the time of the evaluation is not the training's
-        if due and (step > 0 or done or stop) and step != saved_step:
+        known = step == saved_step and (evaluated or val_loss is None)  # resumed, perhaps in an evaluation that broke off
+        if due and (step > 0 or done or stop) and not known:
             save(val_loss)
         saves_done = saves
         if done or stop:
@@ -347,7 +347,10 @@ def take_saved_config(config, given, checkpoint):
     own = given - {'init_from'} | {'out_dir', 'eval_only'}
     for field in fields(config):
         if field.name in checkpoint.config and field.name not in own:
-            setattr(config, field.name, check_type(field.name, checkpoint.config[field.name], field.type))
+            try:
+                setattr(config, field.name, check_type(field.name, checkpoint.config[field.name], field.type))
+            except UserError as error:
+                raise UserError(f'{checkpoint.path}: {error}') from None
 
 
 def choose_model_config(config, given, checkpoint, resume):
@@ -378,7 +381,8 @@ def find_or_prepare(dataset):
     script = root / 'data' / dataset / 'prepare.py'
     known = ', '.join(sorted(path.parent.name for path in root.glob('data/*/prepare.py')))
     require(script.exists(), f'dataset = {dataset!r}: there is no {folder / "train.bin"} and no {dataset} among {known}; for '
-                             f'your own text: python data/text/prepare.py --input=PATH --dataset={dataset}')
+                             f'your own text: python data/text/prepare.py --input=PATH --dataset={dataset}; if it was moved: '
+                             f'--dataset=PATH')
     command = f'python data/{dataset}/prepare.py' + (' --input=PATH' if dataset == 'text' else '')
     require(dataset in SMALL_DATASETS, f'dataset = {dataset!r}: there is no {folder / "train.bin"}; make it with: {command}'
                                        f' (or start small: python train.py config/quickstart.py)')
@@ -405,7 +409,9 @@ def check_environment(checkpoint, environment, folder, other_data, say):
     require(other_data or saved['data'] == environment['data'],
             f'{folder} is not what {checkpoint.path} was trained on: the bins have changed; put the old ones back, or say that '
             f'other data are meant with --dataset={folder}')
-    changed = [f'{key} {saved[key]} then, {environment[key]} now' for key in environment if saved[key] != environment[key]]
+    names = {'world_size': 'processes'}
+    changed = [f'{names.get(key, key)} {saved[key]} then, {environment[key]} now' for key in environment
+               if key != 'data' and saved[key] != environment[key]] + ['other data'] * (saved['data'] != environment['data'])
     if changed:
         say(f'note: the run will not be the same to the last bit ({"; ".join(changed)})')
 
@@ -426,7 +432,7 @@ def check_disk(config, size, resume):
     """Room for the checkpoints to be kept and the one that is being written; resuming, for that one. Raises UserError."""
     need = size * (1 if resume else config.keep_last + 2)
     free = shutil.disk_usage(config.out_dir).free
-    require(free >= need, f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.0f} MB there, {free / 1e6:,.0f} MB are '
+    require(free >= need, f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, {free / 1e6:,.1f} MB are '
                           f'free: free some room, lower --keep_last or choose another --out_dir')
 
 
@@ -552,8 +558,8 @@ def leave_out(loss, grad_norm, losses, step, samples_seen, skips, scaler, config
     if (config.nonfinite == 'skip' or overflow) and skips <= config.max_skips:
         say(f'{fault}: left out')
         return
-    fail(f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: lower --learning_rate, or leave '
-         f'such steps out with --nonfinite=skip')
+    advice = 'leave such steps out with --nonfinite=skip' if skips == 1 else f'raise --max_skips={config.max_skips}'
+    fail(f'{fault}; this step was not taken, and what was saved in {config.out_dir} is kept: lower --learning_rate, or {advice}')
 
 
 class Log:

@@ -315,6 +315,7 @@ def test_a_save_in_the_background_is_of_the_moment_in_which_it_was_asked_for(tmp
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     saver.save(Checkpoint(asdict(model.config), model.state_dict(), 2))  # waits for the first
+    assert len(said) == 1
     saver.wait()
     assert running == [0, 'done', 2, 'done'] and len(said) == 2
     for step, expected in ((1, before), (2, before + 1)):
