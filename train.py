@@ -215,7 +215,7 @@ def main(config, given, at_exit):
         reserve = torch.empty(0 if resume else state_bytes(optimizer), dtype=torch.uint8, device=device)
         if ddp:
             ddp_model.require_backward_grad_sync = sync
-        for _ in range(min(accumulation, 2)):  # the second has the gradients of the first beside it
+        for _ in range(min(config.gradient_accumulation_steps // world_size, 2)):  # the second has the gradients of the first beside it
             scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
         optimizer.zero_grad(set_to_none=True)
         del reserve
@@ -273,7 +273,7 @@ def main(config, given, at_exit):
             if val_loss is None:  # a signal broke it off
                 stop = due = signals.stop
             else:
-                due = due or done or not skips and (val_loss < best_val_loss or config.always_save_checkpoint)
+                due = due or done or val_loss < best_val_loss or config.always_save_checkpoint
                 best_val_loss = min(best_val_loss, val_loss)
             logged_at, logged_step = time.perf_counter(), step  # the time of the evaluation is not the training's
         known = step == saved_step and (evaluated or val_loss is None)  # resumed, perhaps in an evaluation that broke off
