@@ -215,7 +215,7 @@ def main(config, given, at_exit):
         reserve = torch.empty(0 if resume else state_bytes(optimizer), dtype=torch.uint8, device=device)
         if ddp:
             ddp_model.require_backward_grad_sync = sync
-        for _ in range(min(config.gradient_accumulation_steps // world_size, 2)):  # the second has the gradients of the first beside it
+        for _ in range(min(config.gradient_accumulation_steps // world_size, 2)):  # the second finds gradients
             scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
         optimizer.zero_grad(set_to_none=True)
         del reserve
