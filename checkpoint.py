@@ -42,7 +42,7 @@ class Checkpoint:
     optimizer: dict | None = None
     scaler: dict | None = None
     tokenizer: dict | None = None  # Tokenizer.to_dict()
-    environment: dict = field(default_factory=dict)  # torch, threads, world_size and data: what the last bit depends on
+    environment: dict = field(default_factory=dict)  # torch, hardware, data, ...: what the last bit depends on
     path: str = ''
 
     def __post_init__(self):
@@ -103,7 +103,7 @@ def claim(out_dir, say):
     Whatever is written or deleted here has a .tmp beside it until it is whole or gone: nothing else is touched.
     """
     held, out_dir, removed = lock(out_dir, f'out_dir = {str(out_dir)!r}'), Path(out_dir), []
-    for mark in sorted(path for name in ('ckpt_*', 'log.jsonl', 'config.py') for path in out_dir.glob(name + '.tmp')):
+    for mark in sorted(path for name in ('ckpt_[0-9]*', 'log.jsonl', 'config.py') for path in out_dir.glob(name + '.tmp')):
         data = mark.with_name(mark.name.replace('.json.tmp', '.pt'))
         if data != mark and data.exists() and not mark.with_suffix('').exists():  # not yet, or no longer, committed
             data.unlink()
@@ -261,7 +261,7 @@ def manifests(out_dir, say=lambda text: None):
     """
     found = []
     for path in Path(out_dir).glob('ckpt_*.json'):
-        name = re.fullmatch(r'ckpt_(\d{8,}).json', path.name)
+        name = re.fullmatch(r'ckpt_(\d{8,})\.json', path.name)
         manifest, wrong = read_manifest(path) if name else (None, None)
         if manifest and manifest['step'] != int(name[1]):
             manifest, wrong = None, f'step = {manifest["step"]} is not that of its name'
@@ -314,7 +314,7 @@ def load(where, prefer_best=False, mmap=False):
 def load_run(folder, prefer_best, mmap):
     """The newest whole checkpoint of a run's folder, or the best; what is passed over is said."""
     found = manifests(folder, warn)
-    loose = [path for path in sorted(folder.glob('ckpt_*.pt')) if not path.with_suffix('.json').exists()]
+    loose = [path for path in sorted(folder.glob('ckpt_[0-9]*.pt')) if not path.with_suffix('.json').exists()]
     if not found:
         if (folder / 'ckpt.pt').exists():
             return load_file(folder / 'ckpt.pt', mmap)

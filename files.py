@@ -41,11 +41,10 @@ def replace(temporary, path):
 
 
 def write_text(path, text):
-    """Replace a small file in one go; returns the path."""
+    """Replace a small file in one go."""
     temporary = path.with_name(path.name + '.tmp')
     write_synced(temporary, text)
     replace(temporary, path)
-    return path
 
 
 def write_synced(path, text):

@@ -1,6 +1,4 @@
 """Files from the web: by https, resumed where they broke off, checked by sha256 before they get their name."""
-import hashlib
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -9,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configurator import UserError, require
+from files import replace, sha256_of
 
 
 def download(url, path, sha256=None, advice='put the file there by hand'):
@@ -31,12 +30,11 @@ def download(url, path, sha256=None, advice='put the file there by hand'):
         raise UserError(f'{url} cannot be downloaded to {path} ({getattr(error, "reason", error)}): {advice}') from None
     except OSError as error:
         raise UserError(f'{path}: cannot write there: {error.strerror or error}') from None
-    with open(part, 'rb') as file:
-        found = hashlib.file_digest(file, 'sha256').hexdigest()
+    found = sha256_of(part)
     if sha256 and found != sha256:
         part.unlink()
         raise UserError(f'{url}: what came has sha256 {found}, not {sha256}; it was deleted: try again, or {advice}')
-    os.replace(part, path)
+    replace(part, path)
     return path
 
 
