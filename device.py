@@ -47,10 +47,10 @@ def pick_dtype(name, device, n_embd):
 
 
 def autocast(device, dtype):
-    """Matrix products in dtype; the weights stay in fp32."""
+    """Matrix products in dtype; the weights stay in fp32, and their copies in dtype live no longer than they are needed."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device_type=device.type, dtype=dtype)
+    return torch.autocast(device_type=device.type, dtype=dtype, cache_enabled=False)
 
 
 def make_deterministic(wanted, device):

@@ -5,6 +5,7 @@ nanoGPT, whose names and API are kept. Each choice of GPTConfig names its own so
 
 Letters in shapes: B sequences, T tokens, C = n_embd, nh heads, nkv key/value heads, hs = C / nh, S keys, V = vocab_size.
 """
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm
+    ngram: int = 1  # the longest n-grams with embeddings of their own (Huang 2025, Over-Tokenized Transformer); 1: only tokens
+    ngram_rows: int = 16384  # of the table to which the n-grams of one length are hashed
     position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # Radford 2019 | Vaswani 2017, 3.5 | Su 2021 | -
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # Ba 2016 | Zhang & Sennrich 2019
     activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # relu2: So 2021; swiglu: Shazeer 2020
@@ -37,7 +40,7 @@ class GPTConfig:
     activation_checkpointing: bool = False  # backward computes each block again instead of keeping it (Chen 2016)
 
     def __post_init__(self):
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'ngram', 'ngram_rows'):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f'{key} = {value} must be at least 1')
@@ -79,34 +82,93 @@ def apply_rotary(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
+class NgramEmbedding(nn.Module):
+    """For each position the sum of the embeddings of the 2, 3, ..., ngram tokens that end there. (B, T) -> (B, T, C)
+
+    Each length has a table of ngram_rows rows, and its n-grams are hashed to them (Huang et al. 2025, Over-Tokenized
+    Transformer): what a model otherwise spends its first layers on, to know the last few tokens, is looked up.
+    """
+    PRIME = 2**31 - 1  # ids stay below it: no product overflows 64 bits
+
+    def __init__(self, config):
+        super().__init__()
+        self.lengths = range(2, config.ngram + 1)
+        self.base, self.rows = config.vocab_size + 1, config.ngram_rows
+        self.tables = nn.Embedding(len(self.lengths) * self.rows, config.n_embd)  # one above the other
+
+    def row_numbers(self, tokens):
+        """tokens (B, T + ngram - 1): the text and what stands before it, -1 = nothing. -> rows of the tables (B, T, ngram - 1)"""
+        T = tokens.size(1) - len(self.lengths)
+        last = tokens.size(1) - T
+        number, rows = tokens[:, last:], []  # an n-gram read as a number, its oldest token first
+        for i, n in enumerate(self.lengths):
+            older = tokens[:, last - n + 1:last - n + 1 + T]
+            number = (number + (older + 1) * pow(self.base, n - 1, self.PRIME)) % self.PRIME
+            # multiplied and taken modulo a prime, then modulo rows: Carter & Wegman 1979; few enough have a row each
+            row = number if self.base**n <= self.rows else number * 1181783497 % self.PRIME % self.rows
+            rows.append(row + i * self.rows)
+        return torch.stack(rows, dim=-1)
+
+    def forward(self, tokens):
+        rows = self.row_numbers(tokens)  # (B, T, ngram - 1)
+        return F.embedding_bag(rows.flatten(0, 1), self.tables.weight, mode='sum').view(*rows.shape[:2], -1)
+
+
 class KVCache:
     """Keys and values of every layer for the tokens read so far, in buffers of a fixed size.
 
     Rows of unequal length are padded on the left: the first padding[b] columns of row b are not part of the text.
+    static: every step has tensors of the same shapes, as a compiled step needs: a query looks at the whole buffer through a mask.
     """
 
-    def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None):
+    def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None, static=False):
         n_kv_head = config.n_kv_head or config.n_head
         shape = (config.n_layer, batch_size, n_kv_head, size, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked nan would still be one
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.full((batch_size, config.ngram - 1), -1, device=device)  # the last ones: n-grams look back at them
         self.padding = padding  # (B,) or None
-        self.size = size
+        self.size, self.static = size, static
         self.length = 0  # columns filled
+        self.filled = torch.zeros(1, dtype=torch.long, device=device)  # the same, for a static cache
+
+    def rows(self, which):
+        """A cache of these rows, which (B',), each perhaps several times."""
+        new = copy.copy(self)
+        new.k, new.v, new.tokens = self.k[:, which], self.v[:, which], self.tokens[which]
+        new.padding = None if self.padding is None else self.padding[which]
+        return new
+
+    def columns(self, T):
+        """Where the next T tokens go (T,)."""
+        if self.static:
+            return self.filled + torch.arange(T, device=self.k.device)
+        return torch.arange(self.length, self.length + T, device=self.k.device)
 
     def append(self, layer, k, v):
-        """Store k, v (B, nkv, T, hs) behind what is there; returns all keys and values up to here (B, nkv, S, hs)."""
-        end = self.length + k.size(2)
+        """Store k, v (B, nkv, T, hs) behind what is there; returns all keys and values to look at (B, nkv, S, hs)."""
+        T = k.size(2)
+        if self.static:
+            self.k[layer].index_copy_(2, self.columns(T), k)
+            self.v[layer].index_copy_(2, self.columns(T), v)
+            return self.k[layer], self.v[layer]
+        end = self.length + T
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def advance(self, T):
+        if self.static:
+            self.filled += T
+        else:
+            self.length += T
+
     def mask(self, T):
         """Which columns each of the next T tokens may look at: (B or 1, 1, T, S), or None where plain causality says it."""
-        if self.padding is None and (T == 1 or self.length == 0):
+        if self.padding is None and not self.static and (T == 1 or self.length == 0):
             return None
-        column = torch.arange(self.length + T, device=self.k.device)
-        query = column[self.length:, None]
+        column = torch.arange(self.size if self.static else self.length + T, device=self.k.device)
+        query = self.columns(T)[:, None]
         visible = column <= query  # (T, S)
         if self.padding is not None:
             visible = visible & (column >= self.padding[:, None, None])  # (B, T, S)
@@ -220,6 +282,50 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+LOGITS_AT_ONCE = 2**24  # 64 MB in fp32
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softcap(x W^T) over chunks of tokens, so that never more than one chunk's logits exist.
+
+    Forward computes the gradients too, while it has what they need (as Liger Kernel, Hsu et al. 2024). x: (N, C); weight:
+    (V, C); targets: (N,), -1 = no loss. Matrix products are in dtype, all else in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softcap, dtype):
+        n_chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
+        needs_grad = any(ctx.needs_input_grad)
+        w, loss = weight.to(dtype), torch.zeros((), device=x.device)
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight) if needs_grad else None
+        for xi, ti, dxi in zip(*(t.tensor_split(n_chunks) for t in (x.to(dtype), targets, dx))):
+            target, counts = ti.clamp(min=0)[:, None], (ti >= 0)[:, None]  # (n, 1)
+            logits = F.linear(xi, w).float()  # (n, V)
+            slope = 1.0
+            if softcap:
+                logits = logits.div_(softcap).tanh_()
+                slope = 1 - logits.square()
+                logits *= softcap
+            logp = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # in place: this is the largest tensor of a step
+            loss -= (logp.gather(1, target) * counts).sum()
+            if not needs_grad:
+                continue
+            # with respect to its logits, the gradient of a token's loss is p - 1 at the target and p elsewhere
+            dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype)).mul_(counts * slope)
+            dlogits = dlogits.to(dtype)
+            del logits, logp
+            dxi.copy_(dlogits @ w)
+            dw += dlogits.T @ xi
+        n = (targets >= 0).sum()
+        ctx.save_for_backward(dx, dw, n)
+        return loss / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, n = ctx.saved_tensors
+        return dx * (grad / n), dw.mul_(grad / n), None, None, None
+
+
 class GPT(nn.Module):
     """nanoGPT's API and parameter names.
 
@@ -233,6 +339,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.ngram > 1:
+            parts['ngram'] = NgramEmbedding(config)
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         parts['drop'] = nn.Dropout(config.dropout)
@@ -243,6 +351,8 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
+        if config.ngram > 1:
+            nn.init.zeros_(self.transformer.ngram.tables.weight)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 # 2 n_layer projections add to the residual stream: scaled down so that its variance does not grow with
@@ -262,24 +372,33 @@ class GPT(nn.Module):
             n -= self.transformer.wpe.weight.numel()
         return n
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, return_logits=True):
         """Logits, and the mean cross-entropy if there are targets.
 
         idx: (B, T) token ids, T <= block_size. targets: (B, T), -1 = no loss here; without them only the last position's
-        logits are computed. cache: KVCache that idx continues. Returns (logits (B, T or 1, V), loss in nats or None).
+        logits are computed. cache: KVCache that idx continues. return_logits=False: (None, loss), in less memory.
+        Returns (logits (B, T or 1, V), loss in nats or None).
         """
         B, T = idx.shape
         past = cache.length if cache is not None else 0
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit into block_size = {self.config.block_size}')
-        position = torch.arange(past, past + T, device=idx.device)  # (T,)
-        mask = None
+        position = torch.arange(T, device=idx.device) if cache is None else cache.columns(T)  # (T,)
+        mask, is_text = None, None
         if cache is not None:
             mask = cache.mask(T)
             if cache.padding is not None:
+                is_text = position >= cache.padding[:, None]  # (B, T)
                 position = (position - cache.padding[:, None]).clamp(min=0)  # (B, T): a row starts at 0 behind its padding
 
         x = self.transformer.wte(idx)  # (B, T, C)
+        if self.config.ngram > 1:
+            tokens = idx if is_text is None else idx.where(is_text, -1)
+            before = idx.new_full((B, self.config.ngram - 1), -1) if cache is None else cache.tokens
+            tokens = torch.cat((before, tokens), dim=1)  # (B, ngram - 1 + T)
+            x = x + self.transformer.ngram(tokens)
+            if cache is not None:
+                cache.tokens.copy_(tokens[:, T:])
         rotary = None
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(position)
@@ -297,13 +416,23 @@ class GPT(nn.Module):
             else:
                 x = block(x, rotary, cache, mask)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         x = self.transformer.ln_f(x)
 
         if targets is None:
             return self._logits(x[:, [-1]]), None
+        if not return_logits:
+            return None, self._loss(x.flatten(0, 1), targets.flatten())
         logits = self._logits(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def _loss(self, x, targets):
+        """Mean cross-entropy of x (N, C) for targets (N,); where all logits would be large, they never exist together."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if targets.numel() * self.config.vocab_size <= LOGITS_AT_ONCE:
+            return F.cross_entropy(self._logits(x), targets, ignore_index=-1)
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.logit_softcap, dtype)
 
     def _logits(self, x):
         logits = self.lm_head(x).float()  # softmax over a large vocabulary in bf16 loses digits
@@ -341,6 +470,8 @@ class GPT(nn.Module):
         n = self.get_num_params()
         if not c.tie_weights:  # then the token embedding is looked up only, never multiplied
             n -= self.transformer.wte.weight.numel()
+        if c.ngram > 1:
+            n -= self.transformer.ngram.tables.weight.numel()
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     def activation_bytes(self, batch_size, half=False):
@@ -374,15 +505,16 @@ class GPT(nn.Module):
         stop_tokens: a row ends with the first of these it draws (in a tensor the rest of that row repeats it); all rows
         ended: generation ends.
         """
-        rows = [[] for _ in idx]
-        ended = [False] * len(rows)
+        steps, stops = [], torch.tensor(list(stop_tokens), dtype=torch.long, device=self.lm_head.weight.device)
+        ended = torch.zeros(len(idx), dtype=torch.bool, device=stops.device)
         for tokens in self.stream(idx, max_new_tokens, temperature, top_k, **options):
-            for b, token in enumerate(tokens.tolist()):
-                if not ended[b]:
-                    rows[b].append(token)
-                    ended[b] = token in stop_tokens
-            if all(ended):
+            steps.append(tokens)
+            ended |= torch.isin(tokens, stops)
+            if stop_tokens and (ended.device.type != 'cuda' or len(steps) % 16 == 0) and ended.all():  # a look at a GPU waits
                 break
+        rows = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in idx]  # B lists of new tokens
+        for b, row in enumerate(rows):
+            rows[b] = row[:next((i + 1 for i, token in enumerate(row) if token in stop_tokens), None)]
         if not isinstance(idx, torch.Tensor):
             return [list(prompt) + row for prompt, row in zip(idx, rows)]
         longest = max((len(row) for row in rows), default=0)
@@ -391,8 +523,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, top_p=None, min_p=None, repetition_penalty=1.0,
-               seed=None, slide=1, use_cache=True, vocab_size=None):
+               seed=None, slide=1, use_cache=True, vocab_size=None, compile=False):
         """Yield the next token of every row, (B,), max_new_tokens times: read the prompt once, then one token a step.
+
+        Rows with the same prompt share its reading. compile: the step of one token is compiled (on CUDA into one graph).
 
         temperature 0 is greedy; top_k, top_p, min_p and repetition_penalty as in `sample_next`. seed: draws from a
         generator of its own; None: the global one. vocab_size: ids from here on (padding) are never drawn.
@@ -407,26 +541,31 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
             raise ValueError(f'slide = {slide} must be from 1 to block_size = {block_size}')
-        lengths = [len(row) for row in idx]
+        rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in idx]
+        lengths = [len(row) for row in rows]
         if not lengths or min(lengths) == 0:
             raise ValueError('generate needs at least one token to continue')
-        if max(max(row) for row in idx) >= self.config.vocab_size:
+        if max(max(row) for row in rows) >= self.config.vocab_size:
             raise ValueError(f'a token id is not below vocab_size = {self.config.vocab_size}')
         longest = max(lengths)
         tokens = torch.zeros(len(lengths), longest + max_new_tokens, dtype=torch.long, device=device)  # (B, longest + new)
-        for b, row in enumerate(idx):
-            tokens[b, longest - lengths[b]:longest] = torch.as_tensor(row, device=device)
+        for b, row in enumerate(rows):
+            tokens[b, longest - lengths[b]:longest] = torch.tensor(row, device=device)
         start = torch.tensor([longest - n for n in lengths], device=device)  # (B,) the column where a row's text begins
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         seen = None
         if repetition_penalty != 1.0:
             seen = torch.zeros(len(lengths), self.config.vocab_size, dtype=torch.bool, device=device)  # (B, V)
-            for b, row in enumerate(idx):
-                seen[b, torch.as_tensor(row, device=device)] = True
+            for b, row in enumerate(rows):
+                seen[b, torch.tensor(row, device=device)] = True
 
         dtype = self.lm_head.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        prompts = {}  # each different one: its number
+        which = [prompts.setdefault(tuple(row), len(prompts)) for row in rows]  # B numbers
+        readers = [which.index(number) for number in prompts.values()]  # the rows that read a prompt for all that share it
+        step = torch.compile(self, dynamic=False, mode='reduce-overhead') if compile else self
         was_training = self.training
         self.eval()
         cache, first = None, max(0, longest - block_size)  # the window is tokens[:, first:end]
@@ -435,12 +574,16 @@ class GPT(nn.Module):
                 if end - first > block_size:
                     cache, first = None, end - (block_size - slide + 1)
                 if cache is None or not use_cache:
-                    padding = (start - first).clamp(min=0) if first < longest - min(lengths) else None
+                    shared = end == longest and len(readers) < len(rows)
+                    part = readers if shared else slice(None)
+                    padding = (start[part] - first).clamp(min=0) if first < longest - min(lengths) else None
                     size = min(block_size, longest + max_new_tokens - first)
-                    cache = KVCache(self.config, len(lengths), size, device, dtype, padding)
-                    logits, _ = self(tokens[:, first:end], cache=cache)
+                    cache = KVCache(self.config, len(tokens[part]), size, device, dtype, padding, static=compile)
+                    logits, _ = self(tokens[part, first:end], cache=cache)
+                    if shared:
+                        logits, cache = logits[which], cache.rows(which)
                 else:
-                    logits, _ = self(tokens[:, end - 1:end], cache=cache)
+                    logits, _ = step(tokens[:, end - 1:end], cache=cache)
                 logits = logits[:, -1, :vocab_size]
                 following = sample_next(logits, temperature, top_k, top_p, min_p, repetition_penalty,
                                         None if seen is None else seen[:, :vocab_size], generator)  # (B,)

@@ -106,14 +106,23 @@ class Signals:
         self.saves += 1
 
 
-def exchange(loss, signals):
-    """One small exchange a step -> (mean loss, signal to stop by or 0, saves asked for so far), the same in every process."""
-    shares = [torch.tensor([loss, signals.stop, signals.saves], dtype=torch.float64)]
+def exchange(signals):
+    """One small exchange a step, of the CPUs alone -> (signal to stop by or 0, saves asked for so far), for all processes."""
+    stops, saves = [signals.stop], [signals.saves]
     if dist.is_initialized():
-        own, shares = shares[0], [torch.empty_like(shares[0]) for _ in range(dist.get_world_size())]
+        own = torch.tensor([signals.stop, signals.saves])
+        shares = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(shares, own)
-    losses, stops, saves = zip(*(share.tolist() for share in shares))
-    return sum(losses) / len(losses), int(max(stops)), int(sum(saves))
+        stops, saves = zip(*(share.tolist() for share in shares))
+    return max(stops), sum(saves)
+
+
+def mean_of_processes(value):
+    """The mean of a tensor over the processes; on a GPU nothing waits for it."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
 
 
 def gather(value):

@@ -35,6 +35,8 @@ class Config:
     batch_size: int = 12  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence: the context
     # model: model.py says more of each
+    ngram: int = 1  # embeddings of the last 2, ..., ngram tokens beside that of the token; 1: none
+    ngram_rows: int = 16384  # of the table for each of these lengths
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # width: numbers per token in the residual stream
@@ -54,6 +56,8 @@ class Config:
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices inside the blocks, beside AdamW for all else
     learning_rate: float = 6e-4  # of AdamW, the highest
     muon_learning_rate: float = 0.02  # of Muon, the highest; the schedule is the same
+    muon_momentum: float = 0.95  # of Muon
+    embedding_learning_rate: float | None = None  # of n-gram tables and an untied token embedding; None: learning_rate
     max_iters: int = 600000  # steps
     weight_decay: float = 1e-1  # on matrices and embeddings, not on gains and biases
     beta1: float = 0.9  # AdamW's average of gradients
@@ -84,7 +88,7 @@ def check(config):
         require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
     for key in ('max_iters', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
         require(getattr(config, key) >= 0, f'{key} = {getattr(config, key)}: give 0 or more')
-    for key in ('beta1', 'beta2'):
+    for key in ('beta1', 'beta2', 'muon_momentum'):
         require(0 <= getattr(config, key) < 1, f'{key} = {getattr(config, key)}: give at least 0 and less than 1')
     require(config.eval_iters >= 1 or config.eval_iters == -1, f'eval_iters = {config.eval_iters}: give at least 1, or -1')
     for key in ('lr_decay_iters', 'peak_flops', 'save_interval'):
@@ -93,8 +97,8 @@ def check(config):
     low = config.min_lr
     if low is not None and config.decay_lr and config.init_from != 'resume':  # then learning_rate is not known yet
         require(0 <= low <= config.learning_rate, f'min_lr = {low}: give at least 0 and at most learning_rate')
-    for key in ('learning_rate', 'muon_learning_rate'):
-        require(getattr(config, key) > 0, f'{key} = {getattr(config, key)}: give more than 0')
+    for key in ('learning_rate', 'muon_learning_rate', 'embedding_learning_rate'):
+        require(getattr(config, key) is None or getattr(config, key) > 0, f'{key} = {getattr(config, key)}: give more than 0')
     require(0 < config.decay_fraction <= 1, f'decay_fraction = {config.decay_fraction}: give a share above 0, at most 1')
     require(config.out_dir and config.init_from, 'out_dir or init_from is empty: name a folder')
 
@@ -126,8 +130,9 @@ import checkpoint as ckpt
 from data import bins
 from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig
-from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes
-from processes import Signals, any_process, exchange, fail, gather, leave, main_process_first, make_say, start_group
+from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes, step_if
+from processes import (Signals, any_process, exchange, fail, gather, leave, main_process_first, make_say, mean_of_processes,
+                       start_group)
 
 FREE_KEYS = ('dropout', 'attention', 'activation_checkpointing')  # of GPTConfig: may differ from those of the weights
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
@@ -206,19 +211,18 @@ def main(config, given, at_exit):
 
     # the model on its way: DDP, compiled, in micro-batches that fit into the memory ----------------------------------------
     def loss_of(model, x, y):
-        """Mean loss of a batch x, y (B, T) of token ids."""
+        """Mean loss of a batch x, y (B, T) of token ids on the device."""
         with autocast(device, dtype):
-            return model(*to_device(x, y, device))[1]
+            return model(x, y, return_logits=False)[1]
 
     def try_out(model, sync=False):
-        """Micro-batches as in a step, with as much memory taken as the optimizer is going to take."""
-        reserve = torch.empty(0 if resume else state_bytes(optimizer), dtype=torch.uint8, device=device)
+        """Micro-batches as in a step."""
         if ddp:
             ddp_model.require_backward_grad_sync = sync
         for _ in range(min(config.gradient_accumulation_steps // world_size, 2)):  # the second finds gradients
-            scaler.scale(loss_of(model, *data.train.batch(0, config.batch_size, config.seed))).backward()
+            x, y = to_device(*data.train.batch(0, config.batch_size, config.seed), device)
+            scaler.scale(loss_of(model, x, y)).backward()
         optimizer.zero_grad(set_to_none=True)
-        del reserve
 
     model = raw_model
     if not config.eval_only:
@@ -255,20 +259,58 @@ def main(config, given, at_exit):
 
     signals = Signals(catch=not config.eval_only)  # an evaluation has nothing to save: it stops at once
     stop, saves, saves_done, skips = 0, 0, 0, 0
+    pending = []  # the steps whose losses are still on the device
     peak = config.peak_flops or peak_flops(device, dtype)
     bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step', dynamic_ncols=True,
                disable=None if writes else True)  # None: on a terminal only
     at_exit.callback(bar.close)
     logged_at, logged_step = time.perf_counter(), step
 
+    def micro_batch(number):
+        """The number-th of this process, counted from the step's first, on its way to the device."""
+        steps_ahead, number = divmod(number, accumulation)
+        # micro-batches are laid out along the samples process after process: the same ones for any number of them
+        first = samples_seen + steps_ahead * samples_per_step + (rank * accumulation + number) * config.batch_size
+        return to_device(*data.train.batch(first, config.batch_size, config.seed), device)
+
+    def settle():
+        """Read what the steps since the last time gave, and log it: here alone, and to evaluate, the loop waits for the device.
+        Raises UserError where a step's loss or gradient was not finite: it was not taken."""
+        nonlocal skips, logged_at, logged_step
+        if not pending:
+            return
+        values = torch.stack([tensor for *_, tensor in pending]).tolist()
+        now = time.perf_counter()
+        speed = (step - logged_step) * samples_per_step * config.block_size / (now - logged_at)
+        for (number, first_sample, lr, _), (loss, grad_norm, *losses) in zip(pending, values):
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            skips = 0 if finite else skips + 1
+            if not finite:
+                leave_out(loss, grad_norm, losses, number, first_sample, skips, scaler, config, say)
+            if main_process and (number % config.log_interval == 0 or not finite):
+                log.write({'step': number, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'tokens_per_second': round(speed, 1),
+                           'samples_seen': first_sample + samples_per_step} | ({} if finite else {'skipped': True}))
+                mfu = f'{raw_model.flops_per_token() * speed / (peak * world_size):.1%}' if peak else 'n/a'
+                text = f'loss {loss:.4f}, {speed:,.0f} tokens/s, mfu {mfu}'
+                bar.set_postfix_str(text)
+                if bar.disable:
+                    say(f'step {number}: {text}, lr {lr:.2e}')
+                logged_at, logged_step = now, step
+        pending.clear()
+
     # the loop ------------------------------------------------------------------------------------------------------------
+    batch = None if config.eval_only else micro_batch(0)
     while True:
         done = step >= config.max_iters or config.eval_only
-        due = stop or saves > saves_done or not skips and config.save_interval and step % config.save_interval == 0
+        evaluates = not stop and (done or step % config.eval_interval == 0)
+        due = stop or saves > saves_done or bool(config.save_interval) and step % config.save_interval == 0
+        if due or evaluates:
+            settle()  # so that nothing is saved after a fault
+            due = due and (stop or saves > saves_done or skips == 0)
         val_loss = None
-        if not stop and (done or step % config.eval_interval == 0):
+        if evaluates:
             model.eval()
-            val_loss = run_evaluation(lambda x, y: loss_of(model, x, y), raw_model, data, config, step, log, say, signals)
+            val_loss = run_evaluation(lambda x, y: loss_of(model, *to_device(x, y, device)), raw_model, data, config, step, log, say, signals)
             model.train()
             if val_loss is None:  # a signal broke it off
                 stop = due = signals.stop
@@ -288,41 +330,29 @@ def main(config, given, at_exit):
             group['lr'] = lr * (group['peak_lr'] / config.learning_rate)
         losses = []
         for micro_step in range(accumulation):
-            # micro-batches are laid out along the samples process after process: the same ones for any number of them
-            number = rank * accumulation + micro_step
-            x, y = data.train.batch(samples_seen + number * config.batch_size, config.batch_size, config.seed)
             if config.dropout > 0:  # masks follow from (seed, step, micro-batch), whatever was drawn before
-                torch.manual_seed(bins.seed_of(config.seed, step * config.gradient_accumulation_steps + number))
+                number = step * config.gradient_accumulation_steps + rank * accumulation + micro_step
+                torch.manual_seed(bins.seed_of(config.seed, number))
             if ddp:  # gradients are summed over the processes once a step, in the last backward
                 ddp_model.require_backward_grad_sync = micro_step == accumulation - 1
-            loss = loss_of(model, x, y)
+            loss = loss_of(model, *batch)
+            batch = micro_batch(micro_step + 1)  # drawn and sent while the device computes
             scaler.scale(loss / accumulation).backward()
             losses.append(loss.detach())
+        losses = torch.stack(losses)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
-        loss, stop, saves = exchange(torch.stack(losses).mean().item(), signals)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            scaler.step(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        result = torch.stack((mean_of_processes(losses.mean()), grad_norm))
+        step_if(result.isfinite().all(), optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        skips = 0 if finite else skips + 1
-        if not finite:
-            leave_out(loss, grad_norm, losses, step, samples_seen, skips, scaler, config, say)
+        stop, saves = exchange(signals)
+        pending.append((step, samples_seen, lr, torch.cat((result, losses))))
         samples_seen += samples_per_step
-        if main_process and (step % config.log_interval == 0 or not finite):
-            now = time.perf_counter()
-            speed = (step + 1 - logged_step) * samples_per_step * config.block_size / (now - logged_at)
-            logged_at, logged_step = now, step + 1
-            log.write({'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'tokens_per_second': round(speed, 1),
-                       'samples_seen': samples_seen} | ({} if finite else {'skipped': True}))
-            mfu = f'{raw_model.flops_per_token() * speed / (peak * world_size):.1%}' if peak else 'n/a'
-            text = f'loss {loss:.4f}, {speed:,.0f} tokens/s, mfu {mfu}'
-            bar.set_postfix_str(text)
-            if bar.disable:
-                say(f'step {step}: {text}, lr {lr:.2e}')
         step += 1
+        if (step - 1) % config.log_interval == 0:
+            settle()
         bar.update()
         if writes:
             saver.check()
@@ -548,7 +578,7 @@ def leave_out(loss, grad_norm, losses, step, samples_seen, skips, scaler, config
     In float16 a gradient that overflows is no fault: the scaler lowers its scale, unless that happens again and again.
     losses: of this process's micro-batches. The first that is bad is named; if only the gradient is, the whole step is.
     """
-    finite = [math.isfinite(value) for value in sum(gather([value.item() for value in losses]), [])]
+    finite = [math.isfinite(value) for value in sum(gather(losses), [])]
     if all(finite):
         first, count, what = samples_seen, len(finite) * config.batch_size, f'gradient norm is {grad_norm}'
     else:

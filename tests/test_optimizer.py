@@ -87,7 +87,7 @@ def one_step(name, **options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True))
     config = SimpleNamespace(**BASE | {'optimizer': name, 'weight_decay': 0.0, 'beta1': 0.9, 'beta2': 0.95,
-                                       'muon_learning_rate': 0.02} | options)
+                                       'muon_learning_rate': 0.02, 'muon_momentum': 0.95, 'embedding_learning_rate': 0.02} | options)
     optimizer = make_optimizer(model, config)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     idx = torch.randint(11, (4, 8))
