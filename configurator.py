@@ -69,7 +69,8 @@ def user_errors():
 def configure(cls, argv=None):
     """Read argv (default: the command line) into the dataclass cls.
 
-    Config files and --key=value are applied in the order in which they stand. Returns (config, the set of keys given).
+    Config files and --key=value are applied in the order in which they stand. Returns (config, the keys given, as a set that
+    lists them in the order in which they were given last).
     Raises UserError on an unknown key, a value of the wrong type or an unreadable file; prints the keys and exits on --help.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -82,7 +83,9 @@ def configure(cls, argv=None):
     while words:
         word = words.pop(0)
         if not word.startswith('-'):
-            values.update(read_config_file(word, cls))
+            for key, value in read_config_file(word, cls).items():
+                values.pop(key, None)
+                values[key] = value
             continue
         key, equals, text = word.removeprefix('--').partition('=')
         require(word.startswith('--') and key, f'{word}: options are written --key=value')
@@ -93,8 +96,9 @@ def configure(cls, argv=None):
             else:  # --key value
                 require(words and not words[0].startswith('--'), f'--{key}: a value is missing, write --{key}=value')
                 text = words.pop(0)
+        values.pop(key, None)
         values[key] = parse_value(key, text, types_[key])
-    return cls(**values), set(values)
+    return cls(**values), values.keys()
 
 
 def read_config_file(path, cls):

@@ -2,6 +2,7 @@
 import contextlib
 import os
 import re
+import sys
 
 import torch
 
@@ -92,3 +93,12 @@ def compile_or_not(model, choice, device, first_step, say):
             say(f'torch.compile failed, going on without it: {type(error).__name__}: {first_line(error)[:150]}')
     first_step(model)
     return model
+
+
+def peak_memory(device):
+    """The most bytes that this process has held so far: on a GPU what PyTorch took there, else in main memory."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

@@ -4,6 +4,7 @@
     python train.py --init_from=resume --out_dir=out-quickstart # go on where it stopped
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ from configurator import UserError, check_type, configure, differences, first_li
 
 @dataclass
 class Config:
+    # one dial
+    depth: int | None = None  # blocks; sets model, optimizer, batch and steps by measured rules; keys that stand behind it override
     # files
     out_dir: str = 'out'  # checkpoints, log.jsonl and config.py go here
     eval_interval: int = 2000  # steps between evaluations, each with a checkpoint
@@ -81,6 +84,41 @@ class Config:
     peak_flops: float | None = None  # of your device, for MFU; None: from a table
 
 
+def turn_dial(config, given):
+    """Set what --depth implies, unless it was given behind it. Measured: python tools/sweep.py, see the README.
+
+    n_embd      64 * depth: GPT-2's 12 blocks of 768, kept in proportion (as in nanochat); heads of 64
+    rates       Muon's is the same for all widths, since its steps have the same length in all directions (Jordan 2024); AdamW's
+                falls with the root of the width
+    tokens      20 for each parameter in the blocks (Hoffmann et al. 2022)
+    batch       2.6 * sqrt(tokens) tokens a step, to the nearest power of two
+    """
+    if 'depth' not in given or config.depth is None:
+        return
+    keys = list(given)
+    behind = keys[keys.index('depth') + 1:]
+
+    def imply(**values):
+        for key, value in values.items():
+            if key not in behind:
+                setattr(config, key, value)
+
+    require(config.depth >= 1, f'depth = {config.depth}: give at least 1')
+    imply(n_layer=config.depth, n_embd=64 * config.depth)
+    imply(n_head=max(1, config.n_embd // 64), position='rope', norm='rmsnorm', activation='relu2', qk_norm=True, zero_init=True,
+          tie_weights=False)
+    rate = 0.005 * (192 / config.n_embd) ** 0.5
+    imply(optimizer='muon', muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=rate, embedding_learning_rate=4 * rate,
+          beta1=0.8, beta2=0.95, weight_decay=0.0, grad_clip=0.0, warmup_iters=0, schedule='wsd', decay_fraction=0.5, min_lr=0.0,
+          decay_lr=True, lr_decay_iters=None)
+    tokens = 20 * 12 * config.n_layer * config.n_embd**2
+    sequences = max(1, 2 ** round(math.log2(2.6 * tokens**0.5)) // config.block_size)
+    imply(batch_size=min(sequences, 16))
+    imply(gradient_accumulation_steps=max(1, sequences // config.batch_size))
+    imply(max_iters=tokens // (config.gradient_accumulation_steps * config.batch_size * config.block_size))
+    imply(eval_interval=max(1, config.max_iters // 10))
+
+
 def check(config):
     """What can be seen to be wrong before anything is loaded. Raises UserError."""
     for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_last',
@@ -106,11 +144,11 @@ def check(config):
 if __name__ == '__main__':  # before the slow imports: --help and a mistyped key are answered at once
     with user_errors():
         config, given = configure(Config)
+        turn_dial(config, given)
         check(config)
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import signal

@@ -1,5 +1,6 @@
 """The model against references that we did not write: transformers, torch.nn, and formulas worked out by hand."""
 
+import copy
 import math
 from dataclasses import asdict
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 from model import (
@@ -14,7 +16,9 @@ from model import (
     MLP,
     CausalSelfAttention,
     GPTConfig,
+    Int8Linear,
     KVCache,
+    NgramEmbedding,
     apply_rotary,
     attend_fused,
     attend_written_out,
@@ -210,6 +214,7 @@ ARCHITECTURES = (
         {'tie_weights': False},
         {'logit_softcap': 5.0},
         {'attention': 'math'},
+        {'ngram': 4, 'ngram_rows': 97},
     ]
     + [{'activation': a} for a in ('gelu', 'relu', 'relu2', 'swiglu')]
     + [{'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'n_kv_head': 2, 'qk_norm': True, 'bias': False}]
@@ -244,9 +249,10 @@ def test_cached_logits_equal_uncached(options):
     torch.testing.assert_close(torch.cat(got, dim=1), expected[:, [*range(4, 12), 15]], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize('ngram', [1, 4])
 @pytest.mark.parametrize('position', POSITIONS)
-def test_padded_rows_have_the_logits_of_rows_alone(position):
-    model = tiny(position=position)
+def test_padded_rows_have_the_logits_of_rows_alone(position, ngram):
+    model = tiny(position=position, ngram=ngram)
     long, short = tokens(10), tokens(3, seed=5)
     padded = torch.stack((long, torch.cat((torch.zeros(7, dtype=torch.long), short))))
     cache = KVCache(model.config, 2, 16, padding=torch.tensor([0, 7]))
@@ -394,6 +400,108 @@ def test_one_batch_is_learnt_by_heart():
     assert loss.item() < 0.01
 
 
+def test_ngrams_look_up_what_stands_before_a_token_and_nothing_else():
+    model = tiny(ngram=3, ngram_rows=10**6, n_layer=1)
+    ngram = model.transformer.ngram
+    text = torch.tensor([[-1, -1, 5, 6, 7, 5, 6, 5, 6, 7]])  # nothing stands before the first token
+    rows = ngram.row_numbers(text)  # (1, 8, 2)
+    assert rows.shape == (1, 8, 2) and rows.min() >= 0 and rows[..., 0].max() < 10**6 <= rows[..., 1].min()
+    bigram, trigram = rows[0].T.tolist()
+    assert bigram[1] == bigram[4] == bigram[6] and bigram[2] == bigram[7]  # 5 6, 6 7
+    assert trigram[2] == trigram[7] != trigram[6]  # 5 6 7 twice, and 6 5 6
+    assert len(set(bigram)) == 5 and len(set(trigram)) == 7
+    embedded = ngram(text)
+    by_hand = ngram.tables.weight[rows].sum(dim=2)
+    torch.testing.assert_close(embedded, by_hand)
+
+
+def test_ngrams_are_spread_over_a_small_table():
+    rows = NgramEmbedding(GPTConfig(vocab_size=65, ngram=5, ngram_rows=1024, n_embd=12)).row_numbers(tokens(1, 20000, vocab_size=65))
+    for i in range(4):
+        counts = torch.bincount(rows[0, :, i] - i * 1024, minlength=1024).float()
+        # 65^2 and more n-grams, in 1024 rows: about 19.5 each, and a variance not far above that of chance
+        assert counts.sum() == 19996 and counts.var() < 2 * counts.mean() + counts.mean() ** 2 / 4.1
+
+
+def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(monkeypatch):
+    idx, targets = tokens(3, 16), tokens(3, 16, seed=2)
+    targets[0, :7] = -1
+    for options in ({}, {'tie_weights': False, 'logit_softcap': 3.0}):
+        model = tiny(**options)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(30)  # logits that differ
+        results = []
+        for at_once, flags in ((2**25, {}), (7 * 40, {'return_logits': False})):
+            monkeypatch.setattr('model.LOGITS_AT_ONCE', at_once)
+            loss = model(idx, targets, **flags)[1]
+            model.zero_grad()
+            (3 * loss).backward()
+            results.append((loss, [p.grad.clone() for p in model.parameters()]))
+        (plain, gradients), (chunked, same_gradients) = results
+        torch.testing.assert_close(chunked, plain, atol=0, rtol=1e-6)
+        for a, b in zip(same_gradients, gradients, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-6 * b.abs().max().item(), rtol=0)
+        with torch.no_grad():
+            assert torch.equal(model(idx, targets, return_logits=False)[1], chunked)
+
+
+def test_the_loss_in_chunks_never_holds_all_logits(monkeypatch):
+    monkeypatch.setattr('model.LOGITS_AT_ONCE', 2**16)
+    model = tiny(vocab_size=1000)
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **kwargs or {})
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if torch.is_tensor(tensor) and 1000 in tensor.shape:
+                    largest = max(largest, tensor.numel())
+            return result
+
+    idx = tokens(64, 16, vocab_size=1000)  # a million logits
+    with Largest():
+        model(idx, idx, return_logits=False)[1].backward()
+    assert 2**15 < largest <= 2**16 * 1.01
+
+
+def test_int8_weights_are_within_half_a_step_and_write_nearly_the_same():
+    model = tiny(n_embd=64)
+    linear = model.transformer.h[0].mlp.c_fc
+    int8 = Int8Linear(linear)
+    step = linear.weight.abs().amax(dim=1) / 127
+    assert int8.weight.dtype == torch.int8
+    assert ((int8.weight * int8.scale[:, None] - linear.weight).abs() <= 0.501 * step[:, None]).all()
+    for dtype in (torch.float32, torch.bfloat16):  # one row by the kernel for few rows, many by a plain product
+        for rows in (1, 40):
+            x = torch.randn(rows, 64).to(dtype)
+            half = Int8Linear(copy.deepcopy(linear).to(dtype))
+            expected = x.double() @ (half.weight.double() * half.scale.double()[:, None]).T + linear.bias.to(dtype).double()
+            bits = 2**-7 if dtype == torch.bfloat16 else 2**-20
+            torch.testing.assert_close(half(x).double(), expected, atol=2 * bits * expected.abs().max().item(), rtol=0)
+    idx = tokens(2, 12)
+    before = model(idx)[0].softmax(-1)
+    after = model.quantize()(idx)[0].softmax(-1)
+    assert 0 < (before - after).abs().max() < 0.05
+    assert model.generate(idx, 5, temperature=0).shape == (2, 17)
+
+
+def test_rows_with_one_prompt_share_its_reading():
+    model = tiny(ngram=3)
+    read = []
+    model.transformer.wte.register_forward_hook(lambda module, args, output: read.append(tuple(args[0].shape)))
+    prompts = [[1, 2, 3], [4, 5], [1, 2, 3], [1, 2, 3]]
+    together = model.generate(prompts, 6, temperature=0)
+    assert read == [(2, 3)] + [(4, 1)] * 5
+    assert together == [model.generate([prompt], 6, temperature=0)[0] for prompt in prompts]
+
+
+def test_a_compiled_step_writes_the_same():
+    model = tiny(ngram=3, position='rope', n_layer=1)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3]]
+    assert model.generate(prompts, 30, temperature=0, compile=True) == model.generate(prompts, 30, temperature=0)
+
+
 def test_targets_of_minus_one_have_no_loss():
     model = tiny()
     idx, targets = tokens(2, 8), tokens(2, 8, seed=2)
@@ -497,7 +605,8 @@ def forward_keeps(model, idx, half=False):
 
 @pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('options', [{}, {'bias': False, 'n_layer': 5}, {'n_kv_head': 1}, {'activation': 'swiglu'},
-                                     {'activation': 'relu'}, {'position': 'rope'}, {'tie_weights': False}], ids=str)
+                                     {'activation': 'relu'}, {'position': 'rope'}, {'tie_weights': False},
+                                     {'ngram': 4, 'ngram_rows': 50}], ids=str)
 def test_the_estimate_of_activations_is_what_autograd_keeps(options, half):
     model = GPT(GPTConfig(**{'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'vocab_size': 200, 'block_size': 128} | options))
     _, kept = forward_keeps(model, torch.randint(200, (4, 128)), half)

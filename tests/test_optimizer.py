@@ -1,5 +1,6 @@
 """Learning rates against the formulas of their papers, parameter groups, and AdamW by hand."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import adamw, learning_rate_at, load_state, make_optimizer, state_bytes
+from optimizer import Muon, adamw, learning_rate_at, load_state, make_optimizer, state_bytes, step_if
 
 BASE = {
     'learning_rate': 1e-3,
@@ -87,7 +88,7 @@ def one_step(name, **options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True))
     config = SimpleNamespace(**BASE | {'optimizer': name, 'weight_decay': 0.0, 'beta1': 0.9, 'beta2': 0.95,
-                                       'muon_learning_rate': 0.02, 'muon_momentum': 0.95, 'embedding_learning_rate': 0.02} | options)
+                                       'muon_learning_rate': 0.02, 'muon_momentum': 0.95, 'embedding_learning_rate': None} | options)
     optimizer = make_optimizer(model, config)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     idx = torch.randint(11, (4, 8))
@@ -133,3 +134,49 @@ def test_a_state_that_does_not_fit_is_refused():
     state['state'][0]['exp_avg'] = torch.zeros(2, 2)
     with pytest.raises(ValueError, match='shape'):
         load_state(adam, state)
+
+
+def test_muon_equals_torchs_which_takes_one_matrix_at_a_time():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 8), (8, 24), (24, 8), (16, 16)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon(ours, lr=0.02, weight_decay=0.1, momentum=0.9)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn='original')
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(a.state[p]['momentum_buffer'], b.state[q]['momentum_buffer'])
+        # orthogonalised in bfloat16, of 8 bits: 5 steps of 0.02 * sqrt(3) with entries around 0.3
+        torch.testing.assert_close(p, q, atol=5 * 0.035 * 2**-7, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_a_step_that_is_not_wanted_changes_nothing_at_all(name):
+    model, _, gradients, optimizer = one_step(name)
+    same = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    step_if(torch.tensor(False), optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same[0].parameters(), strict=True))
+    flat = lambda state: torch.utils._pytree.tree_leaves(state)  # noqa: E731
+    assert all(a == b if not torch.is_tensor(a) else torch.equal(a, b) for a, b in zip(flat(optimizer.state_dict()), flat(same[1]), strict=True))
+    for n, p in model.named_parameters():
+        p.grad = gradients[n].clone()
+    step_if(torch.tensor(True), optimizer)
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), same[0].parameters(), strict=True))
+
+
+def test_embeddings_have_a_rate_of_their_own_and_do_not_decay_where_they_are_tables():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, ngram=3, ngram_rows=50, tie_weights=False))
+    config = SimpleNamespace(**BASE | {'optimizer': 'muon', 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'muon_learning_rate': 0.02,
+                                       'muon_momentum': 0.9, 'embedding_learning_rate': 0.5})
+    rates = {id(p): (group['peak_lr'], group['weight_decay']) for group in make_optimizer(model, config).param_groups
+             for p in group['params']}
+    parts = model.transformer
+    assert rates[id(parts.wte.weight)] == rates[id(parts.ngram.tables.weight)] == (0.5, 0.0)
+    assert rates[id(model.lm_head.weight)] == rates[id(parts.wpe.weight)] == (1e-3, 0.1)
+    assert rates[id(parts.h[0].mlp.c_fc.weight)] == (0.02, 0.1) and len(rates) == len(list(model.parameters()))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train
-from configurator import UserError, configure, read_config_file, require, user_errors
+from configurator import configure, read_config_file, require, user_errors
 
 
 def read_command(argv):
@@ -47,7 +47,8 @@ def combinations(values):
 
 
 def folder_of(choice):
-    return ','.join(f'{key}={re.sub(r"[^-+.\w]", "_", text)}' for key, text in choice.items()) or 'as-it-is'
+    name = ','.join(f'{key}={text}' for key, text in choice.items())
+    return re.sub(r'[^-+.,=\w]', '_', name) or 'as-it-is'
 
 
 def result_of(folder):
@@ -63,3 +64,95 @@ def result_of(folder):
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
     return {'config': config, 'step': last['step'], 'val_loss': last['val_loss'], 'train_loss': last['train_loss'],
             'tokens_per_second': statistics.median(speeds) if speeds else None, 'lines': lines}
+
+
+def differing(results):
+    """The keys in which the runs differ, apart from their folder."""
+    return [key for key in asdict(train.Config()) if key != 'out_dir' and len({repr(r['config'][key]) for r in results}) > 1]
+
+
+def table(results):
+    """Markdown, the best first: a line for all runs that differ in their seed alone."""
+    keys = [key for key in differing(results) if key != 'seed']
+    groups = {}
+    for result in results:
+        groups.setdefault(tuple(str(result['config'][key]) for key in keys), []).append(result)
+    rows = []
+    for values, runs in groups.items():
+        losses = [run['val_loss'] for run in runs]
+        spread = f' ± {statistics.stdev(losses):.4f}' if len(runs) > 1 else ''
+        speeds = [run['tokens_per_second'] for run in runs if run['tokens_per_second']]
+        rows.append((statistics.mean(losses), [*values, str(len(runs)), str(runs[0]['step']), f'{statistics.mean(losses):.4f}{spread}',
+                                               f'{statistics.mean(run["train_loss"] for run in runs):.4f}',
+                                               f'{statistics.median(speeds):,.0f}' if speeds else '-']))
+    lines = [[*keys, 'runs', 'steps', 'val loss', 'train loss', 'tokens/s'], *(cells for _, cells in sorted(rows))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * width for width in widths])
+    return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
+
+
+def plot(results, path):
+    """Val loss against each number that was varied, and against the steps. -> whether matplotlib is there to draw it."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+
+    keys = [key for key in differing(results) if all(type(r['config'][key]) in (int, float) for r in results)]
+    figure, axes = plt.subplots(1, len(keys) + 1, figsize=(5 * (len(keys) + 1), 4), layout='constrained', squeeze=False)
+    for axis, key in zip(axes[0], keys):
+        axis.plot(*zip(*sorted((r['config'][key], r['val_loss']) for r in results)), 'o')
+        values = [r['config'][key] for r in results]
+        if min(values) > 0 and max(values) / min(values) > 5:
+            axis.set_xscale('log')
+        axis.set(xlabel=key, ylabel='val loss')
+    for r in sorted(results, key=lambda r: r['val_loss']):
+        points = [(line['step'], line['val_loss']) for line in r['lines'] if line.get('val_loss') is not None]
+        axes[0][-1].plot(*zip(*points), '.-', label=r['name'])
+    axes[0][-1].set(xlabel='step', ylabel='val loss')
+    if len(results) <= 12:
+        axes[0][-1].legend(fontsize='x-small')
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def main(argv):
+    if '--help' in argv or '-h' in argv:
+        print(__doc__)
+        return 0
+    files, values, out_dir = read_command(argv)
+    runs = []
+    for choice in combinations(values):  # all of them are looked at before the first is trained
+        words = [*files, *(f'--{key}={text}' for key, text in choice.items())]
+        config, _ = configure(train.Config, words)
+        train.check(config)
+        runs.append((out_dir / folder_of(choice), words, config))
+    for i, (folder, words, config) in enumerate(runs):
+        done = result_of(folder)
+        if done and done['step'] >= config.max_iters:
+            print(f'{i + 1}/{len(runs)} {folder.name}: done before')
+            continue
+        print(f'{i + 1}/{len(runs)} {folder.name}', flush=True)
+        resume = ['--init_from=resume'] * any(folder.glob('ckpt_*.json'))
+        code = subprocess.run([sys.executable, ROOT / 'train.py', *words, f'--out_dir={folder}', *resume]).returncode
+        if code > 128 or code < 0:  # a signal, to this run and to the sweep
+            print('stopped; the same command goes on from here')
+            return code
+        if code:
+            print(f'{folder.name} failed: it is left out of the table')
+    results = [dict(result, name=path.name) for path in sorted(out_dir.iterdir()) if (result := result_of(path))]
+    require(results, f'{out_dir}: no run was evaluated')
+    text = table(results)
+    (out_dir / 'table.md').write_text(text + '\n', encoding='utf-8')
+    drawn = plot(results, out_dir / 'plot.png')
+    print(text)
+    print(f'{out_dir / "table.md"}' + (f', {out_dir / "plot.png"}' if drawn else '; for a plot: pip install matplotlib'))
+    return 0
+
+
+if __name__ == '__main__':
+    with user_errors():
+        sys.exit(main(sys.argv[1:]))
