@@ -38,9 +38,10 @@ def adamw(params, weight_decay, learning_rate, betas, sparse=(), sparse_learning
     if sparse:
         groups.append({'params': list(sparse), 'weight_decay': 0.0, 'peak_lr': sparse_learning_rate})
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-    for p in [*params, *sparse]:  # the state from the start: whether it fits is seen before the first step, and gradients, which come
-        optimizer.state[p] = {'step': torch.zeros((), device=p.device),  # and go, do not lie between it in the memory
-                              'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)}
+    # the state from the start: whether it fits into memory is seen before the first step, and gradients do not lie in between
+    for p in [*params, *sparse]:
+        optimizer.state[p] = {'step': torch.zeros((), device=p.device), 'exp_avg': torch.zeros_like(p),
+                              'exp_avg_sq': torch.zeros_like(p)}
     return optimizer
 
 

@@ -14,7 +14,7 @@ from configurator import UserError, check_type, configure, differences, first_li
 @dataclass
 class Config:
     # one dial
-    depth: int | None = None  # blocks; sets model, optimizer, batch and steps by measured rules; keys that stand behind it override
+    depth: int | None = None  # blocks; sets model, rates, batch and steps by measured rules, but for keys given behind it
     # files
     out_dir: str = 'out'  # checkpoints, log.jsonl and config.py go here
     eval_interval: int = 2000  # steps between evaluations, each with a checkpoint
@@ -167,10 +167,20 @@ from tqdm import tqdm
 import checkpoint as ckpt
 from data import bins
 from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype
-from model import GPT, GPTConfig
+from model import LOGITS_AT_ONCE, GPT, GPTConfig
 from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes, step_if
-from processes import (Signals, any_process, exchange, fail, gather, leave, main_process_first, make_say, mean_of_processes,
-                       start_group)
+from processes import (
+    Signals,
+    any_process,
+    exchange,
+    fail,
+    gather,
+    leave,
+    main_process_first,
+    make_say,
+    mean_of_processes,
+    start_group,
+)
 
 FREE_KEYS = ('dropout', 'attention', 'activation_checkpointing')  # of GPTConfig: may differ from those of the weights
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
@@ -348,7 +358,8 @@ def main(config, given, at_exit):
         val_loss = None
         if evaluates:
             model.eval()
-            val_loss = run_evaluation(lambda x, y: loss_of(model, *to_device(x, y, device)), raw_model, data, config, step, log, say, signals)
+            val_loss = run_evaluation(lambda x, y: loss_of(model, *to_device(x, y, device)), raw_model, data, config, step, log,
+                                      say, signals)
             model.train()
             if val_loss is None:  # a signal broke it off
                 stop = due = signals.stop
@@ -508,8 +519,8 @@ def memory_estimate(model, optimizer, config, device, half):
     """One line: the memory that a step takes on this device, by part."""
     weights = 4 * model.get_num_params(False)
     gradients = weights * (2 if dist.is_initialized() else 1)  # DDP has a copy of them in its buckets
-    # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
-    logits = config.batch_size * config.block_size * model.config.vocab_size * (8 + 2 * half)
+    # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came; in chunks if there are many
+    logits = min(config.batch_size * config.block_size * model.config.vocab_size, LOGITS_AT_ONCE) * (8 + 2 * half)
     parts = {'weights': weights, 'gradients': gradients, 'optimizer': state_bytes(optimizer),
              'activations': model.activation_bytes(config.batch_size, half), 'logits': logits}
     there = f' of {torch.cuda.get_device_properties(device).total_memory / 1e6:,.0f}' if device.type == 'cuda' else ''

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from configurator import UserError, first_line, require
 from data.tokenizer import CharTokenizer, Tokenizer, gpt2
-from files import lock, replace, write_synced
+from files import lock, replace, write_synced, write_text
 
 FORMAT = 1
+COMMIT_BYTES = 2**26  # of text, after which a prepare saves how far it is
 PIECE_BYTES = 2**20  # a text file is read in pieces of at most this size, each tokenized by one thread
 
 
@@ -33,11 +34,14 @@ class BinWriter:
     To be used in a with statement, which closes the file; what is written is on the disk after `sync`.
     """
 
-    def __init__(self, path, vocab_size):
-        self.file = open(path, 'wb')
+    def __init__(self, path, vocab_size, n_tokens=0):
+        """n_tokens: so many of an earlier process are kept."""
+        self.file = open(path, 'r+b' if n_tokens else 'wb')
         self.dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
         self.vocab_size = vocab_size
-        self.n_tokens = 0
+        self.n_tokens = n_tokens
+        self.file.truncate(n_tokens * self.dtype.itemsize)
+        self.file.seek(0, os.SEEK_END)
 
     def append(self, ids):
         ids = np.asarray(ids)
@@ -71,29 +75,52 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     """Tokenize pieces into folder/train.bin and val.bin, with meta.json; returns meta. Memory stays bounded.
 
     source: what the text is, for meta.json. total_bytes: for the progress bar. max_tokens: stop after so many.
-    Everything is written under temporary names and renamed at the end, val.bin last: only a whole data set has all three.
+    Everything is written under temporary names and renamed at the end, val.bin last: only a whole data set has all three. Every
+    64 MB of text what is there so far is committed: killed or interrupted and called again, it goes on from there.
     """
     require(max_tokens is None or max_tokens > 0, f'max_tokens = {max_tokens}: give more than 0')
     folder = Path(folder)
     names = ('meta.json', 'train.bin', 'val.bin')
-    temporary = {name: folder / f'{name}.tmp' for name in names}  # what a killed prepare left there is written over
-    sha256, n_bytes = hashlib.sha256(), {'train': 0, 'val': 0}
+    temporary = {name: folder / f'{name}.tmp' for name in names}
     held = lock(folder, str(folder))
+    keep = False
     try:
-        with BinWriter(temporary['train.bin'], tokenizer.vocab_size) as train, \
-                BinWriter(temporary['val.bin'], tokenizer.vocab_size) as val, \
+        made_by = hashlib.sha256(json.dumps([source, max_tokens, tokenizer.to_dict()]).encode()).hexdigest()
+        done = read_progress(folder, made_by)
+        sha256, n_bytes, n_pieces = hashlib.sha256(), {'train': 0, 'val': 0}, 0
+        with BinWriter(temporary['train.bin'], tokenizer.vocab_size, done['train']) as train, \
+                BinWriter(temporary['val.bin'], tokenizer.vocab_size, done['val']) as val, \
                 tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
             writers = {'train': train, 'val': val}
+
+            def count(piece):
+                nonlocal n_pieces
+                raw = piece.text.encode('utf-8')
+                sha256.update(raw)
+                n_bytes[piece.split] += len(raw)
+                n_pieces += 1
+                bar.update(len(raw))
+
+            pieces = iter(pieces)
+            for piece in itertools.islice(pieces, done['pieces']):  # in the bins already
+                count(piece)
+            require(not done['pieces'] or (done['sha256'], done['bytes']) == (sha256.hexdigest(), n_bytes),
+                    f'{source} has changed since a prepare of it was interrupted, which is forgotten now: run this again')
+            committed = sum(n_bytes.values())
             for piece, ids in encoded(pieces, tokenizer, pool):
                 writers[piece.split].append(ids)
                 if piece.ends_document and tokenizer.eot is not None:
                     writers[piece.split].append([tokenizer.eot])
-                raw = piece.text.encode('utf-8')
-                sha256.update(raw)
-                n_bytes[piece.split] += len(raw)
-                bar.update(len(raw))
+                count(piece)
                 if max_tokens and train.n_tokens + val.n_tokens >= max_tokens:
                     break
+                if sum(n_bytes.values()) - committed >= COMMIT_BYTES:
+                    train.sync()
+                    val.sync()
+                    write_text(folder / 'progress.json', json.dumps({
+                        'made_by': made_by, 'pieces': n_pieces, 'sha256': sha256.hexdigest(), 'bytes': n_bytes,
+                        'train': train.n_tokens, 'val': val.n_tokens}))
+                    committed = sum(n_bytes.values())
             train.sync()
             val.sync()
         meta = {'format': FORMAT, 'source': source, 'source_sha256': sha256.hexdigest(),
@@ -111,8 +138,13 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
             replace(temporary[name], folder / name)
     except OSError as error:
         raise UserError(f'{folder}: cannot write there: {error.strerror or error}') from None
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        keep = (folder / 'progress.json').exists()
+        if keep:
+            print('interrupted; the same command goes on from here')
+        raise
     finally:
-        for path in temporary.values():
+        for path in [] if keep else [*temporary.values(), folder / 'progress.json']:
             with contextlib.suppress(OSError):
                 path.unlink()
         held.close()
@@ -120,6 +152,18 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     print(f'{folder}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,} tokens, '
           f'vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), {bytes_per_token:.2f} bytes/token')
     return meta
+
+
+def read_progress(folder, made_by):
+    """What a prepare of the same text by the same tokenizer committed before it was interrupted; nothing, if there was none."""
+    try:
+        progress = json.loads((folder / 'progress.json').read_text(encoding='utf-8'))
+        if progress['made_by'] == made_by and all((folder / f'{split}.bin.tmp').exists() for split in ('train', 'val')):
+            print(f'{folder}: going on behind the {progress["train"] + progress["val"]:,} tokens of an interrupted prepare')
+            return progress
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {'pieces': 0, 'train': 0, 'val': 0}
 
 
 def encoded(pieces, tokenizer, pool, size=2**24):

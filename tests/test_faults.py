@@ -369,6 +369,47 @@ def test_a_killed_prepare_leaves_no_data_set_and_is_repeated(run, refused, clone
     bins.open_dataset(clone / 'data' / name, 32)
 
 
+PREPARE = '''
+import os, signal, sys
+from data import bins, tokenizer
+text, kill_at = open(sys.argv[2], encoding='utf-8').read(), int(sys.argv[3])
+bins.COMMIT_BYTES = 20_000
+def pieces():
+    for i in range(0, len(text), 1000):
+        if i // 1000 == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield bins.Piece('val' if i // 1000 % 10 == 9 else 'train', text[i:i + 1000], ends_document=i // 1000 % 7 == 0)
+real = bins.encoded
+bins.encoded = lambda pieces, tokenizer, pool: real(pieces, tokenizer, pool, size=3000)
+bins.write_dataset(sys.argv[1], pieces(), tokenizer.train_bpe([text], 400), 'a text')
+'''
+
+
+def test_a_prepare_killed_again_and_again_goes_on_and_ends_with_the_same_bins(clone, text, tmp_path):
+    (tmp_path / 'text.txt').write_text(text)
+
+    def prepare(folder, kill_at=-1):
+        return subprocess.run([sys.executable, '-c', PREPARE, tmp_path / folder, tmp_path / 'text.txt', str(kill_at)], cwd=clone,
+                              capture_output=True, text=True)
+
+    assert prepare('whole').returncode == 0
+    for kill_at in (30, 31, 55, 90):
+        assert prepare('killed', kill_at).returncode == -signal.SIGKILL
+        assert not (tmp_path / 'killed' / 'val.bin').exists()
+    result = prepare('killed')
+    assert 'going on behind the' in result.stdout and result.returncode == 0, result.stderr
+    names = ['.lock', 'meta.json', 'train.bin', 'val.bin']
+    assert sorted(path.name for path in (tmp_path / 'killed').iterdir()) == names
+    for name in names:
+        assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+    prepare('changed', 60)
+    (tmp_path / 'text.txt').write_text(text[:5000] + 'x' + text[5000:])
+    result = prepare('changed')
+    assert 'a text has changed since a prepare of it was interrupted' in result.stderr
+    assert prepare('changed').returncode == 0
+
+
 def test_kills_at_random_moments(run):
     assert run('tools/crashtest.py', '--kills=5').stdout.endswith('OK\n')
 
@@ -632,6 +673,14 @@ def test_a_step_that_is_not_finite_is_left_out_if_asked_for(run, arguments, faul
     lines = [line for line in log_of(tmp_path / 'out') if 'loss' in line]
     assert [line['step'] for line in lines if line.get('skipped')] == [5] and lines[5]['loss'] is None
     assert len(lines) == 20 and all(line['loss'] < 10 for line in lines if line['step'] != 5)
+
+
+def test_a_step_that_is_not_finite_is_noticed_before_the_next_save_however_rarely_the_run_logs(run, arguments, fault, tmp_path):
+    bad = fault(BAD_NUMBERS, AT=[13], WHAT='gradient', RANK='0')
+    options = ('--log_interval=1000', '--save_interval=4', '--eval_interval=1000')
+    result = run('train.py', f'--out_dir={tmp_path}/out', *arguments, *options, env=bad, code=2)
+    assert 'step 5: the gradient norm is' in last_words(result)
+    assert [manifest['step'] for manifest in ckpt.manifests(tmp_path / 'out')] == [4]
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(run, arguments, fault, tmp_path):

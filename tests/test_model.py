@@ -416,7 +416,8 @@ def test_ngrams_look_up_what_stands_before_a_token_and_nothing_else():
 
 
 def test_ngrams_are_spread_over_a_small_table():
-    rows = NgramEmbedding(GPTConfig(vocab_size=65, ngram=5, ngram_rows=1024, n_embd=12)).row_numbers(tokens(1, 20000, vocab_size=65))
+    ngram = NgramEmbedding(GPTConfig(vocab_size=65, ngram=5, ngram_rows=1024, n_embd=12))
+    rows = ngram.row_numbers(tokens(1, 20000, vocab_size=65))
     for i in range(4):
         counts = torch.bincount(rows[0, :, i] - i * 1024, minlength=1024).float()
         # 65^2 and more n-grams, in 1024 rows: about 19.5 each, and a variance not far above that of chance

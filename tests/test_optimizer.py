@@ -19,6 +19,12 @@ BASE = {
     'schedule': 'cosine',
     'decay_fraction': 0.2,
     'decay_lr': True,
+    'weight_decay': 0.0,
+    'beta1': 0.9,
+    'beta2': 0.95,
+    'muon_learning_rate': 0.02,
+    'muon_momentum': 0.95,
+    'embedding_learning_rate': None,
 }
 
 
@@ -87,8 +93,7 @@ def one_step(name, **options):
     """A small GPT after one step on a random batch: (model, the weights before, its gradients, optimizer)."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=True))
-    config = SimpleNamespace(**BASE | {'optimizer': name, 'weight_decay': 0.0, 'beta1': 0.9, 'beta2': 0.95,
-                                       'muon_learning_rate': 0.02, 'muon_momentum': 0.95, 'embedding_learning_rate': None} | options)
+    config = SimpleNamespace(**BASE | {'optimizer': name} | options)
     optimizer = make_optimizer(model, config)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     idx = torch.randint(11, (4, 8))
@@ -162,8 +167,9 @@ def test_a_step_that_is_not_wanted_changes_nothing_at_all(name):
         p.grad = torch.full_like(p, math.nan)
     step_if(torch.tensor(False), optimizer)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same[0].parameters(), strict=True))
-    flat = lambda state: torch.utils._pytree.tree_leaves(state)  # noqa: E731
-    assert all(a == b if not torch.is_tensor(a) else torch.equal(a, b) for a, b in zip(flat(optimizer.state_dict()), flat(same[1]), strict=True))
+    flat = torch.utils._pytree.tree_leaves
+    for a, b in zip(flat(optimizer.state_dict()), flat(same[1]), strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
     for n, p in model.named_parameters():
         p.grad = gradients[n].clone()
     step_if(torch.tensor(True), optimizer)
@@ -172,8 +178,7 @@ def test_a_step_that_is_not_wanted_changes_nothing_at_all(name):
 
 def test_embeddings_have_a_rate_of_their_own_and_do_not_decay_where_they_are_tables():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, ngram=3, ngram_rows=50, tie_weights=False))
-    config = SimpleNamespace(**BASE | {'optimizer': 'muon', 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'muon_learning_rate': 0.02,
-                                       'muon_momentum': 0.9, 'embedding_learning_rate': 0.5})
+    config = SimpleNamespace(**BASE | {'optimizer': 'muon', 'weight_decay': 0.1, 'embedding_learning_rate': 0.5})
     rates = {id(p): (group['peak_lr'], group['weight_decay']) for group in make_optimizer(model, config).param_groups
              for p in group['params']}
     parts = model.transformer

@@ -178,13 +178,13 @@ def sampling(config, quantize):
     device = pick_device(config.device)
     dtype = pick_dtype('auto', device, 768)
     model = GPT(GPTConfig(bias=False)).to(device, dtype).eval()
-    if quantize == 'int8':
+    n_bytes = model.get_num_params() * (1 if quantize else dtype.itemsize)
+    if quantize:
         model.quantize()
     prompt = torch.randint(50257, (PROMPT,)).tolist()
     one = timed(lambda: model.generate([prompt], NEW, compile=config.compile), config.repeats, device)
     first = timed(lambda: model.generate([prompt], 1), config.repeats, device)
     ten = timed(lambda: model.generate([prompt] * 10, NEW, compile=config.compile), config.repeats, device)
-    n_bytes = sum(t.numel() * t.element_size() for name, t in model.state_dict().items() if 'wte' not in name and 'wpe' not in name)
     big = torch.ones(2**28, device=device)
     floor = n_bytes / (4 * len(big) / timed(big.sum, config.repeats, device))  # every weight is read for each token
     how = quantize or str(dtype)[6:]
@@ -206,7 +206,7 @@ def plain_sampling(config):
 # Preparing data, starting, saving -------------------------------------------------------------------------------------------
 
 def prepare(config):
-    """GPT-2's BPE (where it cannot be had, one of our own) into bins, beside what tiktoken does with all cores and nothing else."""
+    """GPT-2's BPE (where it cannot be had, one of our own) into bins, beside what tiktoken alone does with all cores."""
     with tempfile.TemporaryDirectory() as folder:
         path = config.input
         if path is None:
@@ -238,7 +238,8 @@ def prepare(config):
 def start(config):
     def seconds(*command, until=None):
         begin = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   text=True)
         while until is not None and until not in process.stdout.readline():
             require(process.poll() is None, f'{" ".join(map(str, command))} ended early')
         now = time.perf_counter() - begin

@@ -80,11 +80,11 @@ def table(results):
     rows = []
     for values, runs in groups.items():
         losses = [run['val_loss'] for run in runs]
+        loss, train_loss = statistics.mean(losses), statistics.mean(run['train_loss'] for run in runs)
         spread = f' ± {statistics.stdev(losses):.4f}' if len(runs) > 1 else ''
         speeds = [run['tokens_per_second'] for run in runs if run['tokens_per_second']]
-        rows.append((statistics.mean(losses), [*values, str(len(runs)), str(runs[0]['step']), f'{statistics.mean(losses):.4f}{spread}',
-                                               f'{statistics.mean(run["train_loss"] for run in runs):.4f}',
-                                               f'{statistics.median(speeds):,.0f}' if speeds else '-']))
+        speed = f'{statistics.median(speeds):,.0f}' if speeds else '-'
+        rows.append((loss, [*values, str(len(runs)), str(runs[0]['step']), f'{loss:.4f}{spread}', f'{train_loss:.4f}', speed]))
     lines = [[*keys, 'runs', 'steps', 'val loss', 'train loss', 'tokens/s'], *(cells for _, cells in sorted(rows))]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
