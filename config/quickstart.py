@@ -4,28 +4,39 @@
 out_dir = 'out-quickstart'
 dataset = 'python_stdlib'  # prepared when it is missing: BPE with 2048 tokens
 
-# 2,048 tokens a step, 1.1 million in all: a third of the data once
+# 2,048 tokens a step, 0.8 million in all: a quarter of the data
 batch_size = 16
 block_size = 128
 gradient_accumulation_steps = 1
-max_iters = 550
+max_iters = 400
 
 # The architecture has moved on since GPT-2; each of these is explained in model.py
 n_layer = 4
 n_head = 4
 n_embd = 256
+ngram = 2  # each pair of tokens has an embedding of its own
 position = 'rope'
 norm = 'rmsnorm'
 activation = 'relu2'
 qk_norm = True
 zero_init = True
+tie_weights = False
 
-learning_rate = 4e-3  # high, as suits a small model and a short run
-warmup_iters = 40
-schedule = 'linear'
+# Muon for the matrices inside the blocks, AdamW for the rest: optimizer.py
+optimizer = 'muon'
+muon_learning_rate = 0.02
+muon_momentum = 0.9
+learning_rate = 0.005
+embedding_learning_rate = 0.02
+beta1 = 0.8
+weight_decay = 0.0
+grad_clip = 0.0
+warmup_iters = 0
+schedule = 'wsd'  # constant, then down to 0 over the second half
+decay_fraction = 0.5
 min_lr = 0.0
 
-eval_interval = 110
+eval_interval = 100
 eval_iters = 20
 log_interval = 10
 sample_every_eval = True  # watch it learn
