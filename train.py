@@ -167,7 +167,7 @@ from tqdm import tqdm
 import checkpoint as ckpt
 from data import bins
 from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype
-from model import LOGITS_AT_ONCE, GPT, GPTConfig
+from model import GPT, LOGITS_AT_ONCE, GPTConfig
 from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes, step_if
 from processes import (
     Signals,
