@@ -247,8 +247,10 @@ def main(config, given, at_exit):
     start_step, checkpoint = step, None  # free its memory
     samples_per_step = config.batch_size * config.gradient_accumulation_steps
     say('\n'.join(differences(config)))
-    say(f'{raw_model.get_num_params():,} parameters, vocabulary {raw_model.config.vocab_size:,}; {device}, {str(dtype)[6:]}, '
-        f'{world_size} process{"es" * (world_size > 1)}; {samples_per_step * config.block_size:,} tokens a step')
+    tables = raw_model.transformer.ngram.tables.weight.numel() if raw_model.config.ngram > 1 else 0
+    say(f'{raw_model.get_num_params() - tables:,} parameters{f" and {tables:,} in n-gram tables" if tables else ""}, vocabulary '
+        f'{raw_model.config.vocab_size:,}; {device}, {str(dtype)[6:]}, {world_size} process{"es" * (world_size > 1)}; '
+        f'{samples_per_step * config.block_size:,} tokens a step')
 
     # the folder of the run -----------------------------------------------------------------------------------------------
     with main_process_first(rank):
