@@ -140,6 +140,11 @@ class KVCache:
         new.padding = None if self.padding is None else self.padding[which]
         return new
 
+    def keep_in_place(self):
+        """A CUDA graph may write only into buffers of which it is told that they stay where they are."""
+        for buffer in (self.k, self.v, self.tokens, self.filled):
+            torch._dynamo.mark_static_address(buffer)
+
     def columns(self, T):
         """Where the next T tokens go (T,)."""
         if self.static:
@@ -191,7 +196,7 @@ class Int8Linear(nn.Module):
     """A Linear whose weights are kept in 8 bits, for sampling: half the bytes of bfloat16 to read for a token.
 
     weight = int8 * scale with a scale for each output, so that its largest weight becomes 127. On a CPU the inputs are rounded to
-    8 bits too, by PyTorch's quantized kernels (for each call one scale); elsewhere they stay as they are.
+    8 bits too, by PyTorch's quantized kernels, with one scale for each call: a row depends a little on the rows beside it.
     """
 
     def __init__(self, linear):
@@ -200,19 +205,20 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         self.packed, self.bias = None, linear.bias
         if weight.device.type == 'cpu':
+            self.reduce_range = not torch.cpu.get_capabilities().get('avx512_vnni')  # without it sums may overflow 16 bits
             with warnings.catch_warnings():  # that such tensors will go in some later version
                 warnings.simplefilter('ignore')
                 weight = torch.quantize_per_channel(weight, scale.double(), torch.zeros(len(scale)).long(), 0, torch.qint8)
                 self.packed = torch.ops.quantized.linear_prepack(weight, None)
         else:
             self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))  # (out, in)
-            self.register_buffer('scale', scale.to(linear.weight.dtype))  # (out,)
+            self.register_buffer('scale', scale)  # (out,), in fp32
 
     def forward(self, x):
         if self.packed is not None:
-            y = torch.ops.quantized.linear_dynamic(x.float(), self.packed).type_as(x)
+            y = torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.reduce_range).type_as(x)
         else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+            y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).type_as(x)
         return y if self.bias is None else y + self.bias
 
 
@@ -329,13 +335,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softcap(x W^T) over chunks of tokens, so that never more than one chunk's logits exist.
 
     Forward computes the gradients too, while it has what they need (as Liger Kernel, Hsu et al. 2024). x: (N, C); weight:
-    (V, C); targets: (N,), -1 = no loss. Matrix products are in dtype, all else in fp32.
+    (V, C); targets: (N,), -1 = no loss. Matrix products are in dtype, all else in fp32. needs_grad: False in an evaluation.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype):
+    def forward(ctx, x, weight, targets, softcap, dtype, needs_grad):
         n_chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
-        needs_grad = any(ctx.needs_input_grad)
         w, loss = weight.to(dtype), torch.zeros((), device=x.device)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight) if needs_grad else None
         for xi, ti, dxi in zip(*(t.tensor_split(n_chunks) for t in (x.to(dtype), targets, dx))):
@@ -363,7 +368,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, n = ctx.saved_tensors
-        return dx * (grad / n), dw.mul_(grad / n), None, None, None
+        return dx * (grad / n), dw.mul_(grad / n), None, None, None, None
 
 
 class GPT(nn.Module):
@@ -472,7 +477,8 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if targets.numel() * self.config.vocab_size <= LOGITS_AT_ONCE:
             return F.cross_entropy(self._logits(x), targets, ignore_index=-1)
-        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.logit_softcap, dtype)
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.logit_softcap, dtype,
+                                         torch.is_grad_enabled())
 
     def _logits(self, x):
         logits = self.lm_head(x).float()  # softmax over a large vocabulary in bf16 loses digits
@@ -539,7 +545,8 @@ class GPT(nn.Module):
         mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)  # its input, before and after the activation
         block = attention + mlp + 2 * 4 * C + 2 * C * (c.dropout > 0)  # the inputs of both norms, the masks of both dropouts
         kept = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block
-        weights = 2 * sum(p.numel() for p in self.parameters() if p.dim() == 2) if half else 0  # their copies in 16 bits
+        products = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        weights = 2 * sum(p.numel() for p in products) if half else 0  # their copies in 16 bits
         return batch_size * c.block_size * (kept + (4 + n) * C) + weights
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
@@ -576,7 +583,8 @@ class GPT(nn.Module):
                seed=None, slide=1, use_cache=True, vocab_size=None, compile=False):
         """Yield the next token of every row, (B,), max_new_tokens times: read the prompt once, then one token a step.
 
-        Rows with the same prompt share its reading. compile: the step of one token is compiled (on CUDA into one graph).
+        Rows with the same prompt share its reading. compile: the step of one token is compiled, on CUDA into a graph. In fp32 a
+        row's greedy tokens do not depend on the cache nor on other rows; in 16 or 8 bits rounding may tip a close choice.
 
         temperature 0 is greedy; top_k, top_p, min_p and repetition_penalty as in `sample_next`. seed: draws from a
         generator of its own; None: the global one. vocab_size: ids from here on (padding) are never drawn.
@@ -627,11 +635,13 @@ class GPT(nn.Module):
                     shared = end == longest and len(readers) < len(rows)
                     part = readers if shared else slice(None)
                     padding = (start[part] - first).clamp(min=0) if first < longest - min(lengths) else None
-                    size = min(block_size, longest + max_new_tokens - first)
+                    size = block_size if compile else min(block_size, longest + max_new_tokens - first)
                     cache = KVCache(self.config, len(tokens[part]), size, device, dtype, padding, static=compile)
                     logits, _ = self(tokens[part, first:end], cache=cache)
                     if shared:
                         logits, cache = logits[which], cache.rows(which)
+                    if compile:
+                        cache.keep_in_place()
                 else:
                     logits, _ = step(tokens[:, end - 1:end], cache=cache)
                 logits = logits[:, -1, :vocab_size]
@@ -681,5 +691,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, rep
     # multinomial draws a number for each token of the vocabulary, which on a CPU takes as long as a layer: here one is drawn for
     # each row, and the token is the first at which the probabilities so far exceed it
     below = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (B, V)
+    if not below[:, -1].isfinite().all():
+        raise ValueError('the logits are not finite: nothing can be drawn from them')
     drawn = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * below[:, -1:]
     return torch.searchsorted(below, drawn, right=True).squeeze(1)

@@ -54,9 +54,13 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, {'lr': lr, 'weight_decay': weight_decay, 'momentum': momentum})
+        self.fill_state()
+
+    def fill_state(self):
         for group in self.param_groups:
             for p in group['params']:
-                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                if 'momentum_buffer' not in self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -122,6 +126,8 @@ def parts_of(optimizer):
 
 def step_if(wanted, optimizer):
     """optimizer.step(), which changes nothing where wanted, a tensor on its device, is False: nobody waits to know."""
+    if wanted.device.type == 'mps' and not wanted.item():  # its AdamW may not look at found_inf (pytorch pull request 186360)
+        return
     for part in parts_of(optimizer):
         part.found_inf = (~wanted).float()  # the name by which torch.amp.GradScaler tells an optimizer the same
         part.step()
@@ -148,6 +154,8 @@ def load_state(optimizer, state):
     groups = [saved | {k: v for k, v in group.items() if k != 'params'}
               for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=True)]
     optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
+    if isinstance(optimizer, Muon):
+        optimizer.fill_state()  # a state saved before the first step may be empty
     for p, values in optimizer.state.items():
         for name, value in values.items():
             if torch.is_tensor(value) and value.dim() > 0 and value.shape != p.shape:

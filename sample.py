@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import UserError, configure, require, user_errors
+from configurator import UserError, configure, first_line, require, user_errors
 
 
 @dataclass
@@ -142,6 +142,15 @@ def main(config):
     require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
+
+    if config.compile:
+        print('compiling the step of one token: this takes up to some minutes', file=sys.stderr)
+        try:
+            model.generate([prompt for prompt in prompts for _ in range(config.num_samples)], 2, compile=True)
+        except Exception as error:  # no compiler on the machine, ...
+            reason = f'{type(error).__name__}: {first_line(error)[:150]}'
+            print(f'torch.compile failed, going on without it: {reason}', file=sys.stderr)
+            config.compile = False
 
     # all samples are one batch; the first is shown as it is written, the others when it is done
     rows = [prompt for prompt in prompts for _ in range(config.num_samples)]

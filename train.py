@@ -93,8 +93,9 @@ def turn_dial(config, given):
     tokens      20 for each parameter in the blocks (Hoffmann et al. 2022)
     batch       2.6 * sqrt(tokens) tokens a step, to the nearest power of two
     """
-    if 'depth' not in given or config.depth is None:
+    if 'depth' not in given or config.depth is None or config.init_from == 'resume':
         return
+    require(config.init_from == 'scratch', f'depth = {config.depth}: only for training from scratch, not from {config.init_from}')
     keys = list(given)
     behind = keys[keys.index('depth') + 1:]
 
@@ -105,6 +106,8 @@ def turn_dial(config, given):
 
     require(config.depth >= 1, f'depth = {config.depth}: give at least 1')
     imply(n_layer=config.depth, n_embd=64 * config.depth)
+    for key in ('n_layer', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps'):
+        require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
     imply(n_head=max(1, config.n_embd // 64), position='rope', norm='rmsnorm', activation='relu2', qk_norm=True, zero_init=True,
           tie_weights=False)
     rate = 0.005 * (192 / config.n_embd) ** 0.5
@@ -117,6 +120,14 @@ def turn_dial(config, given):
     imply(gradient_accumulation_steps=max(1, sequences // config.batch_size))
     imply(max_iters=tokens // (config.gradient_accumulation_steps * config.batch_size * config.block_size))
     imply(eval_interval=max(1, config.max_iters // 10))
+
+
+def read_command(argv=None):
+    """(config, the keys given) of a command line: read, completed and checked. Raises UserError."""
+    config, given = configure(Config, argv)
+    turn_dial(config, given)
+    check(config)
+    return config, given
 
 
 def check(config):
@@ -143,9 +154,7 @@ def check(config):
 
 if __name__ == '__main__':  # before the slow imports: --help and a mistyped key are answered at once
     with user_errors():
-        config, given = configure(Config)
-        turn_dial(config, given)
-        check(config)
+        config, given = read_command()
 
 import contextlib
 import json
@@ -235,7 +244,7 @@ def main(config, given, at_exit):
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
     raw_model.to(device)
-    optimizer = make_optimizer(raw_model, config)
+    optimizer = None if config.eval_only else make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # otherwise it does nothing
     step, samples_seen, best_val_loss, saved_step, evaluated = 0, 0, math.inf, None, False
     if resume:
@@ -243,7 +252,8 @@ def main(config, given, at_exit):
         step, samples_seen = checkpoint.step, checkpoint.samples_seen
         best_val_loss = math.inf if checkpoint.best_val_loss is None else checkpoint.best_val_loss
         saved_step, evaluated = step, checkpoint.val_loss is not None
-        load_optimizer(optimizer, scaler, checkpoint)
+        if optimizer:
+            load_optimizer(optimizer, scaler, checkpoint)
     start_step, checkpoint = step, None  # free its memory
     samples_per_step = config.batch_size * config.gradient_accumulation_steps
     say('\n'.join(differences(config)))
@@ -324,8 +334,8 @@ def main(config, given, at_exit):
         return to_device(*data.train.batch(first, config.batch_size, config.seed), device)
 
     def settle():
-        """Read what the steps since the last time gave, and log it: here alone, and to evaluate, the loop waits for the device.
-        Raises UserError where a step's loss or gradient was not finite: it was not taken."""
+        """Read what the steps since the last time gave, and log it: only here, in evaluations and saves the loop waits for the
+        device. Raises UserError where a step's loss or gradient was not finite: it was not taken."""
         nonlocal skips, logged_at, logged_step
         if not pending:
             return
@@ -426,6 +436,8 @@ def main(config, given, at_exit):
 def take_saved_config(config, given, checkpoint):
     """Resuming: keys that the command line does not give are as they were."""
     own = given - {'init_from'} | {'out_dir', 'eval_only'}
+    require('depth' not in given or config.depth == checkpoint.config.get('depth'),
+            f'depth = {config.depth} but {checkpoint.path} has depth = {checkpoint.config.get("depth")}: leave it out')
     for field in fields(config):
         if field.name in checkpoint.config and field.name not in own:
             try:
@@ -521,8 +533,10 @@ def memory_estimate(model, optimizer, config, device, half):
     """One line: the memory that a step takes on this device, by part."""
     weights = 4 * model.get_num_params(False)
     gradients = weights * (2 if dist.is_initialized() else 1)  # DDP has a copy of them in its buckets
-    # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came; in chunks if there are many
-    logits = min(config.batch_size * config.block_size * model.config.vocab_size, LOGITS_AT_ONCE) * (8 + 2 * half)
+    # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
+    logits = config.batch_size * config.block_size * model.config.vocab_size * (8 + 2 * half)
+    if logits > LOGITS_AT_ONCE * (8 + 2 * half):  # in chunks, and the gradient of the head
+        logits = LOGITS_AT_ONCE * (8 + 2 * half) + (4 + 2 * half) * model.lm_head.weight.numel()
     parts = {'weights': weights, 'gradients': gradients, 'optimizer': state_bytes(optimizer),
              'activations': model.activation_bytes(config.batch_size, half), 'logits': logits}
     there = f' of {torch.cuda.get_device_properties(device).total_memory / 1e6:,.0f}' if device.type == 'cuda' else ''

@@ -86,7 +86,10 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     keep = False
     try:
         made_by = hashlib.sha256(json.dumps([source, max_tokens, tokenizer.to_dict()]).encode()).hexdigest()
-        done = read_progress(folder, made_by)
+        done = read_progress(folder, made_by, np.dtype('u2' if tokenizer.vocab_size <= 2**16 else 'u4').itemsize)
+        keep = done['pieces'] > 0  # what was committed outlives whatever stops this process
+        if not keep:
+            (folder / 'progress.json').unlink(missing_ok=True)  # of another text
         sha256, n_bytes, n_pieces = hashlib.sha256(), {'train': 0, 'val': 0}, 0
         with BinWriter(temporary['train.bin'], tokenizer.vocab_size, done['train']) as train, \
                 BinWriter(temporary['val.bin'], tokenizer.vocab_size, done['val']) as val, \
@@ -104,7 +107,8 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
             pieces = iter(pieces)
             for piece in itertools.islice(pieces, done['pieces']):  # in the bins already
                 count(piece)
-            require(not done['pieces'] or (done['sha256'], done['bytes']) == (sha256.hexdigest(), n_bytes),
+            keep = keep and (done['sha256'], done['bytes']) == (sha256.hexdigest(), n_bytes)
+            require(keep or not done['pieces'],
                     f'{source} has changed since a prepare of it was interrupted, which is forgotten now: run this again')
             committed = sum(n_bytes.values())
             for piece, ids in encoded(pieces, tokenizer, pool):
@@ -120,9 +124,10 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                     write_text(folder / 'progress.json', json.dumps({
                         'made_by': made_by, 'pieces': n_pieces, 'sha256': sha256.hexdigest(), 'bytes': n_bytes,
                         'train': train.n_tokens, 'val': val.n_tokens}))
-                    committed = sum(n_bytes.values())
+                    committed, keep = sum(n_bytes.values()), True
             train.sync()
             val.sync()
+        keep = False
         meta = {'format': FORMAT, 'source': source, 'source_sha256': sha256.hexdigest(),
                 'vocab_size': tokenizer.vocab_size, 'dtype': writers['train'].dtype.name,
                 **{f'{split}_tokens': writer.n_tokens for split, writer in writers.items()},
@@ -138,12 +143,9 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
             replace(temporary[name], folder / name)
     except OSError as error:
         raise UserError(f'{folder}: cannot write there: {error.strerror or error}') from None
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
-        keep = (folder / 'progress.json').exists()
+    finally:
         if keep:
             print('interrupted; the same command goes on from here')
-        raise
-    finally:
         for path in [] if keep else [*temporary.values(), folder / 'progress.json']:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -154,11 +156,12 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     return meta
 
 
-def read_progress(folder, made_by):
+def read_progress(folder, made_by, itemsize):
     """What a prepare of the same text by the same tokenizer committed before it was interrupted; nothing, if there was none."""
     try:
         progress = json.loads((folder / 'progress.json').read_text(encoding='utf-8'))
-        if progress['made_by'] == made_by and all((folder / f'{split}.bin.tmp').exists() for split in ('train', 'val')):
+        whole = all((folder / f'{split}.bin.tmp').stat().st_size >= progress[split] * itemsize for split in ('train', 'val'))
+        if progress['made_by'] == made_by and whole:
             print(f'{folder}: going on behind the {progress["train"] + progress["val"]:,} tokens of an interrupted prepare')
             return progress
     except (OSError, ValueError, KeyError, TypeError):

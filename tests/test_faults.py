@@ -381,16 +381,16 @@ def pieces():
         yield bins.Piece('val' if i // 1000 % 10 == 9 else 'train', text[i:i + 1000], ends_document=i // 1000 % 7 == 0)
 real = bins.encoded
 bins.encoded = lambda pieces, tokenizer, pool: real(pieces, tokenizer, pool, size=3000)
-bins.write_dataset(sys.argv[1], pieces(), tokenizer.train_bpe([text], 400), 'a text')
+bins.write_dataset(sys.argv[1], pieces(), tokenizer.train_bpe([text[:4000]], 300), sys.argv[4])
 '''
 
 
 def test_a_prepare_killed_again_and_again_goes_on_and_ends_with_the_same_bins(clone, text, tmp_path):
     (tmp_path / 'text.txt').write_text(text)
 
-    def prepare(folder, kill_at=-1):
-        return subprocess.run([sys.executable, '-c', PREPARE, tmp_path / folder, tmp_path / 'text.txt', str(kill_at)], cwd=clone,
-                              capture_output=True, text=True)
+    def prepare(folder, kill_at=-1, source='a text'):
+        command = [sys.executable, '-c', PREPARE, tmp_path / folder, tmp_path / 'text.txt', str(kill_at), source]
+        return subprocess.run(command, cwd=clone, capture_output=True, text=True)
 
     assert prepare('whole').returncode == 0
     for kill_at in (30, 31, 55, 90):
@@ -402,6 +402,11 @@ def test_a_prepare_killed_again_and_again_goes_on_and_ends_with_the_same_bins(cl
     assert sorted(path.name for path in (tmp_path / 'killed').iterdir()) == names
     for name in names:
         assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+    prepare('mixed', 60)  # another one in between leaves nothing of the first, not even if it ends before it has saved anything
+    assert prepare('mixed', 5, source='another').returncode == -signal.SIGKILL
+    assert 'going on' not in prepare('mixed').stdout
+    assert (tmp_path / 'mixed' / 'train.bin').read_bytes() == (tmp_path / 'whole' / 'train.bin').read_bytes()
 
     prepare('changed', 60)
     (tmp_path / 'text.txt').write_text(text[:5000] + 'x' + text[5000:])

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, TINY
 
 import train
-from configurator import UserError, configure
+from configurator import UserError
 
 sys.path.insert(0, str(ROOT / 'tools'))
 
@@ -56,10 +56,7 @@ def test_a_mistake_in_a_sweep_is_told_before_anything_is_trained(refused, clone,
 
 
 def dialled(*words):
-    config, given = configure(train.Config, list(words))
-    train.turn_dial(config, given)
-    train.check(config)
-    return config
+    return train.read_command(list(words))[0]
 
 
 def test_the_dial_sets_what_was_not_given_behind_it():
@@ -72,10 +69,21 @@ def test_the_dial_sets_what_was_not_given_behind_it():
     assert dialled('--n_layer=3', '--depth=2').n_layer == 2 and dialled('--depth=2', '--n_layer=3').n_layer == 3
     assert dialled('--depth=2').max_iters < dialled('--depth=3').max_iters
     assert dialled('--max_iters=7').max_iters == 7 and dialled('--max_iters=7').n_layer == train.Config().n_layer
-    with pytest.raises(UserError, match='depth = 0'):
-        dialled('--depth=0')
+    for words, says in ((('--depth=0',), 'depth = 0'), (('--depth=2', '--n_embd=0'), 'n_embd = 0: give at least 1'),
+                        (('--depth=2', '--block_size=-1'), 'block_size = -1'),
+                        (('--depth=2', '--init_from=gpt2'), 'from scratch')):
+        with pytest.raises(UserError, match=says):
+            dialled(*words)
 
 
 def test_the_benchmark_says_what_it_cannot_do(refused):
     refused('tools/bench.py', '--parts=speed', says="parts = 'speed': give some of training, sampling, prepare, start, saving")
     refused('tools/bench.py', '--repeats=0', says='repeats = 0: give at least 1')
+    refused('tools/bench.py', '--input=missing.txt', says="input = 'missing.txt': there is no such file")
+
+
+def test_the_benchmark_prints_json(run, text, tmp_path):
+    (tmp_path / 'text.txt').write_text(text * 5)
+    result = json.loads(run('tools/bench.py', '--parts=prepare', f'--input={tmp_path}/text.txt', '--repeats=1', '--json').stdout)
+    speed, share, memory = (row['value'] for row in result['rows'])
+    assert result['device'] and speed > 0 and share > 0 and 0.01 < memory < 2

@@ -46,8 +46,8 @@ if __name__ == '__main__':  # before the slow imports
         require(config.repeats >= 1, f'repeats = {config.repeats}: give at least 1')
         for part in config.parts:
             require(part in PARTS, f'parts = {part!r}: give some of {", ".join(PARTS)}')
-        for path in (config.profile, config.input):
-            require(path is None or Path(path).parent.is_dir(), f'{path}: there is no such folder')
+        require(config.profile is None or Path(config.profile).parent.is_dir(), f'profile = {config.profile!r}: no such folder')
+        require(config.input is None or Path(config.input).is_file(), f'input = {config.input!r}: there is no such file')
 
 import torch
 
@@ -118,10 +118,9 @@ def timed(function, repeats, device):
 
 # Training -----------------------------------------------------------------------------------------------------------------
 
-def step_of_124m(device, dtype, plain=False, **options):
+def step_of_124m(device, dtype, plain=False, compiled=False, **options):
     """(model, a function that trains it by one step)"""
     model = GPT(GPTConfig(block_size=CONTEXT, bias=False, **options)).to(device)
-    compiled = options.pop('compiled', False)
     optimizer = adamw(model.parameters(), 0.1, 6e-4, (0.9, 0.95))
     if plain:
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -149,7 +148,7 @@ def matmul_peak(device, dtype):
 def training(config, checkpointing):
     device = pick_device(config.device)
     dtype = pick_dtype('auto', device, 768)
-    model, step = step_of_124m(device, dtype, activation_checkpointing=checkpointing)
+    model, step = step_of_124m(device, dtype, compiled=config.compile, activation_checkpointing=checkpointing)
     seconds = timed(step, config.repeats, device)
     memory = peak_memory(device)
     if config.profile and not checkpointing:
@@ -216,7 +215,7 @@ def prepare(config):
         try:
             tokens = tokenizer.gpt2()
         except ValueError:
-            tokens = tokenizer.train_bpe(bins.read_pieces(path), 4096, 2**20)
+            tokens = tokenizer.train_bpe(bins.read_pieces(path), 1024, 2**20)
         size, raw, ours = os.path.getsize(path), [], []
         for _ in range(max(1, config.repeats // 2)):
             begin = time.perf_counter()

@@ -12,7 +12,6 @@ import re
 import statistics
 import subprocess
 import sys
-import typing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,19 +19,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train
-from configurator import configure, read_config_file, require, user_errors
+from configurator import read_config_file, require, user_errors
 
 
 def read_command(argv):
     """-> (config files, {key: [texts of its values]}, out_dir). Raises UserError."""
     files = [word for word in argv if not word.startswith('-')]
     require(files, 'name a config file: python tools/sweep.py config/quickstart.py --learning_rate=1e-3,3e-3')
-    values, types = {}, typing.get_type_hints(train.Config)
+    values = {}
     for word in argv:
         if word.startswith('-'):
             key, equals, text = word.removeprefix('--').partition('=')
             require(equals, f'{word}: write --key=value, or --key=value,value')
-            values[key] = text.split(',') if list not in map(typing.get_origin, typing.get_args(types.get(key))) else [text]
+            values[key] = text.split(',')
     out_dir = values.pop('out_dir', [f'sweep-{Path(files[-1]).stem}'])
     require(len(out_dir) == 1, 'out_dir: one folder for the whole sweep')
     return files, values, Path(out_dir[0])
@@ -127,8 +126,7 @@ def main(argv):
     runs = []
     for choice in combinations(values):  # all of them are looked at before the first is trained
         words = [*files, *(f'--{key}={text}' for key, text in choice.items())]
-        config, _ = configure(train.Config, words)
-        train.check(config)
+        config, _ = train.read_command(words)
         runs.append((out_dir / folder_of(choice), words, config))
     for i, (folder, words, config) in enumerate(runs):
         done = result_of(folder)
@@ -144,7 +142,8 @@ def main(argv):
         if code:
             print(f'{folder.name} failed: it is left out of the table')
     results = [dict(result, name=path.name) for path in sorted(out_dir.iterdir()) if (result := result_of(path))]
-    require(results, f'{out_dir}: no run was evaluated')
+    results = [result for result in results if result['step'] >= result['config']['max_iters']]
+    require(results, f'{out_dir}: no run has come to its end')
     text = table(results)
     (out_dir / 'table.md').write_text(text + '\n', encoding='utf-8')
     drawn = plot(results, out_dir / 'plot.png')
