@@ -57,7 +57,8 @@ class Checkpoint:
         for name, kind in kinds.items():
             value = getattr(self, name)
             fits = isinstance(value, kind) and not (kind is int and not 0 <= value < 2**63)
-            require(fits, f'{self.path}: {name} = {str(value)[:40]} is not what a checkpoint has there')
+            if not fits:  # the value is put into words only now: of a large state that takes long
+                raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not what a checkpoint has there')
 
     def build_model(self, **override):
         """The GPT with these weights; override: fields of GPTConfig that may differ, such as dropout."""

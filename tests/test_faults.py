@@ -822,3 +822,30 @@ def test_a_download_gets_its_name_when_it_is_whole(run, tmp_path, what, says):
         server.shutdown()
         thread.join()
     assert not list(tmp_path.rglob('config.json'))
+
+
+COUNT_LOOKS = '''
+import atexit, torch
+looks = 0
+def counted(real):
+    def look(self, *arguments, **options):
+        global looks
+        looks += 1
+        return real(self, *arguments, **options)
+    return look
+for name in ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__'):
+    setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+atexit.register(lambda: print('LOOKS', looks))
+'''
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_steps_between_two_lines_of_the_log_wait_for_nothing_on_the_device(run, arguments, fault, tmp_path, optimizer):
+    """Each of these calls would make the processor wait until a GPU has done all that it was told."""
+    looks = []
+    for steps in (5, 15):
+        options = (f'--max_iters={steps}', '--log_interval=1000', '--eval_interval=1000', '--save_interval=1000',
+                   f'--optimizer={optimizer}')
+        result = run('train.py', f'--out_dir={tmp_path}/{steps}', *arguments, *options, env=fault(COUNT_LOOKS))
+        looks.append(int(result.stdout.split('LOOKS')[1]))
+    assert looks[0] == looks[1] > 0
