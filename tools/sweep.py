@@ -91,7 +91,7 @@ def table(results):
 
 
 def plot(results, path):
-    """Val loss against each number that was varied, and against the steps. -> whether matplotlib is there to draw it."""
+    """Val loss against each number that was varied, training loss against steps. -> whether matplotlib is there to draw it."""
     try:
         import matplotlib
     except ImportError:
@@ -99,7 +99,8 @@ def plot(results, path):
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
 
-    keys = [key for key in differing(results) if all(type(r['config'][key]) in (int, float) for r in results)]
+    keys = [key for key in differing(results)
+            if key != 'seed' and all(type(r['config'][key]) in (int, float) for r in results)]
     figure, axes = plt.subplots(1, len(keys) + 1, figsize=(5 * (len(keys) + 1), 4), layout='constrained', squeeze=False)
     for axis, key in zip(axes[0], keys):
         axis.plot(*zip(*sorted((r['config'][key], r['val_loss']) for r in results)), 'o')
@@ -108,9 +109,9 @@ def plot(results, path):
             axis.set_xscale('log')
         axis.set(xlabel=key, ylabel='val loss')
     for r in sorted(results, key=lambda r: r['val_loss']):
-        points = [(line['step'], line['val_loss']) for line in r['lines'] if line.get('val_loss') is not None]
-        axes[0][-1].plot(*zip(*points), '.-', label=r['name'])
-    axes[0][-1].set(xlabel='step', ylabel='val loss')
+        points = [(line['step'], line['loss']) for line in r['lines'] if line.get('loss') is not None]
+        axes[0][-1].plot(*zip(*points), label=r['name'], linewidth=1)
+    axes[0][-1].set(xlabel='step', ylabel='training loss')
     if len(results) <= 12:
         axes[0][-1].legend(fontsize='x-small')
     figure.savefig(path, dpi=120)
