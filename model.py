@@ -341,6 +341,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, dtype, needs_grad):
         n_chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
+        rows = 2**12 if x.device.type == 'cpu' else len(weight)  # a CPU adds bfloat16 to fp32 by way of a copy: a small one
         w, loss = weight.to(dtype), torch.zeros((), device=x.device)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight) if needs_grad else None
         for xi, ti, dxi in zip(*(t.tensor_split(n_chunks) for t in (x.to(dtype), targets, dx))):
@@ -360,7 +361,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dlogits = dlogits.to(dtype)
             del logits, logp
             dxi.copy_(dlogits @ w)
-            dw += dlogits.T @ xi
+            for dwi, dlogits_i in zip(dw.split(rows), dlogits.T.split(rows)):
+                dwi += dlogits_i @ xi
         n = (targets >= 0).sum()
         ctx.save_for_backward(dx, dw, n)
         return loss / n
