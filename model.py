@@ -329,6 +329,7 @@ class Block(nn.Module):
 
 
 LOGITS_AT_ONCE = 2**24  # 64 MB in fp32
+VOCABULARY_MULTIPLE = {'cuda': 64}  # tensor cores want whole tiles: nanoGPT pads 50257 to 50304 for that
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -342,11 +343,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, softcap, dtype, needs_grad):
         n_chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
         rows = 2**12 if x.device.type == 'cpu' else len(weight)  # a CPU adds bfloat16 to fp32 by way of a copy: a small one
+        # the copy of the weights is padded, never the parameters: a checkpoint has the vocabulary as it is
+        padding = -len(weight) % VOCABULARY_MULTIPLE.get(x.device.type, 1)
         w, loss = weight.to(dtype), torch.zeros((), device=x.device)
+        if padding:
+            w = F.pad(w, (0, 0, 0, padding))  # (V + padding, C)
         dx, dw = torch.empty_like(x), torch.zeros_like(weight) if needs_grad else None
         for xi, ti, dxi in zip(*(t.tensor_split(n_chunks) for t in (x.to(dtype), targets, dx))):
             target, counts = ti.clamp(min=0)[:, None], (ti >= 0)[:, None]  # (n, 1)
-            logits = F.linear(xi, w).float()  # (n, V)
+            logits = F.linear(xi, w)[:, :len(weight)].float()  # (n, V)
             slope = 1.0
             if softcap:
                 logits = logits.div_(softcap).tanh_()
@@ -360,9 +365,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype)).mul_(counts * slope)
             dlogits = dlogits.to(dtype)
             del logits, logp
-            dxi.copy_(dlogits @ w)
-            for dwi, dlogits_i in zip(dw.split(rows), dlogits.T.split(rows)):
+            if padding:
+                dlogits = F.pad(dlogits, (0, padding))  # (n, V + padding)
+            for dwi, dlogits_i in zip(dw.split(rows), dlogits[:, :len(weight)].T.split(rows)):
                 dwi += dlogits_i @ xi
+            dxi.copy_(dlogits @ w)
         n = (targets >= 0).sum()
         ctx.save_for_backward(dx, dw, n)
         return loss / n

@@ -423,7 +423,8 @@ def test_ngrams_are_spread_over_a_small_table():
         assert counts.sum() == 19996 and counts.var() < 2 * counts.mean() + counts.mean() ** 2 / 4.1
 
 
-def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(monkeypatch):
+@pytest.mark.parametrize('multiple', [1, 64])
+def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(monkeypatch, multiple):
     idx, targets = tokens(3, 16), tokens(3, 16, seed=2)
     targets[0, :7] = -1
     for options in ({}, {'tie_weights': False, 'logit_softcap': 3.0}):
@@ -431,6 +432,7 @@ def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(monkeypatch):
         with torch.no_grad():
             model.lm_head.weight.mul_(30)  # logits that differ
         results = []
+        monkeypatch.setattr('model.VOCABULARY_MULTIPLE', {'cpu': multiple})
         for at_once, flags in ((2**25, {}), (7 * 40, {'return_logits': False})):
             monkeypatch.setattr('model.LOGITS_AT_ONCE', at_once)
             loss = model(idx, targets, **flags)[1]
