@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -306,7 +307,8 @@ def load(where, prefer_best=False, mmap=False):
                             f'{", ".join(GPT2_SIZES)}')
     if (where / 'config.json').exists():
         return load_huggingface(where)
-    for _ in range(10):
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
         with contextlib.suppress(FileNotFoundError):  # the run is alive, and has just deleted what was to be read
             return load_run(where, prefer_best, mmap)
     raise UserError(f'{where}: its checkpoints disappear while they are read; try again')

@@ -208,9 +208,11 @@ def test_sampling_from_a_run_that_is_alive_never_fails(clone, run, arguments, tm
     with start(clone, f'--out_dir={tmp_path}/out', *arguments, *options) as process:
         read_until(process, 'saved ')
         threading.Thread(target=process.stdout.read).start()
-        for _ in range(3):
-            run('sample.py', f'--out_dir={tmp_path}/out', '--start=d', '--num_samples=1', '--max_new_tokens=2')
-        process.send_signal(signal.SIGTERM)
+        try:
+            for _ in range(3):
+                run('sample.py', f'--out_dir={tmp_path}/out', '--start=d', '--num_samples=1', '--max_new_tokens=2')
+        finally:
+            process.send_signal(signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM
 
 
