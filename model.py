@@ -235,7 +235,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, cache=None, mask=None):
+    def project(self, x, rotary=None):
+        """Queries (B, nh, T, hs), keys and values (B, nkv, T, hs) of x (B, T, C), as they meet in attention."""
         B, T, C = x.shape
         n_head, n_kv_head, hs = self.config.n_head, self.n_kv_head, self.head_size
         q, k, v = self.c_attn(x).split((C, n_kv_head * hs, n_kv_head * hs), dim=2)
@@ -246,6 +247,11 @@ class CausalSelfAttention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if self.config.qk_norm:
             q, k = F.rms_norm(q, (hs,)), F.rms_norm(k, (hs,))
+        return q, k, v
+
+    def forward(self, x, rotary=None, cache=None, mask=None):
+        B, T, C = x.shape
+        q, k, v = self.project(x, rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k.type_as(cache.k), v.type_as(cache.v))  # (B, nkv, S, hs)
             q = q.type_as(cache.k)
@@ -291,8 +297,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = self.c_fc(x)  # (B, T, hidden), twice that for swiglu
+    def activate(self, x):
+        """What c_fc gives (B, T, hidden; twice that for swiglu: gates, then values) -> (B, T, hidden)"""
         if self.activation == 'gelu':
             x = F.gelu(x)
         elif self.activation == 'gelu_tanh':
@@ -304,7 +310,10 @@ class MLP(nn.Module):
         elif self.activation == 'swiglu':
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
-        return self.dropout(self.c_proj(x))
+        return x
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.activate(self.c_fc(x))))
 
 
 def make_norm(config):
@@ -426,6 +435,30 @@ class GPT(nn.Module):
             n -= self.transformer.wpe.weight.numel()
         return n
 
+    def embeddings(self, idx, position, tokens=None):
+        """What the residual stream begins with: {'token', 'n-grams', 'position': (B, T, C) or (T, C)}, of which it is the sum.
+
+        idx: (B, T). position: (B, T) or (T,). tokens: (B, ngram - 1 + T), idx with what stands before it, if there are n-grams.
+        """
+        parts = {'token': self.transformer.wte(idx)}
+        if self.config.ngram > 1:
+            parts['n-grams'] = self.transformer.ngram(tokens)
+        if self.config.position == 'learned':
+            parts['position'] = self.transformer.wpe(position)
+        elif self.config.position == 'sinusoidal':
+            # the paper scales the embeddings up to the size of the sines (section 3.4)
+            parts = {name: part * math.sqrt(self.config.n_embd) for name, part in parts.items()}
+            parts['position'] = sinusoidal_embedding(position, self.config.n_embd).type_as(parts['token'])
+        return parts
+
+    def rotary(self, position):
+        """cos and sin for apply_rotary, (1 or B, 1, T, hs/2) each, at position (T,) or (B, T); None without rotary positions."""
+        if self.config.position != 'rope':
+            return None
+        angles = position_angles(position, self.config.n_embd // self.config.n_head)
+        angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
+        return angles.cos(), angles.sin()
+
     def forward(self, idx, targets=None, cache=None, return_logits=True):
         """Logits, and the mean cross-entropy if there are targets.
 
@@ -445,24 +478,17 @@ class GPT(nn.Module):
                 is_text = position >= cache.padding[:, None]  # (B, T)
                 position = (position - cache.padding[:, None]).clamp(min=0)  # (B, T): a row starts at 0 behind its padding
 
-        x = self.transformer.wte(idx)  # (B, T, C)
+        tokens = None
         if self.config.ngram > 1:
-            tokens = idx if is_text is None else idx.where(is_text, -1)
+            text = idx if is_text is None else idx.where(is_text, -1)
             before = idx.new_full((B, self.config.ngram - 1), -1) if cache is None else cache.tokens
-            tokens = torch.cat((before, tokens), dim=1)  # (B, ngram - 1 + T)
-            x = x + self.transformer.ngram(tokens)
+            tokens = torch.cat((before, text), dim=1)  # (B, ngram - 1 + T)
             if cache is not None:
                 cache.tokens.copy_(tokens[:, T:])
-        rotary = None
-        if self.config.position == 'learned':
-            x = x + self.transformer.wpe(position)
-        elif self.config.position == 'sinusoidal':
-            # the paper scales the embeddings up to the size of the sines (section 3.4)
-            x = x * math.sqrt(self.config.n_embd) + sinusoidal_embedding(position, self.config.n_embd).type_as(x)
-        elif self.config.position == 'rope':
-            angles = position_angles(position, self.config.n_embd // self.config.n_head)
-            angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
-            rotary = angles.cos(), angles.sin()
+        x, *others = self.embeddings(idx, position, tokens).values()
+        for part in others:
+            x = x + part  # (B, T, C)
+        rotary = self.rotary(position)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.config.activation_checkpointing and torch.is_grad_enabled():

@@ -484,7 +484,8 @@ def test_int8_weights_are_within_half_a_step_and_write_nearly_the_same():
     idx = tokens(2, 12)
     before = model(idx)[0].softmax(-1)
     after = model.quantize()(idx)[0].softmax(-1)
-    assert 0 < (before - after).abs().max() < 0.05
+    # a processor without VNNI leaves the inputs 7 bits instead of 8
+    assert 0 < (before - after).abs().max() < (0.15 if int8.reduce_range else 0.05)
     assert model.generate(idx, 5, temperature=0).shape == (2, 17)
 
 
