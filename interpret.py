@@ -199,7 +199,7 @@ def promoted(model, trace, n, b=0, vocab_size=None):
 
 @torch.no_grad()
 def logit_lens(model, trace, b=0):
-    """What the model would predict if it ended behind each block (nostalgebraist 2020). Yields (T, V) probabilities, L + 1 times."""
+    """What the model would predict if it ended behind each block (nostalgebraist 2020): yields probabilities (T, V), L + 1 times."""
     for x in trace.residual[:, b]:
         yield model._logits(model.transformer.ln_f(x)).softmax(dim=-1)
 
@@ -215,7 +215,7 @@ def strongest_neurons(model, trace, n, b=0):
 
 @torch.no_grad()
 def nearest_tokens(model, ids, n, vocab_size=None):
-    """The n tokens whose embeddings have the largest cosine with those of ids (N,), themselves left out: (ids, cosines) (N, n)."""
+    """The n tokens whose embeddings have the largest cosine with those of ids (N,), but not those: (ids, cosines), each (N, n)."""
     E = F.normalize(model.transformer.wte.weight[:vocab_size], dim=1)
     cosines = E[ids] @ E.T  # (N, V)
     cosines.scatter_(1, ids[:, None], float('-inf'))
@@ -237,7 +237,7 @@ def repeated_tokens(vocab_size, length, batch, seed=0):
 
 
 def attention_scores(attention, length):
-    """How far each head does one of three things on `repeated_tokens`: {name: (L, nh)}, from 0 to 1, means over texts and positions.
+    """How far each head does one of three things on `repeated_tokens`: {name: (L, nh)}, from 0 to 1, means over all that it sees.
 
     attention: (L, B, nh, 2 length, 2 length). previous-token: the attention that goes to the token before. duplicate-token: in
     the second half, to the same token in the first. induction: in the second half, to the token behind that one (Olsson et al.
@@ -265,7 +265,7 @@ def head_scores(model, vocab_size=None, batch=8):
         return {'previous': nan, 'induction': nan, 'duplicate': nan} | copying, torch.empty(0)
     idx = repeated_tokens(vocab_size, length, batch).to(model.transformer.wte.weight.device)
     trace = run(model, idx)
-    losses = F.cross_entropy(trace.logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction='none').view(batch, -1).mean(dim=0)
+    losses = F.cross_entropy(trace.logits[:, :-1].transpose(1, 2), idx[:, 1:], reduction='none').mean(dim=0)
     return attention_scores(trace.attention, length) | copying, losses
 
 

@@ -3,6 +3,8 @@ import math
 
 import torch
 
+from device import has_bfloat16
+
 
 def make_optimizer(model, config):
     """The optimizer that train.py's keys ask for. Each of its groups has its peak rate in group['peak_lr']."""
@@ -86,10 +88,10 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x):
     """About U V^T for each x = U S V^T, (n, rows, columns): 5 Newton-Schulz iterations, whose polynomial brings singular values
-    to between 0.7 and 1.2 (Jordan et al. 2024). In bfloat16, which is enough.
+    to between 0.7 and 1.2 (Jordan et al. 2024). In bfloat16, which is enough, where the hardware has it.
     """
     wide = x.size(1) <= x.size(2)
-    y = (x if wide else x.mT).bfloat16()
+    y = (x if wide else x.mT).to(torch.bfloat16 if has_bfloat16(x.device.type) else torch.float32)
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         a = y @ y.mT

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import UserError, configure, first_line, require, user_errors
+from configurator import configure, first_line, require, user_errors
 
 
 @dataclass
@@ -58,9 +58,9 @@ if __name__ == '__main__':  # before the slow imports: --help and a mistyped key
 import codecs
 import sys
 import time
-from pathlib import Path
 
 import checkpoint as ckpt
+from data.tokenizer import encode_prompt, read_prompt
 from device import pick_device, pick_dtype
 
 
@@ -99,28 +99,6 @@ class Text:
         """What was held back."""
         text, self.held = self.held + self.decoder.decode(b'', final=True), ''
         return text
-
-
-def read_prompt(start):
-    if not start.startswith('FILE:'):
-        return start
-    try:
-        return Path(start[5:]).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        require(False, f'start = {start!r}: cannot read that file: {getattr(error, "strerror", None) or error}')
-
-
-def encode_prompt(text, tokenizer, block_size):
-    """Token ids of a prompt, the last block_size of them. Raises UserError if it is empty or has an unknown character."""
-    try:
-        ids = tokenizer.encode(text)
-    except UserError as error:
-        raise UserError(f'start: {error}') from None
-    ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])
-    require(ids, 'start is empty: give at least one character to continue')
-    if len(ids) > block_size:
-        print(f'the prompt has {len(ids)} tokens: the model sees the last {block_size}', file=sys.stderr)
-    return ids[-block_size:]
 
 
 def main(config):

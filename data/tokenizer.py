@@ -6,6 +6,7 @@ checkpoints and needs no network to be read again.
 import base64
 import heapq
 import json
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -243,6 +244,29 @@ def make(kind, texts, vocab_size):
     if kind == 'byte':
         return ByteTokenizer()
     return train_char(texts()) if kind == 'char' else train_bpe(texts(), vocab_size)
+
+
+def read_prompt(start):
+    """The text of --start: itself, or FILE:path for that of a file. Raises UserError."""
+    if not start.startswith('FILE:'):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        require(False, f'start = {start!r}: cannot read that file: {getattr(error, "strerror", None) or error}')
+
+
+def encode_prompt(text, tokenizer, longest):
+    """Token ids of a prompt, the last `longest` of them. Raises UserError if it is empty or has an unknown character."""
+    try:
+        ids = tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(f'start: {error}') from None
+    ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])
+    require(ids, 'start is empty: give at least one character to continue')
+    if len(ids) > longest:
+        print(f'the prompt has {len(ids)} tokens: the model sees the last {longest}', file=sys.stderr)
+    return ids[-longest:]
 
 
 def codepoints(text):

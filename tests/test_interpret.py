@@ -69,7 +69,9 @@ def test_a_part_that_is_taken_away_changes_the_logits_by_what_it_is_said_to_give
         if model.config.norm == 'layernorm':
             x = x - x.mean(dim=-1, keepdim=True)
         x = x * trace.final_scale[0][:, None] * norm.weight
-        return (x + getattr(norm, 'bias', None) if getattr(norm, 'bias', None) is not None else x) @ model.lm_head.weight.double().T
+        if getattr(norm, 'bias', None) is not None:
+            x = x + norm.bias
+        return x @ model.lm_head.weight.double().T
 
     torch.testing.assert_close(read(x), trace.logits[0].double(), atol=1e-4, rtol=1e-4)
     hs = 32 // model.config.n_head
@@ -158,7 +160,8 @@ def test_composition_and_eigenvalues_are_those_of_the_whole_matrices(options):
     expected = {'q': QK.T @ OV, 'k': QK @ OV, 'v': OV_reader @ OV}
     for kind, score in interpret.composition_scores(model).items():
         first = OV_reader if kind == 'v' else QK
-        assert score[reader, writer].item() == pytest.approx((expected[kind].norm() / (first.norm() * OV.norm())).item(), rel=1e-4)
+        ratio = expected[kind].norm() / (first.norm() * OV.norm())
+        assert score[reader, writer].item() == pytest.approx(ratio.item(), rel=1e-4)
     E, U = model.transformer.wte.weight, interpret.unembedding(model)[0]
     whole = torch.linalg.eigvals((U @ m['o'][1, 2] @ m['v'][1, 2] @ E.T).detach().double())
     whole = whole[whole.abs().sort(descending=True).indices][:8]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import Muon, adamw, learning_rate_at, load_state, make_optimizer, state_bytes, step_if
+from optimizer import Muon, adamw, learning_rate_at, load_state, make_optimizer, orthogonalize, state_bytes, step_if
 
 BASE = {
     'learning_rate': 1e-3,
@@ -185,3 +185,13 @@ def test_embeddings_have_a_rate_of_their_own_and_do_not_decay_where_they_are_tab
     assert rates[id(parts.wte.weight)] == rates[id(parts.ngram.tables.weight)] == (0.5, 0.0)
     assert rates[id(model.lm_head.weight)] == rates[id(parts.wpe.weight)] == (1e-3, 0.1)
     assert rates[id(parts.h[0].mlp.c_fc.weight)] == (0.02, 0.1) and len(rates) == len(list(model.parameters()))
+
+
+def test_without_bfloat16_in_hardware_muon_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {})
+    x = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0))
+    y = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        a = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * a + 2.0315 * a @ a) @ y
+    torch.testing.assert_close(orthogonalize(x).double(), y, atol=1e-4, rtol=0)  # bfloat16 would be off by 1e-2

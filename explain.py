@@ -1,0 +1,355 @@
+"""See inside a GPT: write one HTML page that shows what a checkpoint does with a text, and opens from disk without a network.
+
+    python explain.py --out_dir=out-quickstart --start="def main("
+    python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
+    python explain.py --out_dir=out-quickstart --start="def main(" --serve
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+from configurator import UserError, configure, require, user_errors
+
+
+@dataclass
+class Config:
+    # model
+    init_from: str = 'resume'  # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to weights
+    out_dir: str = 'out'  # the folder of a run; the page becomes explain.html in it
+    checkpoints: Literal['last', 'all'] = 'last'  # all: also how the heads and losses changed over the checkpoints of out_dir
+    # text
+    start: str = ''  # the text to look at, or FILE:path for that of a file; of a longer one the last 256 tokens
+    # system
+    serve: bool = False  # instead of writing a page, serve it on this machine, where new texts can be typed
+    port: int = 8337  # of --serve, on 127.0.0.1
+
+
+def check(config):
+    """What can be seen to be wrong before anything is loaded. Raises UserError."""
+    require(config.start, 'start is empty: give the text to look at, --start="Once upon a time" or --start=FILE:path')
+    require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
+    require(config.checkpoints == 'last' or config.init_from == 'resume',
+            f'checkpoints = all looks at those of a run: leave init_from = {config.init_from!r} out and give --out_dir')
+    require(0 <= config.port < 2**16, f'port = {config.port}: give 0 (any) to 65535')
+
+
+if __name__ == '__main__':  # before the slow imports: --help and a mistyped key are answered at once
+    with user_errors():
+        config, _ = configure(Config)
+        check(config)
+
+import base64
+import json
+import math
+import re
+import sys
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import checkpoint as ckpt
+import interpret
+from data.tokenizer import encode_prompt, read_prompt
+from files import write_text
+from model import filter_logits
+
+LONGEST = 256  # tokens of a text
+LARGEST = 20_000_000  # bytes of a page: beyond it the arrays of DROPPABLE are left out, from the first on
+DROPPABLE = {'by_source': 'which source token a head\'s effect comes from', 'promoted': 'what each head promotes',
+             'q': 'scores term by term', 'embeddings': 'embedding rows', 'neurons': 'neurons', 'attention': 'attention'}
+NEXT_TO_IT = {'promoted': ('promoted_by',), 'q': ('k',), 'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens')}
+TAIL_BINS, BINS_PER_NAT = 2048, 32  # of the logits below the likeliest that are not kept one by one
+
+
+# What the page shows ----------------------------------------------------------------------------------------------------------
+
+def collect(model, tokenizer, ids):
+    """(facts, arrays) of a text's token ids [T]: JSON values, and {name: numpy array}. web/ says what becomes of them."""
+    c, V, T = model.config, tokenizer.vocab_size, len(ids)
+    idx = torch.tensor([ids])
+    trace = interpret.run(model, idx)
+    plain, _ = model(idx, idx)
+    logits = trace.logits[0, :, :V]
+    following = idx[0, 1:]
+    distinct = sorted(set(ids), key=ids.index)
+    target = torch.cat((following, logits[-1:].argmax(dim=-1)))  # the next token, behind the text the likeliest
+    facts = {
+        'model': {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
+                                                   'qk_norm', 'tie_weights', 'logit_softcap', 'bias', 'ngram')},
+        'n_kv_head': c.n_kv_head or c.n_head, 'parameters': model.get_num_params(False), 'vocab_size': V, 'ids': ids,
+        'difference': (trace.logits - plain).abs().max().item(), 'largest': plain.abs().max().item(),
+        'vocabulary': [token_text(token) for token in tokenizer.token_bytes]}
+    arrays = {}
+
+    # the next token: all logits, or, of a large vocabulary, those of the last position and the most likely of the others
+    arrays['loss'] = F.cross_entropy(logits[:-1], following, reduction='none')
+    arrays['rank'] = 1 + (logits[:-1] > logits[:-1].gather(1, following[:, None])).sum(dim=1)
+    if T * V <= 2**18:
+        arrays['logits'] = logits
+    else:
+        arrays['last_logits'] = logits[-1]
+        arrays['top_logits'], arrays['top_ids'] = logits.topk(min(512, V))
+        below = ((logits.max(dim=1, keepdim=True).values - logits) * BINS_PER_NAT).floor().clamp(max=TAIL_BINS - 1).long()
+        counts = torch.ones_like(below).scatter_(1, arrays['top_ids'], 0)
+        arrays['tail'] = torch.zeros(T, TAIL_BINS, dtype=torch.long).scatter_add_(1, below, counts)
+
+    # the stream: how much each part writes, which part moves which logit
+    for name, part in trace.embeddings.items():
+        arrays[f'size_{name}'] = part[0].norm(dim=-1)
+    arrays['size_attn'], arrays['size_mlp'] = trace.attn_out[:, 0].norm(dim=-1), trace.mlp_out[:, 0].norm(dim=-1)  # (L, T)
+    arrays['size_stream'] = trace.residual[:, 0].norm(dim=-1)  # (L + 1, T)
+    n_parts = c.n_layer * (c.n_head + 1) + 5
+    n_others = min(V - 1, max(6, min(24, 75_000 // (T * n_parts))))
+    others = logits.scatter(1, target[:, None], float('-inf')).topk(n_others).indices
+    tokens = torch.cat((target[:, None], others), dim=1)  # (T, K)
+    facts['parts'], arrays['parts'] = interpret.attribute(model, trace, tokens)
+    arrays['part_tokens'], arrays['part_logits'] = tokens, logits.gather(1, tokens)
+    lens = [probs[:, :V].topk(min(10, V)) for probs in interpret.logit_lens(model, trace)]
+    arrays['lens_ids'], arrays['lens'] = torch.stack([x.indices for x in lens]), half(torch.stack([x.values for x in lens]))
+
+    # embeddings
+    facts['embeddings'] = list(trace.embeddings)
+    arrays['embeddings'] = half(torch.stack([part[0] for part in trace.embeddings.values()]))  # (parts, T, C)
+    facts['distinct'] = distinct
+    arrays['near'], cosines = interpret.nearest_tokens(model, torch.tensor(distinct), 8, V)
+    arrays['cosines'] = half(cosines)
+    rotary = model.rotary(torch.arange(T))
+    if rotary is not None:
+        arrays['rotary'] = half(rotary[0][0, 0])  # cos (T, hs/2)
+
+    # heads: attention as its root in 8 bits, which keeps the small ones apart; lower triangles, row by row
+    row, column = torch.tril_indices(T, T)
+    attention = trace.attention[:, 0][..., row, column]  # (L, nh, T (T + 1) / 2)
+    arrays['attention'] = (attention.sqrt() * 255).round().byte()
+    arrays['q'], arrays['k'] = half(trace.q[:, 0]), half(trace.k[:, 0])
+    arrays['promoted'], values = interpret.promoted(model, trace, min(5, V // 2), vocab_size=V)
+    arrays['promoted_by'] = half(values)
+    arrays['by_source'] = half(interpret.effect_by_source(model, trace, target)[..., row, column])
+
+    # neurons
+    chosen = interpret.strongest_neurons(model, trace, 8)  # (L, T, 8)
+    facts['neurons_in_a_layer'] = trace.post.size(-1)
+    arrays['neurons'] = chosen
+    arrays['neuron_pre'], arrays['neuron_post'] = (half(x[:, 0].gather(2, chosen)) for x in (trace.pre, trace.post))
+    U = interpret.unembedding(model)[0][:V]
+    U = U - U.mean(dim=0)
+    n = min(5, V // 2)
+    facts['neuron_ids'], lists = [], []  # the rows of neuron_tokens: a layer, and a neuron in it
+    for layer, block in enumerate(model.transformer.h):
+        rows = chosen[layer].unique()
+        facts['neuron_ids'].append(rows.tolist())
+        for part in rows.split(256):
+            effect = block.mlp.c_proj.weight[:, part].T @ U.T  # (neurons, V)
+            lists.append(torch.cat((effect.topk(n).indices, effect.topk(n, largest=False).indices), dim=1))
+    arrays['neuron_tokens'] = torch.cat(lists)
+
+    # the weights alone
+    scores, losses = interpret.head_scores(model, V)
+    facts['score_names'], arrays['scores'] = list(scores), torch.stack(list(scores.values()))  # (4, L, nh)
+    arrays['repeat_losses'] = losses
+    arrays['compositions'] = half(torch.stack(list(interpret.composition_scores(model).values())))  # q, k, v
+    eigenvalues = interpret.ov_eigenvalues(model, V)
+    arrays['eigenvalues'] = half(torch.stack((eigenvalues.real, eigenvalues.imag), dim=-1))
+    few = distinct[:max(4, min(32, int(math.sqrt(40_000 / (c.n_layer * c.n_head)))))]
+    facts['circuit_ids'] = few
+    qk, ov = interpret.token_circuits(model, torch.tensor(few), trace.final_scale.mean().item())
+    arrays['qk'], arrays['ov'] = half(qk), half(ov)
+    full = V <= 512
+    whole, direct = interpret.bigrams(model, torch.arange(V) if full else torch.tensor(distinct), V)
+    if full:
+        arrays['bigram_whole'], arrays['bigram_direct'] = ((x.sqrt() * 255).round().byte() for x in (whole, direct))
+        whole, direct = whole[distinct], direct[distinct]
+    for name, x in (('whole', whole), ('direct', direct)):
+        best = x.topk(min(8, V))
+        arrays[f'bigram_{name}_ids'], arrays[f'bigram_{name}_p'] = best.indices, half(best.values)
+    return facts, {name: array.numpy() for name, array in arrays.items()}
+
+
+def half(x):
+    """In 16 bits, which leaves three digits; what is beyond their range is its end."""
+    return x.clamp(-65504, 65504).half()
+
+
+def token_text(token):
+    """The bytes of a token as text; those of half a character as numbers."""
+    try:
+        return token.decode('utf-8')
+    except UnicodeDecodeError:
+        return '⟨' + ' '.join(f'{byte:02X}' for byte in token) + '⟩'
+
+
+def run_facts(checkpoint, out_dir):
+    """What the run's folder says of it: its step, val loss and training curves."""
+    facts = {'path': checkpoint.path, 'step': checkpoint.step, 'val_loss': checkpoint.val_loss, 'curves': {}}
+    names = {'loss': 'loss', 'val_loss': 'val_loss', 'lr': 'lr', 'tokens_per_second': 'tokens_per_second'}
+    curves = {name: [] for name in names.values()}
+    path = Path(out_dir) / 'log.jsonl'
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            for key, name in names.items():
+                value = line.get(key)
+                if isinstance(value, (int, float)) and math.isfinite(value) and line['step'] <= checkpoint.step:
+                    curves[name].append((line['step'], value))
+        except (ValueError, KeyError, TypeError, AttributeError):  # the last line may be cut off
+            continue
+    for name, curve in curves.items():
+        every = max(1, len(curve) // 400)
+        facts['curves'][name] = curve[::-every][::-1]  # the last one is there
+    return facts
+
+
+def training_facts(out_dir, ids, V, say):
+    """How scores and losses changed over the whole checkpoints of a run: ({'steps', ...}, {'history': (n, 4, L, nh)})."""
+    facts, scores = {'steps': [], 'val_losses': [], 'losses': [], 'first_half': [], 'second_half': []}, []
+    for manifest in reversed(ckpt.manifests(out_dir)):
+        path = Path(out_dir) / manifest['file']
+        try:
+            checkpoint = ckpt.load(path)
+        except UserError as error:
+            say(f'left out: {error}')
+            continue
+        model = checkpoint.build_model(dropout=0.0).eval()
+        found, losses = interpret.head_scores(model, V)
+        half = (len(losses) + 1) // 2
+        idx = torch.tensor([ids])
+        with torch.no_grad():
+            facts['losses'].append(model(idx[:, :-1], idx[:, 1:])[1].item() if len(ids) > 1 else None)
+        facts['steps'].append(checkpoint.step)
+        facts['val_losses'].append(manifest['val_loss'])
+        facts['first_half'].append(losses[:half - 1].mean().item() if half > 1 else None)
+        facts['second_half'].append(losses[half:].mean().item() if half > 1 else None)
+        scores.append(torch.stack(list(found.values())))
+    return facts, {'history': torch.stack(scores).half().numpy()} if scores else {}
+
+
+# The page ---------------------------------------------------------------------------------------------------------------------
+
+def pack(facts, arrays):
+    """facts, with where each array lies, as JSON; and the arrays: base64 of a deflate stream for each, one behind the other.
+
+    Numbers of several bytes are split into planes (all first bytes, all second bytes, ...), which deflate better.
+    """
+    streams = {}
+    for name, array in arrays.items():
+        if array.dtype.kind in 'iu':  # ids: as few bytes as the largest needs
+            array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
+        planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize).T
+        streams[name] = str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6)
+    dropped = []
+    for name, what in DROPPABLE.items():
+        if sum(len(data) for *_, data in streams.values()) * 4 / 3 < LARGEST - 1_500_000:  # of text
+            break
+        if name in streams:
+            dropped.append(what)
+            for each in (name, *NEXT_TO_IT.get(name, ())):
+                del streams[each]
+    index, blob = {}, b''
+    for name, (dtype, shape, data) in streams.items():
+        index[name] = {'dtype': dtype, 'shape': shape, 'start': len(blob), 'end': len(blob) + len(data)}
+        blob += data
+    facts = facts | {'arrays': index, 'dropped': dropped}
+    return json.dumps(finite(facts), ensure_ascii=False, separators=(',', ':')), base64.b64encode(blob).decode()
+
+
+def finite(value):
+    """JSON has no nan: None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def build_page(facts, arrays):
+    """The page as text: web/page.html with its style, its modules and the data put in."""
+    web = Path(__file__).parent / 'web'
+    page = (web / 'page.html').read_text(encoding='utf-8')
+    modules = re.findall(r'<script type="module" src="(.+)"></script>', page)
+    # in one file modules cannot import each other: they become one, and their top-level names must differ
+    code = '\n'.join(re.sub(r'^import .*?;\n|^export ', '', (web / name).read_text(encoding='utf-8'), flags=re.M | re.S)
+                     for name in modules)
+    text, blob = pack(facts, arrays)
+    style = (web / 'style.css').read_text(encoding='utf-8')
+    scripts = (f'<script type="application/json" id="facts">{text.replace("<", chr(92) + "u003c")}</script>\n'
+               f'<script type="text/plain" id="arrays">{blob}</script>\n<script type="module">\n{code}</script>\n')
+    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda found: scripts, page)
+    return page.replace('<link rel="stylesheet" href="style.css">', f'<style>\n{style}</style>')
+
+
+def main(config):
+    where = config.out_dir if config.init_from == 'resume' else config.init_from
+    start = read_prompt(config.start)
+    checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
+    tokenizer = checkpoint.get_tokenizer()
+    model = checkpoint.build_model(dropout=0.0).eval()
+    model.requires_grad_(False).float()
+    run = run_facts(checkpoint, config.out_dir if config.init_from == 'resume' else '')
+
+    def page_of(text, **more):
+        ids = encode_prompt(text, tokenizer, min(LONGEST, model.config.block_size))
+        facts, arrays = collect(model, tokenizer, ids)
+        if config.checkpoints == 'all':
+            facts['history'], history = training_facts(config.out_dir, ids, tokenizer.vocab_size, say)
+            arrays |= history
+        return build_page(facts | {'run': run, 'live': config.serve} | more, arrays)
+
+    page = page_of(start)
+    if config.serve:
+        serve(page, page_of, config.port)
+        return
+    path = Path(config.out_dir) / 'explain.html'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    instead = ', in place of the one before' if path.exists() else ''
+    write_text(path, page)
+    print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{instead}; open it in a browser')
+
+
+def say(text):
+    print(text, file=sys.stderr)
+
+
+def serve(page, page_of, port):
+    """Serve page, and the page of another text at /?start=..., to this machine alone, until Ctrl-C."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            host = urlsplit(f'//{self.headers.get("Host", "")}').hostname
+            url = urlsplit(self.path)
+            if url.path != '/' or host not in ('127.0.0.1', 'localhost'):  # a foreign name that leads here is not let in
+                self.send_error(404)
+                return
+            text, status = parse_qs(url.query).get('start', [''])[0], 200
+            answer = page
+            if text:
+                try:
+                    answer = page_of(text)
+                except UserError as error:
+                    answer, status = page_of(start_text, error=str(error)), 400
+            body = answer.encode()
+            self.send_response(status)
+            self.send_header('Content-Type', 'text/html; charset=utf-8')
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    start_text = read_prompt(config.start)
+    try:
+        server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
+    except OSError as error:
+        raise UserError(f'port = {port}: cannot serve there: {error.strerror}; give another --port, or --port=0 for any') from None
+    with server:
+        print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)', flush=True)
+        server.serve_forever()
+
+
+if __name__ == '__main__':
+    with user_errors():
+        main(config)
