@@ -38,6 +38,7 @@ if __name__ == '__main__':  # before the slow imports: --help and a mistyped key
         check(config)
 
 import base64
+import contextlib
 import json
 import math
 import re
@@ -55,7 +56,6 @@ import checkpoint as ckpt
 import interpret
 from data.tokenizer import encode_prompt, read_prompt
 from files import write_text
-from model import filter_logits
 
 LONGEST = 256  # tokens of a text
 LARGEST = 20_000_000  # bytes of a page: beyond it the arrays of DROPPABLE are left out, from the first on
@@ -298,10 +298,10 @@ def main(config):
             arrays |= history
         return build_page(facts | {'run': run, 'live': config.serve} | more, arrays)
 
-    page = page_of(start)
     if config.serve:
-        serve(page, page_of, config.port)
+        serve(page_of, start, config.port)
         return
+    page = page_of(start)
     path = Path(config.out_dir) / 'explain.html'
     path.parent.mkdir(parents=True, exist_ok=True)
     instead = ', in place of the one before' if path.exists() else ''
@@ -313,8 +313,8 @@ def say(text):
     print(text, file=sys.stderr)
 
 
-def serve(page, page_of, port):
-    """Serve page, and the page of another text at /?start=..., to this machine alone, until Ctrl-C."""
+def serve(page_of, start, port):
+    """Serve the page of start at /, and that of another text at /?start=..., to this machine alone, until Ctrl-C."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -323,28 +323,25 @@ def serve(page, page_of, port):
             if url.path != '/' or host not in ('127.0.0.1', 'localhost'):  # a foreign name that leads here is not let in
                 self.send_error(404)
                 return
-            text, status = parse_qs(url.query).get('start', [''])[0], 200
-            answer = page
-            if text:
-                try:
-                    answer = page_of(text)
-                except UserError as error:
-                    answer, status = page_of(start_text, error=str(error)), 400
-            body = answer.encode()
+            try:
+                page, status = page_of(parse_qs(url.query).get('start', [start])[0]), 200
+            except UserError as error:
+                page, status = page_of(start, error=str(error)), 400
+            body = page.encode()
             self.send_response(status)
             self.send_header('Content-Type', 'text/html; charset=utf-8')
             self.send_header('Content-Length', str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # the reader has gone
+                self.wfile.write(body)
 
         def log_message(self, *args):
             pass
 
-    start_text = read_prompt(config.start)
     try:
         server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
     except OSError as error:
-        raise UserError(f'port = {port}: cannot serve there: {error.strerror}; give another --port, or --port=0 for any') from None
+        raise UserError(f'port = {port}: cannot serve there: {error.strerror}; give another --port (0: any)') from None
     with server:
         print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)', flush=True)
         server.serve_forever()

@@ -199,7 +199,7 @@ def promoted(model, trace, n, b=0, vocab_size=None):
 
 @torch.no_grad()
 def logit_lens(model, trace, b=0):
-    """What the model would predict if it ended behind each block (nostalgebraist 2020): yields probabilities (T, V), L + 1 times."""
+    """What the model would predict if it ended behind each block (nostalgebraist 2020): yields (T, V), L + 1 times."""
     for x in trace.residual[:, b]:
         yield model._logits(model.transformer.ln_f(x)).softmax(dim=-1)
 
@@ -215,7 +215,7 @@ def strongest_neurons(model, trace, n, b=0):
 
 @torch.no_grad()
 def nearest_tokens(model, ids, n, vocab_size=None):
-    """The n tokens whose embeddings have the largest cosine with those of ids (N,), but not those: (ids, cosines), each (N, n)."""
+    """The n tokens whose embeddings have the largest cosine with those of ids (N,): (their ids, cosines), each (N, n)."""
     E = F.normalize(model.transformer.wte.weight[:vocab_size], dim=1)
     cosines = E[ids] @ E.T  # (N, V)
     cosines.scatter_(1, ids[:, None], float('-inf'))
