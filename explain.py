@@ -59,8 +59,8 @@ from files import write_text
 
 LONGEST = 256  # tokens of a text
 LARGEST = 20_000_000  # bytes of a page: beyond it the arrays of DROPPABLE are left out, from the first on
-DROPPABLE = {'by_source': 'which source token a head\'s effect comes from', 'promoted': 'what each head promotes',
-             'q': 'scores term by term', 'embeddings': 'embedding rows', 'neurons': 'neurons', 'attention': 'attention'}
+DROPPABLE = {'by_source': 'which source token a head\'s effect comes from', 'q': 'scores term by term', 'embeddings': 'embedding rows',
+             'promoted': 'what each head promotes', 'neurons': 'neurons', 'attention': 'attention'}
 NEXT_TO_IT = {'promoted': ('promoted_by',), 'q': ('k',), 'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens')}
 TAIL_BINS, BINS_PER_NAT = 2048, 32  # of the logits below the likeliest that are not kept one by one
 
@@ -81,9 +81,9 @@ def collect(model, tokenizer, ids):
         'model': {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
                                                    'qk_norm', 'tie_weights', 'logit_softcap', 'bias', 'ngram')},
         'n_kv_head': c.n_kv_head or c.n_head, 'parameters': model.get_num_params(False), 'vocab_size': V, 'ids': ids,
-        'difference': (trace.logits - plain).abs().max().item(), 'largest': plain.abs().max().item(),
-        'vocabulary': [token_text(token) for token in tokenizer.token_bytes]}
-    arrays = {}
+        'difference': (trace.logits - plain).abs().max().item(), 'largest': plain.abs().max().item()}
+    vocabulary = json.dumps([token_text(token) for token in tokenizer.token_bytes], ensure_ascii=False)
+    arrays = {'vocabulary': torch.tensor(list(vocabulary.encode()), dtype=torch.uint8)}  # JSON, too, is smaller deflated
 
     # the next token: all logits, or, of a large vocabulary, those of the last position and the most likely of the others
     arrays['loss'] = F.cross_entropy(logits[:-1], following, reduction='none')
@@ -242,7 +242,7 @@ def pack(facts, arrays):
         streams[name] = str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6)
     dropped = []
     for name, what in DROPPABLE.items():
-        if sum(len(data) for *_, data in streams.values()) * 4 / 3 < LARGEST - 1_500_000:  # of text
+        if sum(len(data) for *_, data in streams.values()) * 4 / 3 < LARGEST - 500_000:  # the text of the page
             break
         if name in streams:
             dropped.append(what)

@@ -189,7 +189,9 @@ def promoted(model, trace, n, b=0, vocab_size=None):
     for layer, block in enumerate(model.transformer.h):
         W_O = block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1))  # (C, nh, hs)
         for head in range(model.config.n_head):
-            effect = trace.mixed[layer, b, head] @ (U @ W_O[:, head]).T * trace.final_scale[b][:, None]  # (T, V)
+            mixed, W = trace.mixed[layer, b, head], W_O[:, head].T  # (T, hs), (hs, C)
+            effect = (mixed @ W) @ U.T if len(mixed) < len(W) else mixed @ (W @ U.T)  # (T, V), the cheaper way round
+            effect *= trace.final_scale[b][:, None]
             for best in (effect.topk(n), effect.topk(n, largest=False)):
                 ids.append(best.indices)
                 values.append(best.values)

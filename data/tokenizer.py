@@ -265,7 +265,7 @@ def encode_prompt(text, tokenizer, longest):
     ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])
     require(ids, 'start is empty: give at least one character to continue')
     if len(ids) > longest:
-        print(f'the prompt has {len(ids)} tokens: the model sees the last {longest}', file=sys.stderr)
+        print(f'the prompt has {len(ids)} tokens: only the last {longest} are taken', file=sys.stderr)
     return ids[-longest:]
 
 

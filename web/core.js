@@ -23,6 +23,7 @@ export async function loadArrays() {
     arrays[name] = {data: dtype === 'float16' ? fromHalf(data) : data, shape};
   }));
   document.getElementById('arrays').remove();
+  facts.vocabulary = JSON.parse(new TextDecoder().decode(arrays.vocabulary.data));
 }
 
 function fromHalf(half) {
