@@ -59,7 +59,7 @@ from files import write_text
 
 LONGEST = 256  # tokens of a text
 LARGEST = 20_000_000  # bytes of a page: beyond it the arrays of DROPPABLE are left out, from the first on
-DROPPABLE = {'by_source': 'which source token a head\'s effect comes from', 'q': 'scores term by term', 'embeddings': 'embedding rows',
+DROPPABLE = {'by_source': 'heads\' effects by source token', 'q': 'scores term by term', 'embeddings': 'embedding rows',
              'promoted': 'what each head promotes', 'neurons': 'neurons', 'attention': 'attention'}
 NEXT_TO_IT = {'promoted': ('promoted_by',), 'q': ('k',), 'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens')}
 TAIL_BINS, BINS_PER_NAT = 2048, 32  # of the logits below the likeliest that are not kept one by one
