@@ -20,6 +20,7 @@ export function bars(figure, rows, label, {names = 108, numbers = 64, step = 20,
   const ends = rows.flatMap(row => [row.value + (row.from || 0), row.from || 0, row.ghost ?? 0]);
   low = low ?? Math.min(0, ...ends);
   high = high ?? Math.max(1e-9, ...ends);
+  const largest = Math.max(...rows.map(row => Math.abs(row.value))), digits = largest < 0.095 ? 4 : largest < 0.95 ? 3 : 2;
   const x = value => names + (value - low) / (high - low) * plot;
   drawing(figure, width, Math.max(1, rows.length) * step + 4, label, low < 0 && s('line', {x1: x(0), x2: x(0), y1: 0, y2: rows.length * step, stroke: colour('line')}),
     rows.map((row, i) => {
@@ -28,7 +29,7 @@ export function bars(figure, rows, label, {names = 108, numbers = 64, step = 20,
         s('rect', {x: Math.min(x(from), x(to)), y: y + 1, width: Math.max(row.value ? 1 : 0, Math.abs(x(to) - x(from))), height: step - 6, rx: 1.5,
                    fill: row.total ? colour('muted') : colour(tone || (row.value < 0 ? 'warm' : 'accent'))}),
         write(names - 8, y + step / 2 - 2, row.label, {'text-anchor': 'end', class: row.plain ? '' : 'mono', 'font-weight': row.mark ? 700 : 400}),
-        write(width - 2, y + step / 2 - 2, row.text ?? signed(row.value), {'text-anchor': 'end', fill: colour('muted'), 'font-weight': row.mark ? 700 : 400})];
+        write(width - 2, y + step / 2 - 2, row.text ?? signed(row.value, digits), {'text-anchor': 'end', fill: colour('muted'), 'font-weight': row.mark ? 700 : 400})];
       return s('g', {style: row.act ? 'cursor:pointer' : '', onclick: row.act, onpointermove: row.tip && (event => showTip(event, row.tip)), onpointerleave: row.tip && hideTip},
         s('rect', {x: 0, y, width, height: step, fill: 'transparent'}), bar);
     }));
@@ -75,7 +76,7 @@ export function matrix(figure, {rows, columns, at, tell, pick, chosen, rowNames,
   const room = figure.width(), fit = margin => Math.max(1.2, Math.min(most / Math.max(rows, columns), (room - margin) / columns, 26));
   let left = rowNames ? Math.min(96, room * 0.3) : 0;
   if (!cellHeight && fit(left) < 10) left = 0;  // too small for names
-  const cell = fit(left), tall = cellHeight || cell, below = columnNames && cell >= 10 ? 60 : 0;
+  const cell = fit(left), tall = cellHeight || cell, longest = columnNames && cell >= 10 ? Math.max(...Array.from({length: columns}, (_, j) => [...columnNames(j)].length)) : 0, below = longest && 10 + 7 * longest;
   const width = left + cell * columns, height = tall * rows + below, ratio = window.devicePixelRatio || 1;
   const canvas = h('canvas', {width: Math.round(width * ratio), height: Math.round(height * ratio), style: `width:${width}px;height:${height}px`, tabindex: 0, role: 'img', 'aria-label': label + '. Arrow keys read it cell by cell.'});
   const pen = canvas.getContext('2d');

@@ -26,14 +26,13 @@ export function buildCircuits() {
     });
     return chart;
   };
-  const qk = circuit('qk', 'QK circuit: which token looks for which'), ov = circuit('ov', 'OV circuit: which token raises which');
+  const qk = circuit('qk', 'QK: who looks for whom'), ov = circuit('ov', 'OV: who raises whom');
   const heading = h('h3', {});
   box.append(h('div', {class: 'controls'}, heading), h('div', {class: 'columns'}, qk, ov, eigen));
   watch(['layer', 'head', 'theme'], () => {
     heading.textContent = `Head ${state.layer}.${state.head} (chosen above), by its weights alone, for ${n < facts.distinct.length ? 'the first ' + n : 'the'} tokens of the text`;
     points(eigen, values().map(p => ({...p, label: `${fixed(p.x, 3)} ${p.y < 0 ? '−' : '+'} ${fixed(Math.abs(p.y), 3)}i`, tone: p.x < 0 ? 'warm' : 'accent'})), 'Eigenvalues of the OV circuit in the complex plane');
-    eigen.heading.textContent = 'Eigenvalues of OV: right of the middle it copies';
-    eigen.say(`Copying score ${fixed(score('copying', state.layer, state.head), 3)}: their sum over the sum of their sizes.`);
+    eigen.say(`Those right of the middle raise what they read, those left of it lower it. Copying score, their sum over the sum of their sizes: ${fixed(score('copying', state.layer, state.head), 3)}.`);
     qk.say('Scores by embeddings alone, at one place' + (state.layer ? '; in this layer, what has been written since is not in it.' : facts.model.position === 'none' || facts.model.position === 'rope' ? '.' : '; positions are not in it.'));
     ov.say('In logits, against the mean of the vocabulary, at the mean scale of the final norm.');
   });

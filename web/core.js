@@ -54,7 +54,7 @@ export const missing = name => name in arrays ? null
 // State -----------------------------------------------------------------------------------------------------------------------
 
 const DEFAULTS = {t: Math.max(0, T - 2), layer: 0, head: 0, temperature: 0.8, k: Math.min(200, facts.vocab_size), p: 1,
-                  seed: 1337, versus: -1, source: -1, by: 'previous', order: 'place', kind: 'k', threshold: 0, lens: L, tour: 0,
+                  seed: 1337, versus: -1, source: -1, by: 'previous', order: 'place', sort: 'place', kind: 'k', threshold: 0, lens: L, tour: 0,
                   theme: ''};
 export const state = {...DEFAULTS};
 const watchers = [];

@@ -1,7 +1,7 @@
 // All heads at a glance, and one of them: where it looks, what it writes.
 
 import {bars, matrix} from './charts.js';
-import {H, HS, L, T, arrays, choice, colour, content, css, diverging, facts, figure, fixed, h, known, missing, row, sequential, set, short, shown,
+import {H, HS, L, T, arrays, choice, colour, content, css, diverging, facts, figure, fixed, h, known, missing, mix, row, sequential, set, short, shown,
         signed, state, target, triangleRow, watch} from './core.js';
 import {softmax} from './sampling.js';
 
@@ -36,7 +36,9 @@ export function buildHeads() {
   const box = content('heads');
   if (!arrays.attention) return box.append(missing('attention'));
   const controls = h('div', {class: 'controls'}, h('span', {}, 'Measure'), choice('by', KINDS, 'Measure of the heads'), h('span', {}, 'Order'), choice('order', {place: 'by layer', score: 'by measure'}, 'Order of the heads'));
-  const meaning = h('p', {class: 'note'}), grid = h('div', {class: 'thumbs', style: `--n:${H * Math.max(1, Math.floor(9 / H))}`});
+  let layers = Math.max(1, Math.floor(12 / H));  // in one row, if they fill the rows
+  while (L % layers) layers--;
+  const meaning = h('p', {class: 'note'}), grid = h('div', {class: 'thumbs', style: `--n:${H * layers}`});
   const side = Math.min(T, 64), step = T / side;
   const thumbs = Array.from({length: L * H}, (_, n) => {
     const l = Math.floor(n / H), k = n % H;
@@ -73,6 +75,7 @@ export function buildHeads() {
       thumb.name.replaceChildren(h('span', {}, `${thumb.l}.${thumb.k}`), h('span', {}, fixed(v)));
       thumb.bar.style.width = 100 * Math.min(1, Math.abs(v || 0) / most) + '%';
       thumb.bar.className = v < 0 ? 'minus' : '';
+      thumb.button.style.background = css(mix('panel', v < 0 ? 'warm' : 'accent', 0.22 * Math.min(1, Math.abs(v || 0) / most)));
       thumb.button.setAttribute('aria-pressed', thumb.l === state.layer && thumb.k === state.head);
       thumb.button.setAttribute('aria-label', `Head ${thumb.l}.${thumb.k}, ${KINDS[state.by]} ${fixed(v)}`);
     }
@@ -104,10 +107,10 @@ export function buildHead() {
     box.append(h('div', {class: 'columns'}, pattern, writes));
     watch(follow, () => {
       const triangle = row('attention', state.layer, state.head), value = (t, s) => triangle[t * (t + 1) / 2 + s] / 255;
-      matrix(pattern, {rows: T, columns: T, at: (t, s) => s <= t ? sequential(value(t, s)) : null, rowNames: Object.assign(names, {mono: true}), columnNames: names, most: 430,
+      matrix(pattern, {rows: T, columns: T, at: (t, s) => s <= t ? sequential(value(t, s)) : null, rowNames: Object.assign(names, {mono: true}), columnNames: names, most: 500,
         tell: (t, s) => s > t ? `${shown(facts.ids[t])} cannot see ${shown(facts.ids[s])}: it comes later` : `${shown(facts.ids[t])} (${t}) looks at ${shown(facts.ids[s])} (${s})\nattention ${attentionRow(state.layer, state.head, t)[s].toFixed(4)}`,
         pick: (t, s) => set({t, source: s <= t ? s : -1}), chosen: (t, s) => t === state.t && s === source(), label: `Attention of head ${state.layer}.${state.head}, queries in rows, keys in columns`});
-      pattern.heading.textContent = `Head ${state.layer}.${state.head}: who looks (rows) at whom (columns)`;
+      pattern.heading.textContent = `Head ${state.layer}.${state.head}: rows look at columns`;
     });
     buildWrites(writes, follow, names);
   } else box.append(missing('attention'));
@@ -116,14 +119,19 @@ export function buildHead() {
   const steps = figure('scores', 'From q·k to attention', () => [['key', 'q·k', 'divided', 'after the mask', 'softmax'], rows().map((v, s) => [`${s} ${shown(facts.ids[s])}`, ...v.map(x => x.toFixed(4))])]);
   const rows = () => { const raw = scores(state.layer, state.head, state.t), p = attentionRow(state.layer, state.head, state.t); return Array.from(raw, (x, s) => [x, x / Math.sqrt(HS), s <= state.t ? x / Math.sqrt(HS) : -Infinity, s <= state.t ? p[s] : 0]); };
   const terms = figure('terms', 'Term by term', () => [['dimension', 'q', 'k', 'q × k'], Array.from({length: HS}, (_, d) => [d, ...parts().map(v => v[d].toFixed(4))])]);
-  const parts = () => { const q = row('q', state.layer, state.head, state.t), k = row('k', state.layer, Math.floor(state.head * facts.n_kv_head / H), source()); return [q, k, q.map((x, d) => x * k[d])]; };
+  const keyOf = s => row('k', state.layer, Math.floor(state.head * facts.n_kv_head / H), s);
+  const largestTerms = s => {
+    const q = row('q', state.layer, state.head, state.t), k = keyOf(s), order = Array.from(q.keys()).sort((a, b) => Math.abs(q[b] * k[b]) - Math.abs(q[a] * k[a]));
+    return ['', 'largest terms:', ...order.slice(0, 5).map(d => `${fixed(q[d])} × ${fixed(k[d])} = ${signed(q[d] * k[d])}   (dimension ${d})`), `… ${Math.max(0, HS - 5)} more; a click shows all`].join('\n');
+  };
+  const parts = () => { const q = row('q', state.layer, state.head, state.t), k = keyOf(source()); return [q, k, q.map((x, d) => x * k[d])]; };
   box.append(steps, terms);
   const stepNames = ['q·k', `÷ √${HS}`, 'mask', 'softmax'];
   watch(follow, () => {
     const values = rows(), most = Math.max(1e-9, ...values.map(v => Math.abs(v[0]))), most2 = most / Math.sqrt(HS);
     matrix(steps, {rows: 4, columns: T, cellHeight: 26, most: 4000, rowNames: i => stepNames[i], columnNames: names,
       at: (i, s) => i === 3 ? (s <= state.t ? sequential(Math.sqrt(values[s][3])) : null) : i === 2 && s > state.t ? null : diverging(values[s][i] / (i ? most2 : most)),
-      tell: (i, s) => `${shown(facts.ids[state.t])} at ${state.t} and ${shown(facts.ids[s])} at ${s}\nq·k ${fixed(values[s][0], 3)}\n÷ √${HS}: ${fixed(values[s][1], 3)}\n${s > state.t ? 'masked: it comes later' : 'softmax ' + values[s][3].toFixed(4)}`,
+      tell: (i, s) => `${shown(facts.ids[state.t])} at ${state.t} and ${shown(facts.ids[s])} at ${s}\nq·k ${fixed(values[s][0], 3)}\n÷ √${HS}: ${fixed(values[s][1], 3)}\n${s > state.t ? 'masked: it comes later' : 'softmax ' + values[s][3].toFixed(4)}\n${largestTerms(s)}`,
       pick: (i, s) => set({source: s}), chosen: (i, s) => s === source(), label: `Scores of position ${state.t} with every key, in four steps`});
     steps.heading.textContent = `Where ${shown(facts.ids[state.t])} looks: from q·k to attention`;
     const s = source(), v = values[s], [q, k, product] = parts(), largest = [q, k, product].map(x => Math.max(1e-9, ...x.map(Math.abs)));

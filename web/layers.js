@@ -1,8 +1,8 @@
 // MLP neurons, the logit lens, and the sum that a logit is.
 
 import {bars, drawing, write} from './charts.js';
-import {H, L, T, arrays, chip, choice, colour, content, css, facts, figure, fixed, grouped, h, known, missing, percent, row, s, sequential, set,
-        short, shown, signed, state, target, textOn, watch} from './core.js';
+import {H, L, T, arrays, chip, choice, colour, content, css, facts, figure, fixed, grouped, h, hideTip, known, missing, percent, row, s, sequential, set,
+        short, showTip, shown, signed, state, target, textOn, watch} from './core.js';
 
 // MLP ---------------------------------------------------------------------------------------------------------------------------
 
@@ -60,6 +60,13 @@ export function buildLens() {
   lens.picture.append(holder);
   const cells = Array.from({length: L + 1}, (_, l) => Array.from({length: T}, (_, t) => h('td', {class: 'mono', onclick: () => set({t, lens: l, source: -1})}, short(row('lens_ids', l, t)[0], 8))));
   body.append(...cells.map((line, l) => h('tr', {}, h('th', {scope: 'row'}, name(l)), line)).toReversed());
+  holder.addEventListener('pointermove', event => {
+    const cell = event.target.closest('td'), l = cell ? cells.findIndex(line => line.includes(cell)) : -1;
+    if (l < 0) return hideTip();
+    const t = cells[l].indexOf(cell), p = row('lens', l, t);
+    showTip(event, [`after ${name(l)}, at ${shown(facts.ids[t])} (${t})`, ...Array.from(row('lens_ids', l, t), (id, i) => `${shown(id)}  ${percent(p[i])}`)].join('\n'));
+  });
+  holder.addEventListener('pointerleave', hideTip);
   holder.addEventListener('keydown', event => {
     const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0]}[event.key];
     if (!move) return;
@@ -106,16 +113,16 @@ export function buildWhy() {
   };
   const select = h('select', {id: 'versus', onchange: event => set({versus: Number(event.target.value)})});
   const chart = figure('why', 'Parts of the logit', () => [['part', 'share'], [...shares().map(x => [x.name, x.value.toFixed(5)]), ['sum', shares().reduce((sum, x) => sum + x.value, 0).toFixed(5)]]],
-    h('div', {class: 'controls'}, h('label', {for: 'versus'}, 'Compare with'), select, h('span', {}, 'Order'), choice('order', {place: 'by layer', score: 'by size'}, 'Order of the parts')));
+    h('div', {class: 'controls'}, h('label', {for: 'versus'}, 'Compare with'), select, h('span', {}, 'Order'), choice('sort', {place: 'by layer', size: 'by size'}, 'Order of the parts')));
   box.append(chart);
-  watch(['t', 'versus', 'order', 'theme'], () => {
+  watch(['t', 'versus', 'sort', 'theme'], () => {
     const all = tokens(), other = all.indexOf(state.versus), logits = row('part_logits', state.t), main = all[0];
     select.replaceChildren(h('option', {value: -1}, 'nothing: the logit itself'), ...all.slice(1).map((id, i) => h('option', {value: id}, `${shown(id)}   (logit ${fixed(logits[i + 1])})`)));
     select.value = other > 0 ? state.versus : -1;
     const parts = shares(), sum = parts.reduce((total, x) => total + x.value, 0), logit = logits[0] - (other > 0 ? logits[other] : 0);
     const large = parts.toSorted((a, b) => Math.abs(b.value) - Math.abs(a.value)), top = large.slice(0, MOST), rest = large.slice(MOST);
     let from = 0;
-    const rows = (state.order === 'score' ? top : parts.filter(x => top.includes(x))).map(x => {
+    const rows = (state.sort === 'size' ? top : parts.filter(x => top.includes(x))).map(x => {
       const line = {label: x.name, value: x.value, from, plain: true, tip: `${x.name}: ${signed(x.value, 4)}\nsum so far: ${fixed(from + x.value, 4)}`,
         act: x.part[0] === 'head' ? () => { set({layer: x.part[1], head: x.part[2], source: -1}); document.getElementById('head').scrollIntoView(); } : x.part[0] === 'mlp' ? () => { set({layer: x.part[1]}); document.getElementById('mlp').scrollIntoView(); } : undefined};
       from += x.value;
