@@ -253,15 +253,15 @@ def attention_scores(attention, length):
 
 
 @torch.no_grad()
-def head_scores(model, vocab_size=None, batch=8):
-    """({'previous', 'induction', 'duplicate', 'copying': (L, nh)}, losses (2 length - 1,)) of `repeated_tokens`.
+def head_scores(model, vocab_size=None, batch=4):
+    """({'previous', 'induction', 'duplicate', 'copying': (L, nh)}, losses (2 length - 1,)) by `repeated_tokens` and eigenvalues.
 
     losses[i] is the mean loss of predicting token i + 1: the model that finds repetitions has a low one from token length + 1 on.
     length is at most 50 and half of block_size; the scores from attention are nan, and losses empty, if that is less than 2.
     """
     vocab_size = vocab_size or model.config.vocab_size
     length = min(50, model.config.block_size // 2, vocab_size)
-    copying = {'copying': copying_scores(model, vocab_size)}
+    copying = {'copying': copying_scores(ov_eigenvalues(model, vocab_size))}
     if length < 2:
         nan = torch.full_like(copying['copying'], float('nan'))
         return {'previous': nan, 'induction': nan, 'duplicate': nan} | copying, torch.empty(0)
@@ -282,10 +282,9 @@ def ov_eigenvalues(model, vocab_size=None):
     return torch.linalg.eigvals(m['v'] @ (E.T @ U) @ m['o'])
 
 
-def copying_scores(model, vocab_size=None):
-    """Sum of the eigenvalues of the OV circuit over the sum of their sizes: 1 if a head only copies what it looks at, -1 if it
-    only argues against it (Elhage et al. 2021). (L, nh)"""
-    eigenvalues = ov_eigenvalues(model, vocab_size)
+def copying_scores(eigenvalues):
+    """Sum of the eigenvalues (L, nh, hs) of an OV circuit over the sum of their sizes: 1 if a head only raises what it looks at,
+    -1 if it only lowers it (Elhage et al. 2021). (L, nh)"""
     return eigenvalues.real.sum(dim=-1) / eigenvalues.abs().sum(dim=-1).clamp(min=1e-30)
 
 
