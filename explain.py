@@ -81,6 +81,7 @@ def collect(model, tokenizer, ids):
         'model': {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
                                                    'qk_norm', 'tie_weights', 'logit_softcap', 'bias', 'ngram')},
         'n_kv_head': c.n_kv_head or c.n_head, 'parameters': model.get_num_params(False), 'vocab_size': V, 'ids': ids,
+        'tables': model.transformer.ngram.tables.weight.numel() if c.ngram > 1 else 0,
         'difference': (trace.logits - plain).abs().max().item(), 'largest': plain.abs().max().item()}
     vocabulary = json.dumps([token_text(token) for token in tokenizer.token_bytes], ensure_ascii=False)
     arrays = {'vocabulary': torch.tensor(list(vocabulary.encode()), dtype=torch.uint8)}  # JSON, too, is smaller deflated

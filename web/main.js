@@ -13,7 +13,7 @@ function buildTop() {
   const {run, model} = facts, name = run.path || 'this model';
   document.title = `${name}: plainGPT explain`;
   document.getElementById('run-name').textContent = name;
-  const rows = [['step', grouped(run.step)], run.val_loss !== null && ['val loss', fixed(run.val_loss, 4)], ['parameters', grouped(facts.parameters)], ['layers × heads', `${L} × ${H}` + (facts.n_kv_head !== H ? ` (${facts.n_kv_head} kv)` : '')],
+  const rows = [['step', grouped(run.step)], run.val_loss !== null && ['val loss', fixed(run.val_loss, 4)], ['parameters', grouped(facts.parameters - facts.tables) + (facts.tables ? ` + ${grouped(facts.tables)} in n-gram tables` : '')], ['layers × heads', `${L} × ${H}` + (facts.n_kv_head !== H ? ` (${facts.n_kv_head} kv)` : '')],
     ['width', model.n_embd], ['context', grouped(model.block_size)], ['vocabulary', grouped(facts.vocab_size)], ['positions', model.position], ['norm, activation', `${model.norm}, ${model.activation}`], ['text', `${T} token${T > 1 ? 's' : ''}`]];
   document.getElementById('run-facts').append(...rows.filter(Boolean).map(([key, value]) => h('div', {}, h('dt', {}, key), h('dd', {}, String(value)))));
   const digits = facts.difference ? facts.difference.toExponential(1).replace('e-', 'e−') : '0';
