@@ -19,7 +19,7 @@ def choose(parallel, model, device):
 
 def shard(model, device, dtype):
     """Keep 1/n of each parameter here, of gradients and optimizer state too; a block's are gathered while it works (Zhao et al.
-    2023). The matrices of blocks travel in dtype, gradients in fp32; what is outside of the blocks stays in fp32.
+    2023). What attention and MLP consist of travels in dtype, gradients in fp32; norms, embeddings and head stay in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -27,7 +27,7 @@ def shard(model, device, dtype):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)
 
 

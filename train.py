@@ -251,6 +251,8 @@ def main(config, given, at_exit):
     if how == 'fsdp':
         if config.deterministic_sum:
             fail('deterministic_sum = True: only for copies of the model; give --parallel=ddp')
+        if config.sample_every_eval:
+            say('note: no process has the whole model, so sample_every_eval prints no samples; sample.py does')
         parallel.shard(raw_model, device, dtype)
     if config.deterministic_sum and world_size & (world_size - 1):
         fail(f'deterministic_sum = True: give 1, 2, 4, 8, ... processes, not {world_size}')
@@ -651,11 +653,11 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     if log:
         log.write({'step': step, 'train_loss': train_loss, 'val_loss': val_loss, 'val_bits_per_byte': bits,
                    'seconds': round(seconds, 3)})
-    if config.sample_every_eval and (log or sharded):  # shards compute together
-        prompt = [data.tokenizer.eot] if data.tokenizer.eot is not None else data.val.tokens[:1].tolist()
-        tokens = raw_model.generate([prompt], 100, temperature=0.8, seed=config.seed, slide=max(1, config.block_size // 8),
-                                    vocab_size=data.tokenizer.vocab_size)[0]
-        say('\n'.join('  | ' + line for line in data.tokenizer.decode(tokens[1:]).splitlines()))
+        if config.sample_every_eval and not sharded:
+            prompt = [data.tokenizer.eot] if data.tokenizer.eot is not None else data.val.tokens[:1].tolist()
+            tokens = raw_model.generate([prompt], 100, temperature=0.8, seed=config.seed, slide=max(1, config.block_size // 8),
+                                        vocab_size=data.tokenizer.vocab_size)[0]
+            say('\n'.join('  | ' + line for line in data.tokenizer.decode(tokens[1:]).splitlines()))
     return val_loss
 
 
