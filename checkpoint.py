@@ -147,6 +147,24 @@ def write_config(out_dir, values):
     write_text(Path(out_dir) / 'config.py', ''.join(f'{key} = {value!r}\n' for key, value in values.items()))
 
 
+def write_status(out_dir, status):
+    """out_dir/status, for a scheduler: running, done (max_iters is reached), stopped (by a signal: start it again) or failed."""
+    with contextlib.suppress(OSError):  # what went wrong may have been the disk
+        write_text(Path(out_dir) / 'status', status + '\n')
+
+
+def job():
+    """The name that torchrun gives a job (--rdzv_id; --standalone makes one up), the same when it starts processes again."""
+    name = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
+    return None if name == 'none' else name
+
+
+def is_of_job(out_dir):
+    """Whether the last checkpoint of a run's folder was written by the job to which this process belongs."""
+    found = manifests(out_dir)
+    return bool(found) and job() is not None and found[0].get('job') == job()
+
+
 # Writing ------------------------------------------------------------------------------------------------------------------
 
 def save(out_dir, checkpoint, keep_last=2):

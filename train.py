@@ -206,6 +206,9 @@ def main(config, given, at_exit):
     main_process = rank == 0  # it prints
     writes = main_process and not config.eval_only  # checkpoints and the log
     say = make_say(main_process)
+    if ckpt.is_of_job(config.out_dir):
+        say(f'{config.out_dir}: torchrun has started the processes again, the run goes on')
+        config.init_from = 'resume'
     resume = config.init_from == 'resume'
     checkpoint = None
     if config.init_from != 'scratch':
@@ -236,7 +239,7 @@ def main(config, given, at_exit):
         folder = find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
-                   'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint()}
+                   'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint(), 'job': ckpt.job()}
     torch.manual_seed(config.seed)
     if checkpoint is None:
         raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
@@ -315,6 +318,8 @@ def main(config, given, at_exit):
         if not resume:
             ckpt.set_aside(config.out_dir, say)
         ckpt.write_config(config.out_dir, asdict(config))
+        ckpt.write_status(config.out_dir, 'running')
+        at_exit.push(lambda kind, *rest: ckpt.write_status(config.out_dir, 'failed') if kind else None)
         ckpt.cut_log(config.out_dir, start_step)
         saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save, say)
         at_exit.callback(saver.wait)
@@ -441,6 +446,8 @@ def main(config, given, at_exit):
     with main_process_first(rank):  # torchrun ends all processes as soon as one has failed: they wait for the last save
         if writes:
             saver.wait()
+    if writes:
+        ckpt.write_status(config.out_dir, 'stopped' if stop else 'done')
     if stop:
         say(f'stopped by {signal.Signals(stop).name} after {step} steps; go on with: '
             f'python train.py --init_from=resume --out_dir={config.out_dir}')
@@ -523,7 +530,8 @@ def check_environment(checkpoint, environment, folder, other_data, say):
             f'other data are meant with --dataset={folder}')
     names = {'world_size': 'processes'}
     changed = [f'{names.get(key, key)} {saved[key]} then, {environment[key]} now' for key in environment
-               if key != 'data' and saved[key] != environment[key]] + ['other data'] * (saved['data'] != environment['data'])
+               if key not in ('data', 'job') and saved[key] != environment[key]]
+    changed += ['other data'] * (saved['data'] != environment['data'])
     if changed:
         say(f'note: the run will not be the same to the last bit ({"; ".join(changed)})')
 
