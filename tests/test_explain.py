@@ -225,7 +225,7 @@ PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'c
 @browser_test
 def test_every_table_is_what_the_model_computes(chromium, tmp_path):
     """Each number on the page, as a browser shows it, against PyTorch: a model with grouped queries, gains and biases awake."""
-    model, t, l, k = awake(n_layer=3, n_kv_head=2, activation='gelu'), 5, 2, 1  # noqa: E741
+    model, t, l, k = awake(n_layer=3, n_kv_head=2, activation='gelu'), 5, 2, 3  # noqa: E741
     names = tokenizer.CharTokenizer(''.join(map(chr, range(48, 88))))
     ids = tokens(9).tolist()
     facts, arrays = collect(model, names, ids)
