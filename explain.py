@@ -17,7 +17,7 @@ class Config:
     out_dir: str = 'out'  # the folder of a run; the page becomes explain.html in it
     checkpoints: Literal['last', 'all'] = 'last'  # all: also how the heads and losses changed over the checkpoints of out_dir
     # text
-    start: str = ''  # the text to look at, or FILE:path for that of a file; of a longer one the last 256 tokens
+    start: str = ''  # the text to look at, or FILE:path for that of a file; at most the last 256 tokens, or block_size, are taken
     # system
     serve: bool = False  # instead of writing a page, serve it on this machine, where new texts can be typed
     port: int = 8337  # of --serve, on 127.0.0.1
@@ -41,13 +41,14 @@ import base64
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import numpy as np
 import torch
@@ -95,6 +96,7 @@ def collect_text(model, tokenizer, ids):
     idx = torch.tensor([ids])
     trace = interpret.run(model, idx)
     plain, _ = model(idx, idx)
+    require(plain.isfinite().all(), 'the logits of this model are not finite: its weights are too large')
     logits = trace.logits[0, :, :V]
     following = idx[0, 1:]
     distinct = list(dict.fromkeys(ids))
@@ -177,7 +179,7 @@ def token_text(token):
     try:
         return token.decode('utf-8')
     except UnicodeDecodeError:
-        return '⟨' + ' '.join(f'{byte:02X}' for byte in token) + '⟩'
+        return '⟨' + '\xa0'.join(f'{byte:02X}' for byte in token) + '⟩'
 
 
 def run_facts(checkpoint, out_dir):
@@ -281,31 +283,36 @@ def build_page(facts, arrays):
 
 def main(config):
     where = config.out_dir if config.init_from == 'resume' else config.init_from
+    path = Path(config.out_dir) / 'explain.html'
+    require(not path.is_dir(), f'{path}: there is a folder of that name; move it or choose another --out_dir')
     start = read_prompt(config.start)
     checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()
     model.requires_grad_(False).float()
+    require(all(p.isfinite().all() for p in model.parameters()), f'{checkpoint.path}: its weights are not finite; name another')
     encode = lambda text: encode_prompt(text, tokenizer, min(LONGEST, model.config.block_size))  # noqa: E731
     ids = encode(start)
     say(f'{checkpoint.path}: step {checkpoint.step}, {model.get_num_params(False):,} parameters; computing what it does with '
         f'{len(ids)} tokens')
+    if not config.serve:
+        path.parent.mkdir(parents=True, exist_ok=True)  # whether it can be is seen before it costs
     facts, arrays = collect_weights(model, tokenizer)
     facts |= {'run': run_facts(checkpoint, where), 'live': config.serve}
     if config.checkpoints == 'all':
         facts['history'], history = collect_history(config.out_dir, ids, tokenizer.vocab_size, say)
         arrays |= history
 
-    def page_of(ids, **more):
+    def page_of(prompt, **more):
+        ids = encode(prompt)
         text_facts, text_arrays = collect_text(model, tokenizer, ids)
+        more = {'left_out': max(0, len(tokenizer.encode(prompt)) - len(ids))} | more
         return build_page(facts | text_facts | more, arrays | text_arrays)
 
-    page = page_of(ids)
+    page = page_of(start)
     if config.serve:
-        serve(page, lambda text: page_of(encode(text)), lambda error: page_of(ids, error=error), config.port)
+        serve(page, page_of, lambda text, error: page_of(start, text=text, error=error), config.port)
         return
-    path = Path(config.out_dir) / 'explain.html'
-    path.parent.mkdir(parents=True, exist_ok=True)
     instead = ', in place of the one before' if path.exists() else ''
     write_text(path, page)
     print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{instead}; open it in a browser')
@@ -317,22 +324,22 @@ def say(text):
 
 def serve(page, page_of, page_with, port):
     """Serve page at /, and page_of(text) at /?start=text, to this machine alone, until Ctrl-C; where the text is a mistake,
-    page_with(error)."""
+    page_with(text, error)."""
     one_at_a_time = threading.Lock()  # each takes memory and all cores
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            url = urlsplit(self.path)
+            path, _, query = self.path.partition('?')
             # a foreign name that leads here is not let in
-            if url.path != '/' or self.headers.get('Host', '').rsplit(':', 1)[0] not in ('127.0.0.1', 'localhost'):
+            if path != '/' or self.headers.get('Host', '').rsplit(':', 1)[0] not in ('127.0.0.1', 'localhost'):
                 self.send_error(404)
                 return
-            text = parse_qs(url.query).get('start', [None])[0]
+            text = parse_qs(query, keep_blank_values=True).get('start', [None])[0]
             with one_at_a_time:
                 try:
-                    answer, status = page_of(text) if text else page, 200
+                    answer, status = page if text is None else page_of(text), 200
                 except UserError as error:
-                    answer, status = page_with(str(error)), 400
+                    answer, status = page_with(text, str(error)), 400
             body = answer.encode()
             self.send_response(status)
             self.send_header('Content-Type', 'text/html; charset=utf-8')
@@ -350,7 +357,11 @@ def serve(page, page_of, page_with, port):
         raise UserError(f'port = {port}: cannot serve there: {error.strerror}; give another --port (0: any)') from None
     with server:
         print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)', flush=True)
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:  # a page may be on its way: torch's threads do not survive the interpreter's own end
+            say('stopped')
+            os._exit(130)
 
 
 if __name__ == '__main__':

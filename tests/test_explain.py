@@ -1,17 +1,19 @@
 """explain.py as a person uses it: the file it writes, the page in a real browser, and what is refused."""
 
 import base64
+import contextlib
 import csv
+import http.client
 import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from conftest import together
 from test_interpret import awake
 from test_model import ARCHITECTURES, tiny, tokens
 
+import checkpoint as ckpt
 import explain
 import interpret
 from checkpoint import load_model
@@ -137,6 +140,11 @@ def test_gpt2s_weights_a_large_vocabulary_and_a_page_that_would_be_too_large(tmp
 
 
 def test_mistakes_are_one_sentence(refused, trained, tmp_path):
+    (tmp_path / 'broken').mkdir()
+    checkpoint = ckpt.load(trained)
+    checkpoint.model['lm_head.weight'] = checkpoint.model['lm_head.weight'] * float('nan')
+    ckpt.save(tmp_path / 'broken', checkpoint)
+    (tmp_path / 'folder' / 'explain.html').mkdir(parents=True)
     with together(refused) as check:
         check('explain.py', f'--out_dir={trained}', says=('start is empty', '--start='))
         check('explain.py', f'--out_dir={trained}', '--start=é', says=("'é'", 'start'))
@@ -145,7 +153,9 @@ def test_mistakes_are_one_sentence(refused, trained, tmp_path):
         check('explain.py', '--init_from=gpt2', '--checkpoints=all', '--start=a', says=('checkpoints = all', 'gpt2'))
         check('explain.py', f'--out_dir={trained}', '--start=a', '--port=70000', says='port = 70000')
         check('explain.py', f'--out_dir={trained}', '--start=FILE:nowhere.txt', says='nowhere.txt')
-    assert not (tmp_path / 'nowhere').exists()
+        check('explain.py', f'--out_dir={tmp_path}/broken', '--start=a', says='not finite')
+        check('explain.py', f'--init_from={trained}', f'--out_dir={tmp_path}/folder', '--start=a', says='explain.html')
+    assert not (tmp_path / 'nowhere').exists() and not list(tmp_path.glob('broken/explain*'))
 
 
 def test_a_served_page_takes_new_texts_and_lets_no_foreign_name_in(clone, trained):
@@ -168,10 +178,20 @@ def test_a_served_page_takes_new_texts_and_lets_no_foreign_name_in(clone, traine
             status, text = get('?start=return')
             assert status == 200 and len(unpack(text)[0]['ids']) == 6
             status, text = get('?start=%C3%A9')
-            assert status == 400 and 'é' in unpack(text)[0]['error'] and len(unpack(text)[0]['ids']) == 3
+            facts = unpack(text)[0]
+            assert status == 400 and 'é' in facts['error'] and facts['text'] == 'é' and len(facts['ids']) == 3
+            status, text = get('?start=')
+            assert status == 400 and 'empty' in unpack(text)[0]['error']
             assert get('../config.py')[0] == get('', Host='[')[0] == get('', Host='')[0] == 404
             assert get('', Host='evil.example:80')[0] == 404
-            server.send_signal(2)
+
+            def ask():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    get('?start=' + 20 * 'return+')
+
+            threading.Thread(target=ask).start()
+            time.sleep(0.3)
+            server.send_signal(2)  # also while a page is on its way
             assert server.wait(20) == 130 and 'Traceback' not in server.stderr.read()
         finally:
             killer.cancel()
@@ -192,7 +212,7 @@ def chromium():
         browser.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(chromium, path, state='', width=1280, **options):
     """The page in a new tab, drawn to its end; whatever it logs, or asks of the network, is a failure."""
     tab = chromium.new_page(viewport={'width': width, 'height': 900}, **options)
@@ -321,14 +341,14 @@ def test_every_panel_has_content_and_follows_the_token(chromium, page):
         where = tab.locator('#where').text_content()
         tab.locator('#tokens button').nth(4).click()
         settled(tab)
-        assert tab.locator('#where').text_content().startswith('5 of 32') and where.startswith('31 of 32')
+        assert tab.locator('#where').text_content().startswith('Position 4 of 0 to 31') and where.startswith('Position 31 ')
         assert tab.locator('#tokens button').nth(4).get_attribute('aria-pressed') == 'true'
         for name, html in before.items():
             assert tab.locator(f'#{name}').inner_html() != html, name
         tab.keyboard.press('ArrowRight')
         tab.keyboard.press('ArrowRight')
         settled(tab)
-        assert tab.locator('#where').text_content().startswith('7 of 32') and 't=6' in tab.url
+        assert tab.locator('#where').text_content().startswith('Position 6 ') and 't=6' in tab.url
         tab.locator('#heads .thumbs button').nth(3).click()
         settled(tab)
         assert tab.locator('#head select').nth(0).input_value() == '1' and tab.locator('#head select').nth(1).input_value() == '1'
@@ -378,6 +398,10 @@ def test_of_a_large_vocabulary_the_likeliest_are_exact_and_the_others_counted(ch
                 generator = torch.Generator().manual_seed(1337)
                 drawn = sample_next(logits[:, t].expand(10, -1), 1.5, k, p, generator=generator)
                 assert draws == [names.decode([id_]) for id_ in drawn.tolist()]
+            base, mass = logits[0, t].softmax(dim=-1), float(tab.locator('#mass').text_content()[:-1]) / 100
+            assert mass == pytest.approx(base[expected > 0].sum().item(), abs=0.01)
+            entropy = -(expected * expected.clamp(min=1e-30).log2()).sum().item()
+            assert float(tab.locator('#entropy-left').text_content().split()[0]) == pytest.approx(entropy, rel=0.01)
             kept = int(tab.locator('#kept').text_content().split()[0].replace(',', ''))
             assert kept == pytest.approx((expected > 0).sum().item(), rel=0.01)
 
@@ -405,7 +429,7 @@ def test_sliders_menus_and_the_address_change_what_they_should(chromium, page):
         assert tab.locator('#kept').text_content().startswith('1 of')
         assert 'rather than' in tab.locator('#figure-why h3').text_content()
     with opened(chromium, page, '#t=999&layer=-1&k=x&by=nonsense&temperature=&theme=7') as tab:
-        assert tab.locator('#where').text_content().startswith('31 of 32')
+        assert tab.locator('#where').text_content().startswith('Position 31 ')
 
 
 @browser_test
@@ -418,7 +442,7 @@ def test_the_keyboard_reads_matrices_and_the_tour_leads_through(chromium, page):
         assert re.search(r'\(2\) looks at .*\(0\).*attention 0\.\d+', said), said
         tab.keyboard.press('Enter')
         settled(tab)
-        assert tab.locator('#where').text_content().startswith('3 of 32')
+        assert tab.locator('#where').text_content().startswith('Position 2 ')
         tab.keyboard.press('ArrowDown')  # it goes on from where it was
         assert '(3) looks at' in tab.locator('#figure-attention .readout').text_content()
         tab.locator('#lens .lens').focus()
@@ -488,5 +512,6 @@ def test_one_token_and_one_layer(chromium, tmp_path):
     facts, arrays = collect(model, characters, [5])
     (tmp_path / 'page.html').write_text(explain.build_page(facts | NO_RUN | {'live': True}, arrays), encoding='utf-8')
     with opened(chromium, tmp_path / 'page.html') as tab:
-        assert tab.locator('#where').text_content().startswith('1 of 1') and tab.locator('#live-text').input_value() == '5'
+        assert tab.locator('#where').text_content().startswith('Position 0 of 0 to 0')
+        assert tab.locator('#live-text').input_value() == '5'
         assert tab.locator('#figure-why .picture svg').count() == 1

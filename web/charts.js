@@ -141,7 +141,7 @@ export function lines(figure, series, label, {zero = false, high, xName = '', ma
       s('line', {x1: left, x2: width - right, y1: y(v), y2: y(v), stroke: colour('line')}),
       write(left - 6, y(v), compact(v), {'text-anchor': 'end', fill: colour('muted'), 'font-size': 11})
     ]),
-    ticks(x0, x1, Math.max(2, Math.floor(width / 110))).map(v =>
+    ticks(x0, x1, Math.max(3, Math.floor(width / 110))).map(v =>
       write(x(v), height - bottom + 12, compact(v), {'text-anchor': 'middle', fill: colour('muted'), 'font-size': 11})
     ),
     write(width - right, height - 8, xName, {'text-anchor': 'end', fill: colour('muted'), 'font-size': 11}),
@@ -202,7 +202,8 @@ export function matrix(figure, {rows, columns, at, tell, pick, chosen, rowNames,
   let cursor = figure.cursor || null; // it outlives a new drawing
   const paint = () => {
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, width, height);
+    pen.fillStyle = colour('panel'); // a picture that is saved has it too
+    pen.fillRect(0, 0, width, height);
     const gap = cell >= 7 ? 1 : 0;
     for (let i = 0; i < rows; i++)
       for (let j = 0; j < columns; j++) {
@@ -236,7 +237,13 @@ export function matrix(figure, {rows, columns, at, tell, pick, chosen, rowNames,
     if (chosen)
       for (let i = 0; i < rows; i++)
         for (let j = 0; j < columns; j++)
-          if (chosen(i, j)) pen.strokeRect(left + j * cell, i * tall, Math.max(cell - gap, 2), Math.max(tall - gap, 2));
+          if (chosen(i, j)) {
+            pen.strokeRect(left + j * cell, i * tall, Math.max(cell - gap, 2), Math.max(tall - gap, 2));
+            pen.globalAlpha = 0.4; // and its row and column
+            if (rows > 4) pen.strokeRect(left, i * tall, cell * columns, tall);
+            if (rows > 4) pen.strokeRect(left + j * cell, 0, cell, tall * rows);
+            pen.globalAlpha = 1;
+          }
     if (cursor) pen.strokeRect(left + cursor[1] * cell, cursor[0] * tall, cell, tall);
   };
   const where = event => {
@@ -254,7 +261,9 @@ export function matrix(figure, {rows, columns, at, tell, pick, chosen, rowNames,
   canvas.addEventListener('pointerleave', hideTip);
   canvas.addEventListener('click', event => {
     const found = where(event);
-    if (found && pick) pick(...found);
+    if (!found) return;
+    if (pick) pick(...found);
+    figure.say(tell(...found).replaceAll('\n', ', ')); // a finger has no hover
   });
   canvas.addEventListener('keydown', event => {
     const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[event.key];
@@ -296,7 +305,6 @@ export function points(figure, all, label) {
     label,
     s('line', {x1: x(-reach), x2: x(reach), y1: y(0), y2: y(0), stroke: colour('line')}),
     s('line', {x1: x(0), x2: x(0), y1: y(-reach), y2: y(reach), stroke: colour('line')}),
-    write(x(reach), y(0) - 9, fixed(reach, 1), {'text-anchor': 'end', fill: colour('muted'), 'font-size': 11}),
     all.map(p =>
       s('circle', {
         cx: x(p.x),

@@ -262,7 +262,7 @@ function buildComposition(box, inexact) {
   watch(['kind', 'threshold', 'layer', 'head', 'theme'], () => {
     const all = edges(),
       most = Math.max(1e-9, all[0]?.value ?? 0),
-      shownEdges = all.filter((x, i) => x.value > Math.max(1e-6, state.threshold * most) && i < (state.threshold ? 400 : 40));
+      shownEdges = all.filter((x, i) => x.value >= Math.max(1e-6, state.threshold * most) && i < (state.threshold ? 400 : 40));
     slider.value = state.threshold;
     output.textContent = state.threshold ? fixed(state.threshold * most, 3) : 'the 40 strongest';
     const width = chart.width(),

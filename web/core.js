@@ -67,7 +67,7 @@ export const missing = name =>
 
 /** What the state is where the address says nothing. */
 export const DEFAULTS = {
-  t: Math.max(0, T - 2),
+  t: T - 1,
   layer: 0,
   head: 0,
   temperature: 0.8,
@@ -233,8 +233,7 @@ export const shown = id =>
     .replaceAll(' ', '·')
     .replaceAll('\n', '↵')
     .replaceAll('\t', '→')
-    .replace(/[\x00-\x1f]/g, c => String.fromCharCode(0x2400 + c.charCodeAt(0)))
-    .replaceAll('\x7f', '␡') || '∅';
+    .replace(/[\p{Cc}\p{Cf}]/gu, c => `⟨${c.codePointAt(0).toString(16)}⟩`) || '∅';
 export const short = (id, n = 12) => {
   const text = [...shown(id)];
   return text.length > n ? text.slice(0, n - 1).join('') + '…' : text.join('');
@@ -299,12 +298,13 @@ export function figure(name, title, table, extra, drawn = true) {
         h(
           'tbody',
           {},
-          rows.slice(0, 2000).map(cells =>
-            h(
-              'tr',
-              {},
-              cells.map(cell => h('td', {class: 'mono'}, String(cell)))
-            )
+          (rows.length > 2000 ? [...rows.slice(0, 2000), [`and ${rows.length - 2000} more: the CSV has them all`]] : rows).map(
+            cells =>
+              h(
+                'tr',
+                {},
+                cells.map(cell => h('td', {class: 'mono'}, String(cell)))
+              )
           )
         )
       )

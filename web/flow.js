@@ -53,7 +53,7 @@ export function buildFlow() {
       ...facts.embeddings.map(name => size(name, t)),
       ...Array.from({length: L}, (_, l) => [at('size_attn', l, t), at('size_mlp', l, t)]).flat()
     ];
-    const scale = 54 / Math.max(...streams, ...writes),
+    const scale = 54 / Math.max(1e-9, ...streams, ...writes),
       w = v => Math.max(1, v * scale),
       x = l => left + l * block;
     const trunk = [
@@ -128,6 +128,7 @@ export function buildFlow() {
       best = Array.from(p.keys())
         .sort((a, b) => p[b] - p[a])
         .slice(0, 4);
+    const focused = [...chart.querySelectorAll('[role=button]')].indexOf(document.activeElement);
     drawing(
       chart,
       width,
@@ -170,6 +171,7 @@ export function buildFlow() {
         })
       ])
     ).setAttribute('role', 'group');
+    if (focused >= 0) chart.querySelectorAll('[role=button]')[focused].focus({preventScroll: true});
     chart.say(
       `The stream begins with length ${fixed(streams[0])} and ends with ${fixed(streams[L])}; dashed lines read it, ribbons write into it.`
     );

@@ -147,7 +147,7 @@ export function buildHeads() {
     const value = ({l, k}) => score(state.by, l, k);
     const most = state.by === 'logit' ? Math.max(1e-9, ...thumbs.map(x => Math.abs(value(x)))) : 1;
     const sorted = state.order === 'score' ? thumbs.toSorted((a, b) => value(b) - value(a)) : thumbs;
-    grid.classList.toggle('in-rows', state.order !== 'score' && H <= 16);
+    grid.classList.toggle('in-rows', state.order !== 'score' && H <= 12);
     if (sorted.some((x, i) => grid.children[i] !== x.button)) grid.replaceChildren(...sorted.map(x => x.button));
     for (const thumb of thumbs) {
       const v = value(thumb);
@@ -310,7 +310,7 @@ export function buildHead() {
       `The products sum to ${fixed(v[0], 3)}; divided by √${HS} that is ${fixed(v[1], 3)}; ` +
         (s > state.t
           ? 'masked, since the key comes later.'
-          : `the softmax over ${state.t + 1} keys makes it ${v[3].toFixed(4)}.`) +
+          : `the softmax over ${state.t + 1} key${state.t ? 's' : ''} makes it ${v[3].toFixed(4)}.`) +
         (facts.model.position === 'rope' ? ' Queries and keys are shown as turned by their positions.' : '') +
         (facts.model.qk_norm ? ' Both are normalised.' : '')
     );

@@ -280,12 +280,12 @@ export function buildLens() {
       'Ten likeliest tokens',
       {low: 0, high: 1}
     );
-    top.heading.textContent = `After ${name(state.lens)}, at ${shown(facts.ids[state.t])}`;
+    top.heading.textContent = `After ${state.lens === L ? 'the final layer' : name(state.lens)}, at ${shown(facts.ids[state.t])}`;
   });
   lens.say('Bold: the token that really comes next.');
   const change = figure('lens-course', 'The probability of the next token, layer by layer', () => [
     ['after', 'probability'],
-    course().map(([l, p]) => [name(l), p.toFixed(5)])
+    course().map(([l, p]) => [name(l), p ? p.toFixed(5) : 'not in the top 10'])
   ]);
   const course = () =>
     Array.from({length: L + 1}, (_, l) => {

@@ -53,7 +53,8 @@ function buildTop() {
     .append(...rows.filter(Boolean).map(([key, value]) => h('div', {}, h('dt', {}, key), h('dd', {}, String(value)))));
   const digits = facts.difference ? facts.difference.toExponential(1).replace('e-', 'e−') : '0';
   document.getElementById('truth').textContent =
-    `Every number on this page was computed from these weights by PyTorch in float32. Largest difference between the logits of the pass shown here and those of model(idx): ${digits}, among logits of up to ${fixed(facts.largest, 1)}.` +
+    `Every number on this page was computed from these weights by PyTorch in float32; those of single heads, neurons and layers are kept to three digits. Largest difference between the logits of the pass shown here and those of model(idx): ${digits}, among logits of up to ${fixed(facts.largest, 1)}.` +
+    (facts.left_out ? ` The text has ${grouped(facts.left_out)} more tokens in front, which the model does not see here.` : '') +
     (facts.dropped.length ? ` Left out to keep the page below ${facts.largest_page}: ${facts.dropped.join(', ')}.` : '');
   document.getElementById('contents').append(
     ...[...document.querySelectorAll('main section')].map(section =>
@@ -130,11 +131,16 @@ const panels = {
 for (const [id, build] of Object.entries(panels)) inSection(id, build);
 buildTour();
 redraw();
+const clearStrip = () => {
+  document.documentElement.style.scrollPaddingTop = document.getElementById('strip').offsetHeight + 14 + 'px';
+};
+clearStrip();
 let width = innerWidth;
 addEventListener('resize', () => {
   if (innerWidth !== width) {
     width = innerWidth;
     redraw();
+    clearStrip();
   }
 });
 addEventListener('hashchange', () => {

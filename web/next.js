@@ -73,7 +73,7 @@ export function buildStrip() {
     const {t} = state,
       says = document.getElementById('where');
     says.replaceChildren(
-      `${t + 1} of ${T}: `,
+      `Position ${t} of 0 to ${T - 1}: `,
       chip(facts.ids[t]),
       known(t) ? ' next is ' : ' what comes next is not in the text; the likeliest is ',
       chip(target(t)),
@@ -116,7 +116,7 @@ export function buildNext() {
     ])
   ];
   const chart = figure('next-token', 'The likeliest tokens', table);
-  chart.say("Outline: the model's probability. Bar: what is left of it to draw from.");
+  chart.say("Outline: the model's probability. Bar and number: the probability in the draw.");
   const slider = (key, label, low, high, step, tell, of = x => x, from = x => x) => {
     const output = h('output'),
       input = h('input', {
@@ -143,7 +143,10 @@ export function buildNext() {
     max: 2 ** 32 - 1,
     step: 1,
     id: 'seed',
-    onchange: event => set({seed: Math.max(0, Math.min(2 ** 32 - 1, Math.round(Number(event.target.value)) || 0))})
+    onchange: event => {
+      set({seed: Math.max(0, Math.min(2 ** 32 - 1, Math.round(Number(event.target.value)) || 0))});
+      seed.value = state.seed;
+    }
   });
   const panel = h(
     'div',
@@ -205,12 +208,14 @@ export function buildNext() {
       'The likeliest next tokens with their probabilities',
       {low: 0}
     );
-    const keptMass = result.p.reduce((sum, x, i) => (x > 0 ? sum + base[i] : sum), 0);
+    const keptMass =
+      result.p.reduce((sum, x, i) => (x > 0 ? sum + base[i] : sum), 0) +
+      result.rest.reduce((sum, [, n, x]) => sum + (n * Math.exp(x - max)) / total, 0);
     const fact = (name, value, key) => [h('dt', {}, name), h('dd', {id: key}, value)];
     numbers.replaceChildren(
       ...[
         fact('Tokens kept', `${grouped(result.kept)} of ${grouped(V)}`, 'kept'),
-        fact('Mass kept', result.tail ? 'above ' + percent(keptMass) : (100 * keptMass).toFixed(2) + '%', 'mass'),
+        fact('Mass kept', (100 * keptMass).toFixed(2) + '%', 'mass'),
         fact(
           'Entropy of the model',
           entropy(
@@ -219,7 +224,7 @@ export function buildNext() {
           ).toFixed(3) + ' bits',
           'entropy'
         ),
-        fact('Entropy of the draw', (result.tail ? 'above ' : '') + entropy(result.p).toFixed(3) + ' bits', 'entropy-left')
+        fact('Entropy of the draw', entropy(result.p, result.rest).toFixed(3) + ' bits', 'entropy-left')
       ].flat()
     );
     if (document.activeElement !== seed) seed.value = state.seed;

@@ -29,7 +29,7 @@ export function filtered(logits, temperature, k, p, tail = []) {
   if (temperature === 0) {
     const one = new Float64Array(n);
     one[best] = 1;
-    return {p: one, kept: 1, tail: 0};
+    return {p: one, kept: 1, tail: 0, rest: []};
   }
   for (let i = 0; i < n; i++) scaled[i] = f(f(logits[i] - max) / f(temperature));
   let rest = tail.map(([logit, count]) => [(logit - max) / temperature, count]);
@@ -73,7 +73,13 @@ export function filtered(logits, temperature, k, p, tail = []) {
     if (scaled[i] > -Infinity) kept++;
   }
   for (let i = 0; i < n; i++) out[i] /= total;
-  return {p: out, kept, tail: beyond / total};
+  // of the tail: what each of its bins still holds, [probability of one token, how many, its logit]
+  return {
+    p: out,
+    kept,
+    tail: beyond / total,
+    rest: rest.map(([logit, count]) => [Math.exp(logit) / total, count, logit * temperature + max])
+  };
 }
 
 /** The generator behind torch.manual_seed on a CPU: MT19937 (Matsumoto and Nishimura 1998). */

@@ -20,7 +20,7 @@ const size = (name, ...index) => row('size_' + name, ...index)[state.t];
 const STEPS = [
   [
     'Tokens become vectors',
-    'embedding',
+    '#figure-neighbours',
     'A model computes with numbers, so the text is cut into tokens, and each token is looked up in a table: a row of numbers that was learned. Tokens that are used alike end up with rows that point alike.',
     'x = W<sub>E</sub>[token]',
     () => `W_E has ${grouped(V)} rows of ${C} numbers; the text gives ${T} × ${C}`,
@@ -29,7 +29,7 @@ const STEPS = [
   ],
   [
     'Where a token stands',
-    'embedding',
+    '#figure-positions, #embedding',
     {
       learned:
         'Attention by itself does not know the order of tokens. So a second row, one for each place, is added to the first.',
@@ -54,7 +54,7 @@ const STEPS = [
   ],
   [
     'Query, key, value',
-    'head',
+    '#figure-terms, #head',
     'Each token asks (query), offers (key), and has something to pass on (value). All three are made from its vector by matrices that were learned.',
     'q = x W<sub>Q</sub>,  k = x W<sub>K</sub>,  v = x W<sub>V</sub>',
     () => `in each head ${T} × ${HS} for queries, keys and values`,
@@ -62,7 +62,7 @@ const STEPS = [
   ],
   [
     'Scaled scores',
-    'head',
+    '#figure-scores, #head',
     "How well a query fits a key is their dot product. It is divided by the root of the head's size: sums of many products are large, and large scores would make the softmax too sure too early.",
     'score = q · k / √d<sub>h</sub>',
     () => `√${HS} = ${fixed(Math.sqrt(HS))}; a score for every pair: ${T} × ${T}`,
@@ -75,7 +75,7 @@ const STEPS = [
   ],
   [
     'The mask',
-    'head',
+    '#figure-attention, #head',
     'The model is to predict the next token, so no token may look at those that come later. Their scores are set to minus infinity.',
     'score<sub>ts</sub> = −∞  for s > t',
     () => `of ${T * T} pairs, ${(T * (T + 1)) / 2} stay`,
@@ -84,8 +84,8 @@ const STEPS = [
   ],
   [
     'Softmax',
-    'head',
-    'The scores become shares that sum to 1: each is raised to a power of e and divided by the sum. The largest wins most.',
+    '#figure-scores, #head',
+    'The scores become shares that sum to 1: e is raised to the power of each, and divided by their sum. The largest wins most.',
     'a<sub>s</sub> = e<sup>score<sub>s</sub></sup> / Σ e<sup>score</sup>',
     () => `each row of ${T} × ${T} sums to 1`,
     () => {
@@ -96,7 +96,7 @@ const STEPS = [
   ],
   [
     'Many heads',
-    'heads',
+    '#figure-heads',
     'One head has one way of looking. So there are several side by side, each with its own small matrices, and they learn different things.',
     'head<sub>i</sub> = softmax(Q<sub>i</sub> K<sub>i</sub><sup>T</sup> / √d<sub>h</sub>) V<sub>i</sub>',
     () => `${L} layers × ${H} heads, ${C} / ${H} = ${HS} dimensions each`,
@@ -109,7 +109,7 @@ const STEPS = [
   ],
   [
     'Side by side again',
-    'head',
+    '#figure-promoted, #head',
     'What the heads have gathered is put side by side and mixed by one more matrix. That is the same as each head adding something of its own, which is why a head can be looked at alone.',
     'out = [head<sub>1</sub> … head<sub>h</sub>] W<sub>O</sub>',
     () => `${H} × ${HS} = ${C} numbers for each token, times ${C} × ${C}`,
@@ -117,7 +117,7 @@ const STEPS = [
   ],
   [
     'The residual stream',
-    'flow',
+    '#figure-flow',
     'No layer replaces the vector; each adds to it. The stream carries everything that was written so far, and gradients flow back through it undisturbed.',
     'x ← x + attention(norm(x)),  x ← x + MLP(norm(x))',
     () => `${T} × ${C} from the first layer to the last`,
@@ -125,7 +125,7 @@ const STEPS = [
   ],
   [
     'Norm',
-    'flow',
+    '#figure-flow',
     facts.model.norm === 'layernorm'
       ? 'Before each part reads the stream, its numbers are centered and brought to the same size, then scaled by learned gains. Training stays steady however long the stream grows.'
       : 'Before each part reads the stream, its numbers are brought to the same size, then scaled by learned gains. Training stays steady however long the stream grows.',
@@ -135,7 +135,7 @@ const STEPS = [
   ],
   [
     'Feed-forward',
-    'mlp',
+    '#figure-neurons, #mlp',
     'After tokens have exchanged what they know, each is worked on alone: a wide layer of neurons, a bend, and back. Much of what a model knows is kept here.',
     `MLP(x) = act(x W<sub>1</sub>) W<sub>2</sub>`,
     () => `${C} → ${grouped(facts.neurons_in_a_layer)} → ${C}`,
@@ -146,7 +146,7 @@ const STEPS = [
   ],
   [
     'Logits',
-    'lens',
+    '#figure-logit-lens',
     "At the end the stream is compared with a vector for each token of the vocabulary. The better the fit, the higher the token's logit; a softmax makes probabilities of them.",
     'logits = norm(x) W<sub>U</sub>,  p = softmax(logits)',
     () => `${C} → ${grouped(V)} for each position`,
@@ -155,7 +155,7 @@ const STEPS = [
   ],
   [
     'Sampling',
-    'next',
+    '#next .card',
     'To write, one token is drawn, put behind the text, and all begins again. A temperature below 1 sharpens the choice; top-k and top-p forbid what is unlikely.',
     'p<sub>i</sub> ∝ e<sup>logit<sub>i</sub> / temperature</sup>',
     () => `one of ${grouped(V)}`,
@@ -175,13 +175,10 @@ export function buildTour() {
     shapes = h('p', {class: 'shapes'}),
     look = h('p', {class: 'look'}),
     count = h('span');
+  let last = 0;
   const go = step => {
     set({tour: step});
-    document.querySelectorAll('section.visited').forEach(section => section.classList.remove('visited'));
-    if (!step) return opener.focus();
-    const section = document.getElementById(STEPS[step - 1][1]);
-    section.classList.add('visited');
-    section.scrollIntoView();
+    if (!step) opener.focus();
   };
   const back = h('button', {type: 'button', onclick: () => go(Math.max(1, state.tour - 1))}, 'Back');
   const next = h('button', {type: 'button', onclick: () => go(state.tour === STEPS.length ? 0 : state.tour + 1)});
@@ -193,8 +190,8 @@ export function buildTour() {
     look,
     h('div', {class: 'bar'}, back, next, h('button', {type: 'button', onclick: () => go(0)}, 'Close'), count)
   );
-  box.addEventListener('keydown', event => {
-    if (event.key === 'Escape') go(0);
+  addEventListener('keydown', event => {
+    if (event.key === 'Escape' && state.tour) go(0);
   });
   opener.addEventListener('click', () => {
     go(1);
@@ -202,6 +199,20 @@ export function buildTour() {
   });
   watch(['tour', 't', 'layer', 'head', 'temperature', 'k', 'p'], () => {
     box.hidden = !state.tour;
+    if (state.tour !== last) {
+      document.querySelectorAll('.visited').forEach(element => element.classList.remove('visited'));
+      const there =
+        state.tour &&
+        STEPS[state.tour - 1][1]
+          .split(', ')
+          .map(x => document.querySelector(x))
+          .find(x => x);
+      if (there) {
+        there.classList.add('visited');
+        there.scrollIntoView();
+      }
+      last = state.tour;
+    }
     if (!state.tour) return;
     const [name, , words, markup, shape, see] = STEPS[state.tour - 1];
     title.textContent = name;
