@@ -360,7 +360,7 @@ export function buildBigrams() {
     ['direct', 'The direct path']
   ].map(([name, title]) => {
     const data = arrays['bigrams_' + name].data;
-    const chart = figure('bigrams-' + name, `${title}: all ${V} × ${V}`, () => [
+    const chart = figure('bigrams-' + name, `${title}, all ${V} × ${V}: a token (row) and the next (column)`, () => [
       ['token', 'next', 'probability'],
       Array.from({length: V * V}, (_, i) => [shown(Math.floor(i / V)), shown(i % V), ((data[i] / 255) ** 2).toFixed(4)])
     ]);

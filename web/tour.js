@@ -209,7 +209,10 @@ export function buildTour() {
           .find(x => x);
       if (there) {
         there.classList.add('visited');
-        there.scrollIntoView();
+        // what is drawn above it would move it
+        const scroll = () =>
+          document.documentElement.hasAttribute('data-settled') ? there.scrollIntoView() : setTimeout(scroll, 20);
+        scroll();
       }
       last = state.tour;
     }
