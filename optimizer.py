@@ -4,6 +4,7 @@ import math
 import torch
 
 from device import has_bfloat16
+from parallel import gather_like, is_shard, local, shard_like
 
 
 def make_optimizer(model, config):
@@ -72,18 +73,22 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                buffers = [self.state[p]['momentum_buffer'] for p in params]
-                gradient, momentum = torch.stack([p.grad for p in params]), torch.stack(buffers)  # (n, rows, columns)
+                buffers = [local(self.state[p]['momentum_buffer']) for p in params]
+                gradient, momentum = torch.stack([local(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
                 lr, found_inf = group['lr'], getattr(self, 'found_inf', None)
                 if found_inf is not None:  # where it is 1, momentum and weights stay as they are
                     gradient = gradient.where(found_inf == 0, momentum)
                     lr = lr * (1 - found_inf)
                 momentum.lerp_(gradient, 1 - group['momentum'])
                 torch._foreach_copy_(buffers, list(momentum.unbind()))
-                update = orthogonalize(gradient.lerp_(momentum, group['momentum']))  # Nesterov's momentum
-                update *= lr * max(1, shape[0] / shape[1])**0.5
+                update = gradient.lerp_(momentum, group['momentum'])  # Nesterov's
+                sharded = is_shard(params[0])
+                if sharded:  # a matrix is made orthogonal as a whole
+                    update = torch.stack([gather_like(u, p) for p, u in zip(params, update)])
+                update = orthogonalize(update) * (lr * max(1, shape[0] / shape[1])**0.5)
                 for p, u in zip(params, update.unbind()):
-                    p.mul_(1 - lr * group['weight_decay']).sub_(u)
+                    u = shard_like(u, p) if sharded else u
+                    local(p).mul_(1 - lr * group['weight_decay']).sub_(local(u))
 
 
 def orthogonalize(x):
@@ -155,7 +160,10 @@ def load_state(optimizer, state):
         raise ValueError('it is not the state of optimizer = adamw')
     groups = [saved | {k: v for k, v in group.items() if k != 'params'}
               for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=True)]
-    optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    values = {i: {name: shard_like(value, params[i]) if is_shard(params[i]) and torch.is_tensor(value) and value.dim() else value
+                  for name, value in each.items()} for i, each in state['state'].items()}
+    optimizer.load_state_dict({'state': values, 'param_groups': groups})
     if isinstance(optimizer, Muon):
         optimizer.fill_state()  # a state saved before the first step may be empty
     for p, values in optimizer.state.items():

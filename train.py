@@ -81,6 +81,8 @@ class Config:
     compile: bool | Literal['auto'] = 'auto'  # auto: on CUDA
     deterministic: bool = True  # the same bits every time; False: kernels that add in any order, faster on some GPUs
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # of torchrun, for gradients; auto: nccl on CUDA
+    parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # of torchrun: copies of the model or shards; auto: copies if they fit
+    deterministic_sum: bool = False  # sum gradients in one order for 1, 2, 4, ... processes: the same bits, without overlap
     peak_flops: float | None = None  # of your device, for MFU; None: from a table
 
 
@@ -171,10 +173,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint as ckpt
+import parallel
 from data import bins
 from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype
 from model import GPT, LOGITS_AT_ONCE, GPTConfig
@@ -245,6 +247,15 @@ def main(config, given, at_exit):
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
     raw_model.to(device)
+    how = parallel.choose(config.parallel, raw_model, device) if ddp and not config.eval_only else None
+    if how == 'fsdp':
+        if config.deterministic_sum:
+            fail('deterministic_sum = True: only for copies of the model; give --parallel=ddp')
+        if config.sample_every_eval:
+            say('note: no process has the whole model, so sample_every_eval prints no samples; sample.py does')
+        parallel.shard(raw_model, device, dtype)
+    if config.deterministic_sum and world_size & (world_size - 1):
+        fail(f'deterministic_sum = True: give 1, 2, 4, 8, ... processes, not {world_size}')
     optimizer = None if config.eval_only else make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # otherwise it does nothing
     step, samples_seen, best_val_loss, saved_step, evaluated = 0, 0, math.inf, None, False
@@ -278,21 +289,24 @@ def main(config, given, at_exit):
 
     def try_out(model, sync=False):
         """Micro-batches as in a step."""
-        if ddp:
-            ddp_model.require_backward_grad_sync = sync
+        if exchanging:
+            parallel.sync_in_backward(exchanging, sync or how == 'fsdp')  # which would keep what it has not exchanged
         for _ in range(min(config.gradient_accumulation_steps // world_size, 2)):  # the second finds gradients
             x, y = to_device(*data.train.batch(0, config.batch_size, config.seed), device)
             scaler.scale(loss_of(model, x, y)).backward()
         optimizer.zero_grad(set_to_none=True)
 
-    model = raw_model
+    model, exchanging, tree = raw_model, None, None  # exchanging: what exchanges gradients in backward
     if not config.eval_only:
         say(memory_estimate(raw_model, optimizer, config, device, half=dtype != torch.float32))
-        if ddp:  # before compiling, so that gradients are exchanged while backward still runs
-            model = ddp_model = DistributedDataParallel(raw_model, device_ids=[device.index] if device.type == 'cuda' else None)
+        if how and not config.deterministic_sum:  # before compiling, so that gradients are exchanged while backward still runs
+            model = exchanging = raw_model if how == 'fsdp' else parallel.copies(raw_model, device)
         model = compile_and_fit(model, try_out, config, device, say)
         accumulation = config.gradient_accumulation_steps // world_size
-        if ddp:  # it sorts its gradients after the first exchange: now, so that a resumed run sums them in the same order
+        if config.deterministic_sum:
+            tree = parallel.TreeSum(raw_model, accumulation)
+        # DDP sorts its gradients after the first exchange: now, so that a resumed run sums them in the same order
+        if how == 'ddp' and exchanging:
             try_out(model, sync=True)
 
     # files and signals ---------------------------------------------------------------------------------------------------
@@ -312,11 +326,12 @@ def main(config, given, at_exit):
         say(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: give a larger --max_iters to go on')
 
     def save(val_loss=None):
+        weights, state = parallel.whole(raw_model.state_dict()), parallel.whole(optimizer.state_dict())
         if writes:
             log.sync()
             saver.save(ckpt.Checkpoint(
-                asdict(raw_model.config), raw_model.state_dict(), step, samples_seen, val_loss, best_val_loss, asdict(config),
-                optimizer.state_dict(), scaler.state_dict(), data.tokenizer.to_dict(), environment))
+                asdict(raw_model.config), weights, step, samples_seen, val_loss, best_val_loss, asdict(config), state,
+                scaler.state_dict(), data.tokenizer.to_dict(), environment))
 
     signals = Signals(catch=not config.eval_only)  # an evaluation has nothing to save: it stops at once
     stop, saves, saves_done, skips = 0, 0, 0, 0
@@ -395,16 +410,19 @@ def main(config, given, at_exit):
             if config.dropout > 0:  # masks follow from (seed, step, micro-batch), whatever was drawn before
                 number = step * config.gradient_accumulation_steps + rank * accumulation + micro_step
                 torch.manual_seed(bins.seed_of(config.seed, number))
-            if ddp:  # gradients are summed over the processes once a step, in the last backward
-                ddp_model.require_backward_grad_sync = micro_step == accumulation - 1
+            if exchanging:  # gradients are summed over the processes once a step, in the last backward
+                parallel.sync_in_backward(exchanging, micro_step == accumulation - 1)
             loss = loss_of(model, *batch)
             batch = micro_batch(micro_step + 1)  # drawn and sent while the device computes
             scaler.scale(loss / accumulation).backward()
             losses.append(loss.detach())
+            if tree:
+                tree.add(loss.detach() / accumulation)
         losses = torch.stack(losses)
+        mean_loss = tree.finish() if tree else mean_of_processes(losses.mean())
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        result = torch.stack((mean_of_processes(losses.mean()), grad_norm))
+        grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf))
+        result = torch.stack((mean_loss, grad_norm))
         step_if(result.isfinite().all(), optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -532,13 +550,15 @@ def check_disk(config, size, resume):
 
 def memory_estimate(model, optimizer, config, device, half):
     """One line: the memory that a step takes on this device, by part."""
-    weights = 4 * model.get_num_params(False)
+    weights, state = 4 * model.get_num_params(False), state_bytes(optimizer)
     gradients = weights * (2 if dist.is_initialized() else 1)  # DDP has a copy of them in its buckets
+    if parallel.is_shard(model.lm_head.weight):
+        weights, gradients, state = (x // dist.get_world_size() for x in (weights, weights, state))
     # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
     logits = config.batch_size * config.block_size * model.config.vocab_size * (8 + 2 * half)
     if logits > LOGITS_AT_ONCE * (8 + 2 * half):  # in chunks, and the gradient of the head
         logits = LOGITS_AT_ONCE * (8 + 2 * half) + (4 + 2 * half) * model.lm_head.weight.numel()
-    parts = {'weights': weights, 'gradients': gradients, 'optimizer': state_bytes(optimizer),
+    parts = {'weights': weights, 'gradients': gradients, 'optimizer': state,
              'activations': model.activation_bytes(config.batch_size, half), 'logits': logits}
     there = f' of {torch.cuda.get_device_properties(device).total_memory / 1e6:,.0f}' if device.type == 'cuda' else ''
     return (f'memory: about {sum(parts.values()) / 1e6:,.0f}{there} MB ('
@@ -581,7 +601,7 @@ def to_device(x, y, device):
 
 
 @torch.no_grad()
-def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals):
+def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals, sharded):
     """(loss in nats per token, bits per byte) over windows of a split that are the same at every evaluation; -1: all.
 
     (None, None) where a signal to any process asks for a stop: it is then in the signals of every process.
@@ -589,16 +609,18 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals):
     Bits per byte = total nats / (ln 2 * bytes of the targets' text) compares models with different tokenizers.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    index = split.evaluation_windows(n_windows)[rank::world_size]
+    windows = split.evaluation_windows(n_windows)
+    index, longest = windows[rank::world_size], len(windows[::world_size])
     losses, n_tokens, n_bytes = [], 0, 0
-    for at in range(0, len(index), batch_size):
-        if signals.stop:
+    for at in range(0, longest, batch_size):  # equally often in every process: FSDP's compute together
+        if any_process(signals.stop) if sharded else signals.stop:
             break
         x, y = split.windows(index[at:at + batch_size])
         targets = y[y >= 0]
         missing = ((0, batch_size - len(x)), (0, 0))  # the last batch is filled up: a compiled model sees one shape
         loss = loss_of(np.pad(x, missing), np.pad(y, missing, constant_values=-1))
-        losses.append(loss * len(targets))  # stays on the device: nothing waits
+        if len(targets):
+            losses.append(loss * len(targets))  # stays on the device: nothing waits
         n_tokens += len(targets)
         n_bytes += int(token_bytes[targets].sum())
     nats = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
@@ -617,8 +639,9 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     """
     start = time.perf_counter()
     n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else data.val.n_windows
-    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, signals)
-    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals)
+    sharded = parallel.is_shard(raw_model.lm_head.weight)
+    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, signals, sharded)
+    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals, sharded)
     if val_loss is None or train_loss is None:
         return None
     if not math.isfinite(val_loss):
@@ -630,7 +653,7 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     if log:
         log.write({'step': step, 'train_loss': train_loss, 'val_loss': val_loss, 'val_bits_per_byte': bits,
                    'seconds': round(seconds, 3)})
-        if config.sample_every_eval:
+        if config.sample_every_eval and not sharded:
             prompt = [data.tokenizer.eot] if data.tokenizer.eot is not None else data.val.tokens[:1].tolist()
             tokens = raw_model.generate([prompt], 100, temperature=0.8, seed=config.seed, slide=max(1, config.block_size // 8),
                                         vocab_size=data.tokenizer.vocab_size)[0]

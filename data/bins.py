@@ -262,7 +262,7 @@ class TokenBin:
     def _read(self, at):
         """The ids at these positions, as int64. Raises UserError if one is beyond the vocabulary."""
         ids = self.tokens[at]
-        if ids.max() >= self.vocab_size:
+        if ids.max(initial=0) >= self.vocab_size:
             wrong = np.argmax(ids >= self.vocab_size)
             raise UserError(f'{self.path}: token id {ids.flat[wrong]} at position {at.flat[wrong]} is not below vocab_size = '
                             f'{self.vocab_size}; it was made with another tokenizer: prepare the data set again')
