@@ -60,7 +60,8 @@ def test_in_one_order_the_sums_are_equal_to_the_last_bit(run, torchrun, char_dat
 
 
 def test_shards_are_not_summed_in_one_order_which_is_said_once(torchrun, char_data, tmp_path):
-    said = torchrun(2, f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *RUN, '--deterministic_sum', '--parallel=fsdp', code=2)
+    common = (f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *RUN)
+    said = torchrun(2, *common, '--deterministic_sum', '--parallel=fsdp', code=2)
     assert said.count('train.py: deterministic_sum = True: only for copies') == 1 and not (tmp_path / 'out').exists()
 
 
