@@ -179,9 +179,10 @@ export function lines(figure, series, label, {zero = false, high, xName = '', ma
  *  pick(i, j): a click or Enter on it; chosen(i, j): whether it is framed; rowNames, columnNames: label of i or j.
  *  Arrow keys move over it and say where they are. */
 export function matrix(figure, {rows, columns, at, tell, pick, chosen, rowNames, columnNames, label, cellHeight, most = 480}) {
+  const cap = Math.max(26, Math.min(72, 480 / Math.max(columns, cellHeight ? 1 : rows))); // few cells may be large
   const room = figure.width(),
-    fit = margin => Math.max(1.2, Math.min(most / Math.max(rows, columns), (room - margin) / columns, 26));
-  let left = rowNames ? Math.min(96, room * 0.3) : 0;
+    fit = margin => Math.max(1.2, Math.min(most / Math.max(rows, columns), (room - margin) / columns, cap));
+  let left = rowNames ? Math.min(cellHeight ? 96 : 66, room * 0.3) : 0;
   if (!cellHeight && fit(left) < 10) left = 0; // too small for names
   const cell = fit(left),
     tall = cellHeight || cell,
