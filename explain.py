@@ -17,7 +17,7 @@ class Config:
     out_dir: str = 'out'  # the folder of a run; the page becomes explain.html in it
     checkpoints: Literal['last', 'all'] = 'last'  # all: also how the heads and losses changed over the checkpoints of out_dir
     # text
-    start: str = ''  # the text to look at, or FILE:path for that of a file; of a longer one the last 256 tokens
+    start: str = ''  # the text to look at, or FILE:path for that of a file; at most the last 256 tokens, or block_size, are taken
     # system
     serve: bool = False  # instead of writing a page, serve it on this machine, where new texts can be typed
     port: int = 8337  # of --serve, on 127.0.0.1
@@ -41,12 +41,14 @@ import base64
 import contextlib
 import json
 import math
+import os
 import re
 import sys
+import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import numpy as np
 import torch
@@ -58,33 +60,50 @@ from data.tokenizer import encode_prompt, read_prompt
 from files import write_text
 
 LONGEST = 256  # tokens of a text
-LARGEST = 20_000_000  # bytes of a page: beyond it the arrays of DROPPABLE are left out, from the first on
+LARGEST = 20_000_000  # bytes of a page: beyond it arrays are left out, by DROPPABLE from the first on
 DROPPABLE = {'by_source': 'heads\' effects by source token', 'q': 'scores term by term', 'embeddings': 'embedding rows',
-             'promoted': 'what each head promotes', 'neurons': 'neurons', 'attention': 'attention'}
+             'compositions': 'composition', 'promoted': 'what each head promotes', 'neurons': 'neurons', 'attention': 'attention'}
 NEXT_TO_IT = {'promoted': ('promoted_by',), 'q': ('k',), 'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens')}
 TAIL_BINS, BINS_PER_NAT = 2048, 32  # of the logits below the likeliest that are not kept one by one
 
 
 # What the page shows ----------------------------------------------------------------------------------------------------------
 
-def collect(model, tokenizer, ids):
-    """(facts, arrays) of a text's token ids [T]: JSON values, and {name: numpy array}. web/ says what becomes of them."""
+def collect_weights(model, tokenizer):
+    """(facts, arrays) of what does not depend on a text: JSON values, and {name: tensor}. web/ says what becomes of them."""
+    c, V = model.config, tokenizer.vocab_size
+    vocabulary = json.dumps([token_text(token) for token in tokenizer.token_bytes], ensure_ascii=False)
+    scores, losses = interpret.head_scores(model, V)
+    eigenvalues = interpret.ov_eigenvalues(model, V)
+    facts = {
+        'model': {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
+                                                   'qk_norm', 'logit_softcap', 'bias')},
+        'n_kv_head': c.n_kv_head or c.n_head, 'parameters': model.get_num_params(False), 'vocab_size': V,
+        'tables': model.transformer.ngram.tables.weight.numel() if c.ngram > 1 else 0, 'score_names': list(scores)}
+    arrays = {'vocabulary': torch.tensor(list(vocabulary.encode()), dtype=torch.uint8),  # JSON, too, is smaller deflated
+              'scores': torch.stack(list(scores.values())), 'repeat_losses': losses,  # (4, L, nh), (2 length - 1,)
+              'compositions': half(torch.stack(list(interpret.composition_scores(model).values()))),  # q, k, v
+              'eigenvalues': half(torch.stack((eigenvalues.real, eigenvalues.imag), dim=-1))}
+    if V <= 512:
+        whole, direct = interpret.bigrams(model, torch.arange(V), V)
+        arrays |= {name: (x.sqrt() * 255).round().byte() for name, x in (('bigrams_whole', whole), ('bigrams_direct', direct))}
+    return facts, arrays
+
+
+def collect_text(model, tokenizer, ids):
+    """(facts, arrays) of what the model does with a text, token ids [T]."""
     c, V, T = model.config, tokenizer.vocab_size, len(ids)
     idx = torch.tensor([ids])
     trace = interpret.run(model, idx)
     plain, _ = model(idx, idx)
+    require(plain.isfinite().all(), 'the logits of this model are not finite: its weights are too large')
     logits = trace.logits[0, :, :V]
     following = idx[0, 1:]
-    distinct = sorted(set(ids), key=ids.index)
+    distinct = list(dict.fromkeys(ids))
     target = torch.cat((following, logits[-1:].argmax(dim=-1)))  # the next token, behind the text the likeliest
-    facts = {
-        'model': {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
-                                                   'qk_norm', 'tie_weights', 'logit_softcap', 'bias', 'ngram')},
-        'n_kv_head': c.n_kv_head or c.n_head, 'parameters': model.get_num_params(False), 'vocab_size': V, 'ids': ids,
-        'tables': model.transformer.ngram.tables.weight.numel() if c.ngram > 1 else 0,
-        'difference': (trace.logits - plain).abs().max().item(), 'largest': plain.abs().max().item()}
-    vocabulary = json.dumps([token_text(token) for token in tokenizer.token_bytes], ensure_ascii=False)
-    arrays = {'vocabulary': torch.tensor(list(vocabulary.encode()), dtype=torch.uint8)}  # JSON, too, is smaller deflated
+    facts = {'ids': ids, 'text': tokenizer.decode(ids), 'distinct': distinct, 'embeddings': list(trace.embeddings),
+             'difference': (trace.logits - plain).abs().max().item(), 'largest': plain.abs().max().item()}
+    arrays = {}
 
     # the next token: all logits, or, of a large vocabulary, those of the last position and the most likely of the others
     arrays['loss'] = F.cross_entropy(logits[:-1], following, reduction='none')
@@ -96,6 +115,7 @@ def collect(model, tokenizer, ids):
         arrays['top_logits'], arrays['top_ids'] = logits.topk(min(512, V))
         below = ((logits.max(dim=1, keepdim=True).values - logits) * BINS_PER_NAT).floor().clamp(max=TAIL_BINS - 1).long()
         counts = torch.ones_like(below).scatter_(1, arrays['top_ids'], 0)
+        facts['bins_per_nat'] = BINS_PER_NAT
         arrays['tail'] = torch.zeros(T, TAIL_BINS, dtype=torch.long).scatter_add_(1, below, counts)
 
     # the stream: how much each part writes, which part moves which logit
@@ -104,18 +124,16 @@ def collect(model, tokenizer, ids):
     arrays['size_attn'], arrays['size_mlp'] = trace.attn_out[:, 0].norm(dim=-1), trace.mlp_out[:, 0].norm(dim=-1)  # (L, T)
     arrays['size_stream'] = trace.residual[:, 0].norm(dim=-1)  # (L + 1, T)
     n_parts = c.n_layer * (c.n_head + 1) + 5
-    n_others = min(V - 1, max(6, min(24, 75_000 // (T * n_parts))))
+    n_others = min(V - 1, max(2, min(24, 75_000 // (T * n_parts))))
     others = logits.scatter(1, target[:, None], float('-inf')).topk(n_others).indices
     tokens = torch.cat((target[:, None], others), dim=1)  # (T, K)
     facts['parts'], arrays['parts'] = interpret.attribute(model, trace, tokens)
     arrays['part_tokens'], arrays['part_logits'] = tokens, logits.gather(1, tokens)
-    lens = [probs[:, :V].topk(min(10, V)) for probs in interpret.logit_lens(model, trace)]
+    lens = [probs.topk(min(10, V)) for probs in interpret.logit_lens(model, trace, vocab_size=V)]
     arrays['lens_ids'], arrays['lens'] = torch.stack([x.indices for x in lens]), half(torch.stack([x.values for x in lens]))
 
     # embeddings
-    facts['embeddings'] = list(trace.embeddings)
     arrays['embeddings'] = half(torch.stack([part[0] for part in trace.embeddings.values()]))  # (parts, T, C)
-    facts['distinct'] = distinct
     arrays['near'], cosines = interpret.nearest_tokens(model, torch.tensor(distinct), 8, V)
     arrays['cosines'] = half(cosines)
     rotary = model.rotary(torch.arange(T))
@@ -136,38 +154,19 @@ def collect(model, tokenizer, ids):
     facts['neurons_in_a_layer'] = trace.post.size(-1)
     arrays['neurons'] = chosen
     arrays['neuron_pre'], arrays['neuron_post'] = (half(x[:, 0].gather(2, chosen)) for x in (trace.pre, trace.post))
-    U = interpret.unembedding(model)[0][:V]
-    U = U - U.mean(dim=0)
-    n = min(5, V // 2)
-    facts['neuron_ids'], lists = [], []  # the rows of neuron_tokens: a layer, and a neuron in it
-    for layer, block in enumerate(model.transformer.h):
-        rows = chosen[layer].unique()
-        facts['neuron_ids'].append(rows.tolist())
-        for part in rows.split(256):
-            effect = block.mlp.c_proj.weight[:, part].T @ U.T  # (neurons, V)
-            lists.append(torch.cat((effect.topk(n).indices, effect.topk(n, largest=False).indices), dim=1))
-    arrays['neuron_tokens'] = torch.cat(lists)
+    facts['neuron_ids'] = [layer.unique().tolist() for layer in chosen]  # the rows of neuron_tokens, layer after layer
+    arrays['neuron_tokens'] = torch.cat([interpret.neuron_tokens(model, layer, torch.tensor(rows), min(5, V // 2), V)
+                                         for layer, rows in enumerate(facts['neuron_ids'])])
 
-    # the weights alone
-    scores, losses = interpret.head_scores(model, V)
-    facts['score_names'], arrays['scores'] = list(scores), torch.stack(list(scores.values()))  # (4, L, nh)
-    arrays['repeat_losses'] = losses
-    arrays['compositions'] = half(torch.stack(list(interpret.composition_scores(model).values())))  # q, k, v
-    eigenvalues = interpret.ov_eigenvalues(model, V)
-    arrays['eigenvalues'] = half(torch.stack((eigenvalues.real, eigenvalues.imag), dim=-1))
+    # single tokens of the text
     few = distinct[:max(4, min(32, int(math.sqrt(40_000 / (c.n_layer * c.n_head)))))]
     facts['circuit_ids'] = few
-    qk, ov = interpret.token_circuits(model, torch.tensor(few), trace.final_scale.mean().item())
+    qk, ov = interpret.token_circuits(model, torch.tensor(few), trace.final_scale.mean().item(), V)
     arrays['qk'], arrays['ov'] = half(qk), half(ov)
-    full = V <= 512
-    whole, direct = interpret.bigrams(model, torch.arange(V) if full else torch.tensor(distinct), V)
-    if full:
-        arrays['bigram_whole'], arrays['bigram_direct'] = ((x.sqrt() * 255).round().byte() for x in (whole, direct))
-        whole, direct = whole[distinct], direct[distinct]
-    for name, x in (('whole', whole), ('direct', direct)):
+    for name, x in zip(('whole', 'direct'), interpret.bigrams(model, torch.tensor(distinct), V)):
         best = x.topk(min(8, V))
         arrays[f'bigram_{name}_ids'], arrays[f'bigram_{name}_p'] = best.indices, half(best.values)
-    return facts, {name: array.numpy() for name, array in arrays.items()}
+    return facts, arrays
 
 
 def half(x):
@@ -180,22 +179,21 @@ def token_text(token):
     try:
         return token.decode('utf-8')
     except UnicodeDecodeError:
-        return '⟨' + ' '.join(f'{byte:02X}' for byte in token) + '⟩'
+        return '⟨' + '\xa0'.join(f'{byte:02X}' for byte in token) + '⟩'
 
 
 def run_facts(checkpoint, out_dir):
-    """What the run's folder says of it: its step, val loss and training curves."""
+    """What the run's folder says of it: its step, val loss and training curves up to there."""
     facts = {'path': checkpoint.path, 'step': checkpoint.step, 'val_loss': checkpoint.val_loss, 'curves': {}}
-    names = {'loss': 'loss', 'val_loss': 'val_loss', 'lr': 'lr', 'tokens_per_second': 'tokens_per_second'}
-    curves = {name: [] for name in names.values()}
+    curves = {name: [] for name in ('loss', 'val_loss', 'lr', 'tokens_per_second')}
     path = Path(out_dir) / 'log.jsonl'
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-            for key, name in names.items():
-                value = line.get(key)
+            for name, curve in curves.items():
+                value = line.get(name)
                 if isinstance(value, (int, float)) and math.isfinite(value) and line['step'] <= checkpoint.step:
-                    curves[name].append((line['step'], value))
+                    curve.append((line['step'], value))
         except (ValueError, KeyError, TypeError, AttributeError):  # the last line may be cut off
             continue
     for name, curve in curves.items():
@@ -204,28 +202,28 @@ def run_facts(checkpoint, out_dir):
     return facts
 
 
-def training_facts(out_dir, ids, V, say):
+def collect_history(out_dir, ids, V, say):
     """How scores and losses changed over the whole checkpoints of a run: ({'steps', ...}, {'history': (n, 4, L, nh)})."""
     facts, scores = {'steps': [], 'val_losses': [], 'losses': [], 'first_half': [], 'second_half': []}, []
-    for manifest in reversed(ckpt.manifests(out_dir)):
-        path = Path(out_dir) / manifest['file']
+    for manifest in reversed(ckpt.manifests(out_dir, say)):
         try:
-            checkpoint = ckpt.load(path)
+            checkpoint = ckpt.load(Path(out_dir) / manifest['file'], mmap=True)
         except UserError as error:
             say(f'left out: {error}')
             continue
         model = checkpoint.build_model(dropout=0.0).eval()
         found, losses = interpret.head_scores(model, V)
-        half = (len(losses) + 1) // 2
+        length = (len(losses) + 1) // 2
         idx = torch.tensor([ids])
         with torch.no_grad():
-            facts['losses'].append(model(idx[:, :-1], idx[:, 1:])[1].item() if len(ids) > 1 else None)
+            logits = model(idx, idx)[0][0, :-1, :V]
+        facts['losses'].append(F.cross_entropy(logits, idx[0, 1:]).item() if len(ids) > 1 else None)
         facts['steps'].append(checkpoint.step)
         facts['val_losses'].append(manifest['val_loss'])
-        facts['first_half'].append(losses[:half - 1].mean().item() if half > 1 else None)
-        facts['second_half'].append(losses[half:].mean().item() if half > 1 else None)
+        facts['first_half'].append(losses[:length - 1].mean().item() if length > 1 else None)
+        facts['second_half'].append(losses[length:].mean().item() if length > 1 else None)
         scores.append(torch.stack(list(found.values())))
-    return facts, {'history': torch.stack(scores).half().numpy()} if scores else {}
+    return facts, {'history': half(torch.stack(scores))} if scores else {}
 
 
 # The page ---------------------------------------------------------------------------------------------------------------------
@@ -237,13 +235,14 @@ def pack(facts, arrays):
     """
     streams = {}
     for name, array in arrays.items():
+        array = array.numpy()
         if array.dtype.kind in 'iu':  # ids: as few bytes as the largest needs
             array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
         planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize).T
         streams[name] = str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6)
-    dropped = []
+    dropped, room = [], LARGEST - 500_000 - len(json.dumps(finite(facts)))  # style and scripts take 0.2 MB
     for name, what in DROPPABLE.items():
-        if sum(len(data) for *_, data in streams.values()) * 4 / 3 < LARGEST - 500_000:  # the text of the page
+        if sum(len(data) for *_, data in streams.values()) * 4 / 3 < room:
             break
         if name in streams:
             dropped.append(what)
@@ -253,7 +252,7 @@ def pack(facts, arrays):
     for name, (dtype, shape, data) in streams.items():
         index[name] = {'dtype': dtype, 'shape': shape, 'start': len(blob), 'end': len(blob) + len(data)}
         blob += data
-    facts = facts | {'arrays': index, 'dropped': dropped}
+    facts = facts | {'arrays': index, 'dropped': dropped, 'largest_page': f'{LARGEST / 1e6:.0f} MB'}
     return json.dumps(finite(facts), ensure_ascii=False, separators=(',', ':')), base64.b64encode(blob).decode()
 
 
@@ -284,27 +283,36 @@ def build_page(facts, arrays):
 
 def main(config):
     where = config.out_dir if config.init_from == 'resume' else config.init_from
+    path = Path(config.out_dir) / 'explain.html'
+    require(not path.is_dir(), f'{path}: there is a folder of that name; move it or choose another --out_dir')
     start = read_prompt(config.start)
     checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()
     model.requires_grad_(False).float()
-    run = run_facts(checkpoint, config.out_dir if config.init_from == 'resume' else '')
+    require(all(p.isfinite().all() for p in model.parameters()), f'{checkpoint.path}: its weights are not finite; name another')
+    encode = lambda text: encode_prompt(text, tokenizer, min(LONGEST, model.config.block_size))  # noqa: E731
+    ids = encode(start)
+    say(f'{checkpoint.path}: step {checkpoint.step}, {model.get_num_params(False):,} parameters; computing what it does with '
+        f'{len(ids)} tokens')
+    if not config.serve:
+        path.parent.mkdir(parents=True, exist_ok=True)  # whether it can be is seen before it costs
+    facts, arrays = collect_weights(model, tokenizer)
+    facts |= {'run': run_facts(checkpoint, where), 'live': config.serve}
+    if config.checkpoints == 'all':
+        facts['history'], history = collect_history(config.out_dir, ids, tokenizer.vocab_size, say)
+        arrays |= history
 
-    def page_of(text, **more):
-        ids = encode_prompt(text, tokenizer, min(LONGEST, model.config.block_size))
-        facts, arrays = collect(model, tokenizer, ids)
-        if config.checkpoints == 'all':
-            facts['history'], history = training_facts(config.out_dir, ids, tokenizer.vocab_size, say)
-            arrays |= history
-        return build_page(facts | {'run': run, 'live': config.serve} | more, arrays)
+    def page_of(prompt, **more):
+        ids = encode(prompt)
+        text_facts, text_arrays = collect_text(model, tokenizer, ids)
+        more = {'left_out': max(0, len(tokenizer.encode(prompt)) - len(ids))} | more
+        return build_page(facts | text_facts | more, arrays | text_arrays)
 
-    if config.serve:
-        serve(page_of, start, config.port)
-        return
     page = page_of(start)
-    path = Path(config.out_dir) / 'explain.html'
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if config.serve:
+        serve(page, page_of, lambda text, error: page_of(start, text=text, error=error), config.port)
+        return
     instead = ', in place of the one before' if path.exists() else ''
     write_text(path, page)
     print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{instead}; open it in a browser')
@@ -314,21 +322,25 @@ def say(text):
     print(text, file=sys.stderr)
 
 
-def serve(page_of, start, port):
-    """Serve the page of start at /, and that of another text at /?start=..., to this machine alone, until Ctrl-C."""
+def serve(page, page_of, page_with, port):
+    """Serve page at /, and page_of(text) at /?start=text, to this machine alone, until Ctrl-C; where the text is a mistake,
+    page_with(text, error)."""
+    one_at_a_time = threading.Lock()  # each takes memory and all cores
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            host = urlsplit(f'//{self.headers.get("Host", "")}').hostname
-            url = urlsplit(self.path)
-            if url.path != '/' or host not in ('127.0.0.1', 'localhost'):  # a foreign name that leads here is not let in
+            path, _, query = self.path.partition('?')
+            # a foreign name that leads here is not let in
+            if path != '/' or self.headers.get('Host', '').rsplit(':', 1)[0] not in ('127.0.0.1', 'localhost'):
                 self.send_error(404)
                 return
-            try:
-                page, status = page_of(parse_qs(url.query).get('start', [start])[0]), 200
-            except UserError as error:
-                page, status = page_of(start, error=str(error)), 400
-            body = page.encode()
+            text = parse_qs(query, keep_blank_values=True).get('start', [None])[0]
+            with one_at_a_time:
+                try:
+                    answer, status = page if text is None else page_of(text), 200
+                except UserError as error:
+                    answer, status = page_with(text, str(error)), 400
+            body = answer.encode()
             self.send_response(status)
             self.send_header('Content-Type', 'text/html; charset=utf-8')
             self.send_header('Content-Length', str(len(body)))
@@ -345,7 +357,11 @@ def serve(page_of, start, port):
         raise UserError(f'port = {port}: cannot serve there: {error.strerror}; give another --port (0: any)') from None
     with server:
         print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)', flush=True)
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:  # a page may be on its way: torch's threads do not survive the interpreter's own end
+            say('stopped')
+            os._exit(130)
 
 
 if __name__ == '__main__':

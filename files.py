@@ -41,10 +41,14 @@ def replace(temporary, path):
 
 
 def write_text(path, text):
-    """Replace a small file in one go."""
+    """Replace a file in one go. Raises OSError that names it."""
     temporary = path.with_name(path.name + '.tmp')
-    write_synced(temporary, text)
-    replace(temporary, path)
+    try:
+        write_synced(temporary, text)
+        replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_synced(path, text):

@@ -71,8 +71,8 @@ def run(model, idx):
         for name, value in zip(kept, (q, k, v, attention, mixed, attn_out, pre[..., :post.size(-1)], post, mlp_out)):
             kept[name].append(value)
     x = residual[-1]
-    logits = model._logits(model.transformer.ln_f(x))
-    return Trace(idx, embeddings, torch.stack(residual), **{name: torch.stack(values) for name, values in kept.items()},
+    logits = model.to_logits(model.transformer.ln_f(x))
+    return Trace(idx, embeddings, torch.stack(residual), **{name: torch.stack(kept.pop(name)) for name in list(kept)},
                  final_scale=norm_scale(model.transformer.ln_f, x), logits=logits)
 
 
@@ -117,7 +117,7 @@ def head_matrices(model):
         o = block.attn.c_proj.weight.unflatten(1, (nh, hs)).transpose(0, 1)  # (nh, C, hs)
         for name, value in zip(matrices, (q, per_head(model, k), per_head(model, v), o)):
             matrices[name].append(value)
-    return {name: torch.stack(values) for name, values in matrices.items()}
+    return {name: torch.stack(matrices.pop(name)) for name in list(matrices)}
 
 
 # A text: which part did what -------------------------------------------------------------------------------------------------
@@ -127,8 +127,8 @@ def attribute(model, trace, tokens, b=0):
     """By how much each part moves the logits of some tokens (Elhage et al. 2021: direct effects on the logits).
 
     tokens (T, K): K of them for each position. Returns ([(kind, layer, head)], (parts, T, K)): kinds token, n-grams, position,
-    head, mlp, bias (all biases, the final norm's too), softcap. The parts sum to the logits: final_scale * part @ U.T is linear
-    in the part, and what a softcap takes away is a part of its own.
+    head, mlp, bias (of output projections and the final norm; others act inside their part), softcap. The parts sum to the
+    logits: final_scale * part @ U.T is linear in the part, and what a softcap takes away is a part of its own.
     """
     U, b_U = unembedding(model)
     read = U[tokens] * trace.final_scale[b][:, None, None]  # (T, K, C)
@@ -142,7 +142,9 @@ def attribute(model, trace, tokens, b=0):
         add((kind, None, None), torch.einsum('tkc,tc->tk', read, vector[b]))
     bias = b_U[tokens]
     for layer, block in enumerate(model.transformer.h):
-        for head, value in enumerate(direct_effect(model, trace, read, layer, b)):
+        W_O = block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1))  # (C, nh, hs)
+        back = torch.einsum('tkc,chd->tkhd', read, W_O)
+        for head, value in enumerate(torch.einsum('tkhd,htd->htk', back, trace.mixed[layer, b])):
             add(('head', layer, head), value)
         mlp = trace.mlp_out[layer, b]
         for c_proj in (block.attn.c_proj, block.mlp.c_proj):
@@ -156,12 +158,6 @@ def attribute(model, trace, tokens, b=0):
     if model.config.logit_softcap:
         add(('softcap', None, None), trace.logits[b].gather(1, tokens) - sum(values))
     return names, torch.stack(values)
-
-
-def direct_effect(model, trace, read, layer, b=0):
-    """What each head of a layer writes, read along read (T, K, C) -> (nh, T, K)"""
-    W_O = model.transformer.h[layer].attn.c_proj.weight.unflatten(1, (model.config.n_head, -1))  # (C, nh, hs)
-    return torch.einsum('tkhd,htd->htk', torch.einsum('tkc,chd->tkhd', read, W_O), trace.mixed[layer, b])
 
 
 @torch.no_grad()
@@ -200,17 +196,28 @@ def promoted(model, trace, n, b=0, vocab_size=None):
 
 
 @torch.no_grad()
-def logit_lens(model, trace, b=0):
+def logit_lens(model, trace, b=0, vocab_size=None):
     """What the model would predict if it ended behind each block (nostalgebraist 2020): yields (T, V), L + 1 times."""
     for x in trace.residual[:, b]:
-        yield model._logits(model.transformer.ln_f(x)).softmax(dim=-1)
+        yield model.to_logits(model.transformer.ln_f(x))[:, :vocab_size].softmax(dim=-1)
 
 
 @torch.no_grad()
 def strongest_neurons(model, trace, n, b=0):
     """The n neurons of each MLP that write most: by |activation| times the length of the row they write. (L, T, n) indices."""
     lengths = torch.stack([block.mlp.c_proj.weight.norm(dim=0) for block in model.transformer.h])  # (L, F)
-    return (trace.post[:, b].abs() * lengths[:, None]).topk(n).indices
+    return (trace.post[:, b].abs() * lengths[:, None]).topk(min(n, lengths.size(1))).indices
+
+
+@torch.no_grad()
+def neuron_tokens(model, layer, neurons, n, vocab_size=None):
+    """The n tokens whose logits each of some neurons (N,) of a layer raises most when it is on, then the n it lowers: (N, 2 n)"""
+    U, lists = unembedding(model)[0][:vocab_size], []
+    U = U - U.mean(dim=0)
+    for part in neurons.split(256):  # not all of (N, V) at once
+        effect = model.transformer.h[layer].mlp.c_proj.weight[:, part].T @ U.T
+        lists.append(torch.cat((effect.topk(n).indices, effect.topk(n, largest=False).indices), dim=1))
+    return torch.cat(lists)
 
 
 # The weights alone -----------------------------------------------------------------------------------------------------------
@@ -225,15 +232,14 @@ def nearest_tokens(model, ids, n, vocab_size=None):
     return best.indices, best.values
 
 
-@torch.no_grad()
-def repeated_tokens(vocab_size, length, batch, seed=0):
+def repeated_tokens(vocab_size, length, batch):
     """Random tokens, each of them once, and the same again (Olsson et al. 2022): (batch, 2 * length)
 
     Nothing but the first half tells what comes in the second. Raises ValueError if there are not enough tokens.
     """
     if length > vocab_size:
         raise ValueError(f'length = {length} is more than the {vocab_size} tokens')
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     half = torch.stack([torch.randperm(vocab_size, generator=generator)[:length] for _ in range(batch)])
     return torch.cat((half, half), dim=1)
 
@@ -253,22 +259,22 @@ def attention_scores(attention, length):
 
 
 @torch.no_grad()
-def head_scores(model, vocab_size=None, batch=4):
+def head_scores(model, vocab_size=None):
     """({'previous', 'induction', 'duplicate', 'copying': (L, nh)}, losses (2 length - 1,)) by `repeated_tokens` and eigenvalues.
 
     losses[i] is the mean loss of predicting token i + 1: the model that finds repetitions has a low one from token length + 1 on.
-    length is at most 50 and half of block_size; the scores from attention are nan, and losses empty, if that is less than 2.
+    length is at most 50 and half of block_size; the scores from attention are nan, and losses empty, if that is less than 3.
     """
     vocab_size = vocab_size or model.config.vocab_size
     length = min(50, model.config.block_size // 2, vocab_size)
     copying = {'copying': copying_scores(ov_eigenvalues(model, vocab_size))}
-    if length < 2:
+    if length < 3:
         nan = torch.full_like(copying['copying'], float('nan'))
         return {'previous': nan, 'induction': nan, 'duplicate': nan} | copying, torch.empty(0)
-    idx = repeated_tokens(vocab_size, length, batch).to(model.transformer.wte.weight.device)
+    idx = repeated_tokens(vocab_size, length, batch=4).to(model.transformer.wte.weight.device)
     trace = run(model, idx)
-    losses = F.cross_entropy(trace.logits[:, :-1].transpose(1, 2), idx[:, 1:], reduction='none').mean(dim=0)
-    return attention_scores(trace.attention, length) | copying, losses
+    logits = trace.logits[:, :-1, :vocab_size].transpose(1, 2)
+    return attention_scores(trace.attention, length) | copying, F.cross_entropy(logits, idx[:, 1:], reduction='none').mean(dim=0)
 
 
 @torch.no_grad()
@@ -315,7 +321,7 @@ def composition_scores(model):
 
 
 @torch.no_grad()
-def token_circuits(model, ids, scale=1.0):
+def token_circuits(model, ids, scale=1.0, vocab_size=None):
     """What each head does with single tokens: (QK (L, nh, N, N), OV (L, nh, N, N)) for ids (N,).
 
     QK[query, key] is the score, divided by sqrt(hs), of two such tokens that stand at one place, by their embeddings alone, with
@@ -324,7 +330,7 @@ def token_circuits(model, ids, scale=1.0):
     model without positions, else what its tokens contribute.
     """
     E = model.transformer.wte.weight[ids]  # (N, C)
-    U = unembedding(model)[0]
+    U = unembedding(model)[0][:vocab_size]
     U = U[ids] - U.mean(dim=0)
     qk, ov = [], []
     for block in model.transformer.h:
@@ -337,11 +343,12 @@ def token_circuits(model, ids, scale=1.0):
 
 @torch.no_grad()
 def bigrams(model, ids, vocab_size=None):
-    """What follows a single token: (by the whole model (N, V), by the direct path (N, V)), probabilities, for ids (N,).
+    """What follows a single token: (by the whole model (N, V), by the direct path (N, V)), probabilities, for ids (N,). The model
+    is to be in evaluation mode.
 
     The direct path is W_U W_E: the token's embedding, normalised, read by the head of the model with nothing in between. A
     zero-layer Transformer can only learn bigrams (Elhage et al. 2021).
     """
     whole = torch.cat([model(part[:, None])[0][:, 0, :vocab_size] for part in ids.split(64)])
-    direct = model._logits(model.transformer.ln_f(model.transformer.wte.weight[ids]))[:, :vocab_size]
+    direct = model.to_logits(model.transformer.ln_f(model.transformer.wte.weight[ids]))[:, :vocab_size]
     return whole.softmax(dim=-1), direct.softmax(dim=-1)

@@ -500,10 +500,10 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
 
         if targets is None:
-            return self._logits(x[:, [-1]]), None
+            return self.to_logits(x[:, [-1]]), None
         if not return_logits:
             return None, self._loss(x.flatten(0, 1), targets.flatten())
-        logits = self._logits(x)
+        logits = self.to_logits(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def _loss(self, x, targets):
@@ -511,11 +511,12 @@ class GPT(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if targets.numel() * self.config.vocab_size <= LOGITS_AT_ONCE:
-            return F.cross_entropy(self._logits(x), targets, ignore_index=-1)
+            return F.cross_entropy(self.to_logits(x), targets, ignore_index=-1)
         return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.logit_softcap, dtype,
                                          torch.is_grad_enabled())
 
-    def _logits(self, x):
+    def to_logits(self, x):
+        """x (..., C) behind the final norm -> logits (..., V) in fp32, softcapped if the model is."""
         logits = self.lm_head(x).float()  # softmax over a large vocabulary in bf16 loses digits
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
@@ -707,7 +708,7 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, r
         kth = torch.topk(logits, top_k).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, float('-inf'))
     if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(descending=True)
+        ordered, index = logits.sort(descending=True, stable=True)
         probs = ordered.softmax(dim=-1)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # the mass before this token is enough; never true of the first
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float('-inf'))

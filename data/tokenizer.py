@@ -259,7 +259,10 @@ def read_prompt(start):
 def encode_prompt(text, tokenizer, longest):
     """Token ids of a prompt, the last `longest` of them. Raises UserError if it is empty or has an unknown character."""
     try:
+        text.encode('utf-8')
         ids = tokenizer.encode(text)
+    except UnicodeEncodeError:
+        raise UserError('start: this is not UTF-8 text') from None
     except UserError as error:
         raise UserError(f'start: {error}') from None
     ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])

@@ -170,6 +170,36 @@ def test_composition_and_eigenvalues_are_those_of_the_whole_matrices(options):
     assert interpret.copying_scores(small).item() == pytest.approx((whole.real.sum() / whole.abs().sum()).item(), abs=1e-3)
 
 
+@pytest.mark.parametrize('options', [{}, {'n_kv_head': 2}, {'norm': 'rmsnorm', 'n_kv_head': 1}], ids=str)
+def test_head_matrices_are_what_the_heads_compute(options):
+    """Without biases, positions and the division of the norm, a head writes attention times W_O W_V x."""
+    model = awake(**options | {'bias': False, 'position': 'none'})
+    trace, m = interpret.run(model, tokens(1, 7)), interpret.head_matrices(model)
+    x = trace.residual[1, 0]  # what layer 1 reads
+    scaled = x * interpret.norm_scale(model.transformer.h[1].ln_1, x)[:, None]
+    written = torch.einsum('hts,hcd,hde,se->tc', trace.attention[1, 0], m['o'][1], m['v'][1], scaled)
+    torch.testing.assert_close(written, trace.attn_out[1, 0], atol=1e-4, rtol=1e-4)
+    scores = torch.einsum('tc,hdc,hde,se->hts', scaled, m['q'][1], m['k'][1], scaled) / math.sqrt(8)
+    scores = scores.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), float('-inf'))
+    torch.testing.assert_close(scores.softmax(dim=-1), trace.attention[1, 0], atol=1e-4, rtol=1e-3)
+
+
+def test_rows_that_pad_the_vocabulary_count_for_nothing():
+    model, padded = awake(), awake(vocab_size=64)
+    state = model.state_dict()
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        state[name] = torch.cat((state[name], torch.full((24, 32), 9.0)))
+    padded.load_state_dict(state)
+    idx, ids = tokens(1, 9), torch.tensor([3, 5, 7])
+    traces = [interpret.run(m, idx) for m in (model, padded)]
+    for said in (lambda m, t: interpret.promoted(m, t, 3, vocab_size=40), lambda m, t: interpret.nearest_tokens(m, ids, 4, 40),
+                 lambda m, t: list(interpret.logit_lens(m, t, vocab_size=40)), lambda m, t: interpret.ov_eigenvalues(m, 40).abs(),
+                 lambda m, t: list(interpret.head_scores(m, 40)[0].values()), lambda m, t: interpret.head_scores(m, 40)[1],
+                 lambda m, t: interpret.token_circuits(m, ids, 1.0, 40), lambda m, t: interpret.bigrams(m, ids, 40),
+                 lambda m, t: interpret.neuron_tokens(m, 1, ids, 3, 40)):  # fmt: skip
+        torch.testing.assert_close(said(padded, traces[1]), said(model, traces[0]), atol=1e-4, rtol=1e-3)
+
+
 def test_token_circuits_are_the_scores_and_effects_of_a_first_layer_without_positions():
     model = awake(position='none', n_kv_head=2)
     ids = torch.tensor([3, 5, 7, 11])
