@@ -195,6 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(refuse
     refused('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=40', '--eval_interval=2',
             '--learning_rate=1e15', '--grad_clip=0', '--dtype=float32', says=('the loss is', 'learning_rate'))
     assert all(math.isfinite(manifest['val_loss']) for manifest in ckpt.manifests(tmp_path / 'out'))
+    assert (tmp_path / 'out' / 'status').read_text() == 'failed\n'
 
 
 def test_a_mere_evaluation_leaves_other_runs_alone(run, trained, char_data, tmp_path):

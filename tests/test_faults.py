@@ -546,6 +546,7 @@ def test_a_signal_to_one_of_two_processes_in_an_evaluation_stops_both(clone, arg
         os.kill(workers(process)[1], signal.SIGTERM)
         rest = process.stdout.read()
     assert 'stopped by SIGTERM after 8 steps' in rest and ckpt.load(tmp_path / 'out').step == 8
+    assert (tmp_path / 'out' / 'status').read_text() == 'stopped\n'
 
 
 def test_three_processes_are_resumed_to_the_last_bit(clone, arguments, tmp_path):

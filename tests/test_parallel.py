@@ -1,8 +1,12 @@
 """Shards and copies of a model on real processes of torchrun, over gloo: the same losses as one process alone."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +67,27 @@ def test_shards_are_not_summed_in_one_order_which_is_said_once(torchrun, char_da
     common = (f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *RUN)
     said = torchrun(2, *common, '--deterministic_sum', '--parallel=fsdp', code=2)
     assert said.count('train.py: deterministic_sum = True: only for copies') == 1 and not (tmp_path / 'out').exists()
+
+
+def test_when_torchrun_starts_processes_again_the_run_goes_on(run, clone, char_data, tmp_path):
+    common = (f'--dataset={char_data}', *RUN, '--max_iters=80', '--lr_decay_iters=80', '--save_interval=5', '--eval_interval=80')
+    run('train.py', f'--out_dir={tmp_path}/whole', *common)
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3')
+    log = tmp_path / 'out' / 'log.jsonl'
+    environment = os.environ | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}  # README says why
+    with subprocess.Popen([sys.executable, *torchrun, clone / 'train.py', f'--out_dir={tmp_path}/out', *common], cwd=clone,
+                          env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as agent:
+        while not log.exists() or log.read_text().count('grad_norm') < 12:
+            assert agent.poll() is None
+            time.sleep(0.1)
+        workers = Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        said = agent.communicate(timeout=200)[0]
+    assert agent.returncode == 0, said
+    assert 'started the processes again, the run goes on' in said and (tmp_path / 'out' / 'status').read_text() == 'done\n'
+    parts = losses(tmp_path / 'out')
+    assert [step for step, *_ in parts] == list(range(80))
+    assert [loss for _, loss, _ in parts] == pytest.approx([loss for _, loss, _ in losses(tmp_path / 'whole')], abs=1e-5)
 
 
 @pytest.mark.parametrize('n', range(1, 20))
