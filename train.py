@@ -331,6 +331,8 @@ def main(config, given, at_exit):
         say(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: give a larger --max_iters to go on')
 
     def save(val_loss=None):
+        if config.eval_only:
+            return
         weights, state = parallel.whole(raw_model.state_dict()), parallel.whole(optimizer.state_dict())
         if writes:
             log.sync()
