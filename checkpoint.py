@@ -134,12 +134,18 @@ def cut_log(out_dir, step):
     """Drop the lines of log.jsonl from `step` on: the run continues from a checkpoint before them."""
     path = Path(out_dir) / 'log.jsonl'
     if path.exists():
-        kept = []
-        for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be cut off
-                if json.loads(line)['step'] < step:
-                    kept.append(line + '\n')
-        write_text(path, ''.join(kept))
+        write_text(path, ''.join(text + '\n' for text, line in log_lines(out_dir) if line['step'] < step))
+
+
+def log_lines(out_dir):
+    """The whole lines of a run's log.jsonl, if there is one: [(text, {'step': number, ...})]. The last may be cut off."""
+    path, lines = Path(out_dir) / 'log.jsonl', []
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if isinstance(line['step'], (int, float)):
+                lines.append((text, line))
+    return lines
 
 
 def write_config(out_dir, values):

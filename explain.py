@@ -43,7 +43,6 @@ import json
 import math
 import os
 import re
-import sys
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,8 +72,8 @@ def collect_weights(model, tokenizer):
     """(facts, arrays) of what does not depend on a text: JSON values, and {name: tensor}. web/ says what becomes of them."""
     c, V = model.config, tokenizer.vocab_size
     vocabulary = json.dumps([token_text(token) for token in tokenizer.token_bytes], ensure_ascii=False)
-    scores, losses = interpret.head_scores(model, V)
     eigenvalues = interpret.ov_eigenvalues(model, V)
+    scores, losses = interpret.head_scores(model, V, eigenvalues)
     facts = {
         'model': {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
                                                    'qk_norm', 'logit_softcap', 'bias')},
@@ -186,30 +185,25 @@ def run_facts(checkpoint, out_dir):
     """What the run's folder says of it: its step, val loss and training curves up to there."""
     facts = {'path': checkpoint.path, 'step': checkpoint.step, 'val_loss': checkpoint.val_loss, 'curves': {}}
     curves = {name: [] for name in ('loss', 'val_loss', 'lr', 'tokens_per_second')}
-    path = Path(out_dir) / 'log.jsonl'
-    for text in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-            for name, curve in curves.items():
-                value = line.get(name)
-                if isinstance(value, (int, float)) and math.isfinite(value) and line['step'] <= checkpoint.step:
-                    curve.append((line['step'], value))
-        except (ValueError, KeyError, TypeError, AttributeError):  # the last line may be cut off
-            continue
+    for _, line in ckpt.log_lines(out_dir):
+        for name, curve in curves.items():
+            value = line.get(name)
+            if isinstance(value, (int, float)) and math.isfinite(value) and line['step'] <= checkpoint.step:
+                curve.append((line['step'], value))
     for name, curve in curves.items():
         every = max(1, len(curve) // 400)
         facts['curves'][name] = curve[::-every][::-1]  # the last one is there
     return facts
 
 
-def collect_history(out_dir, ids, V, say):
+def collect_history(out_dir, ids, V):
     """How scores and losses changed over the whole checkpoints of a run: ({'steps', ...}, {'history': (n, 4, L, nh)})."""
     facts, scores = {'steps': [], 'val_losses': [], 'losses': [], 'first_half': [], 'second_half': []}, []
-    for manifest in reversed(ckpt.manifests(out_dir, say)):
+    for manifest in reversed(ckpt.manifests(out_dir, ckpt.warn)):
         try:
             checkpoint = ckpt.load(Path(out_dir) / manifest['file'], mmap=True)
         except UserError as error:
-            say(f'left out: {error}')
+            ckpt.warn(f'left out: {error}')
             continue
         model = checkpoint.build_model(dropout=0.0).eval()
         found, losses = interpret.head_scores(model, V)
@@ -233,14 +227,14 @@ def pack(facts, arrays):
 
     Numbers of several bytes are split into planes (all first bytes, all second bytes, ...), which deflate better.
     """
-    streams = {}
+    facts, streams = finite(facts), {}
     for name, array in arrays.items():
         array = array.numpy()
         if array.dtype.kind in 'iu':  # ids: as few bytes as the largest needs
             array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
         planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize).T
         streams[name] = str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6)
-    dropped, room = [], LARGEST - 500_000 - len(json.dumps(finite(facts)))  # style and scripts take 0.2 MB
+    dropped, room = [], LARGEST - 500_000 - len(json.dumps(facts))  # style and scripts take 0.2 MB
     for name, what in DROPPABLE.items():
         if sum(len(data) for *_, data in streams.values()) * 4 / 3 < room:
             break
@@ -253,7 +247,7 @@ def pack(facts, arrays):
         index[name] = {'dtype': dtype, 'shape': shape, 'start': len(blob), 'end': len(blob) + len(data)}
         blob += data
     facts = facts | {'arrays': index, 'dropped': dropped, 'largest_page': f'{LARGEST / 1e6:.0f} MB'}
-    return json.dumps(finite(facts), ensure_ascii=False, separators=(',', ':')), base64.b64encode(blob).decode()
+    return json.dumps(facts, ensure_ascii=False, separators=(',', ':')), base64.b64encode(blob).decode()
 
 
 def finite(value):
@@ -291,23 +285,24 @@ def main(config):
     model = checkpoint.build_model(dropout=0.0).eval()
     model.requires_grad_(False).float()
     require(all(p.isfinite().all() for p in model.parameters()), f'{checkpoint.path}: its weights are not finite; name another')
-    encode = lambda text: encode_prompt(text, tokenizer, min(LONGEST, model.config.block_size))  # noqa: E731
-    ids = encode(start)
-    say(f'{checkpoint.path}: step {checkpoint.step}, {model.get_num_params(False):,} parameters; computing what it does with '
-        f'{len(ids)} tokens')
+    longest = min(LONGEST, model.config.block_size)
+    ids = encode_prompt(start, tokenizer)
+    cut = f'the last {longest} of ' if len(ids) > longest else ''
+    ckpt.warn(f'{checkpoint.path}: step {checkpoint.step}, {model.get_num_params(False):,} parameters; computing what it does '
+              f'with {cut}{len(ids)} tokens')
     if not config.serve:
         path.parent.mkdir(parents=True, exist_ok=True)  # whether it can be is seen before it costs
     facts, arrays = collect_weights(model, tokenizer)
     facts |= {'run': run_facts(checkpoint, where), 'live': config.serve}
     if config.checkpoints == 'all':
-        facts['history'], history = collect_history(config.out_dir, ids, tokenizer.vocab_size, say)
+        facts['history'], history = collect_history(config.out_dir, ids[-longest:], tokenizer.vocab_size)
         arrays |= history
 
     def page_of(prompt, **more):
-        ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids)
-        more = {'left_out': max(0, len(tokenizer.encode(prompt)) - len(ids))} | more
-        return build_page(facts | text_facts | more, arrays | text_arrays)
+        ids = encode_prompt(prompt, tokenizer)
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-longest:])
+        text_facts |= {'left_out': len(ids[:-longest])} | more
+        return build_page(facts | text_facts, arrays | text_arrays)
 
     page = page_of(start)
     if config.serve:
@@ -316,10 +311,6 @@ def main(config):
     instead = ', in place of the one before' if path.exists() else ''
     write_text(path, page)
     print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{instead}; open it in a browser')
-
-
-def say(text):
-    print(text, file=sys.stderr)
 
 
 def serve(page, page_of, page_with, port):
@@ -360,7 +351,7 @@ def serve(page, page_of, page_with, port):
         try:
             server.serve_forever()
         except KeyboardInterrupt:  # a page may be on its way: torch's threads do not survive the interpreter's own end
-            say('stopped')
+            ckpt.warn('stopped')
             os._exit(130)
 
 

@@ -104,6 +104,23 @@ def unembedding(model):
     return fold(norm, weight), weight @ bias if bias is not None else weight.new_zeros(len(weight))
 
 
+def against_mean(model, vocab_size=None):
+    """U of `unembedding` without its mean over the vocabulary, which a softmax does not see: (V, C)"""
+    U = unembedding(model)[0][:vocab_size]
+    return U - U.mean(dim=0)
+
+
+def output_matrices(model, block):
+    """What each head of a block writes through: (nh, C, hs)"""
+    return block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
+
+
+def most_and_least(effect, n):
+    """(ids, values) of the n largest of each row (..., V), then of the n smallest: (..., 2 n) each."""
+    ends = effect.topk(n), effect.topk(n, largest=False)
+    return torch.cat([end.indices for end in ends], dim=-1), torch.cat([end.values for end in ends], dim=-1)
+
+
 @torch.no_grad()
 def head_matrices(model):
     """{'q', 'k', 'v': (L, nh, hs, C), 'o': (L, nh, C, hs)}: heads that share keys and values each have a copy. The gain of the
@@ -114,8 +131,7 @@ def head_matrices(model):
         weight = fold(block.ln_1, block.attn.c_attn.weight)
         nkv = block.attn.n_kv_head
         q, k, v = (part.unflatten(0, (-1, hs)) for part in weight.split((nh * hs, nkv * hs, nkv * hs)))
-        o = block.attn.c_proj.weight.unflatten(1, (nh, hs)).transpose(0, 1)  # (nh, C, hs)
-        for name, value in zip(matrices, (q, per_head(model, k), per_head(model, v), o)):
+        for name, value in zip(matrices, (q, per_head(model, k), per_head(model, v), output_matrices(model, block))):
             matrices[name].append(value)
     return {name: torch.stack(matrices.pop(name)) for name in list(matrices)}
 
@@ -142,8 +158,7 @@ def attribute(model, trace, tokens, b=0):
         add((kind, None, None), torch.einsum('tkc,tc->tk', read, vector[b]))
     bias = b_U[tokens]
     for layer, block in enumerate(model.transformer.h):
-        W_O = block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1))  # (C, nh, hs)
-        back = torch.einsum('tkc,chd->tkhd', read, W_O)
+        back = torch.einsum('tkc,hcd->tkhd', read, output_matrices(model, block))
         for head, value in enumerate(torch.einsum('tkhd,htd->htk', back, trace.mixed[layer, b])):
             add(('head', layer, head), value)
         mlp = trace.mlp_out[layer, b]
@@ -169,8 +184,7 @@ def effect_by_source(model, trace, tokens, b=0):
     read = unembedding(model)[0][tokens] * trace.final_scale[b][:, None]  # (T, C)
     effects = []
     for layer, block in enumerate(model.transformer.h):
-        W_O = block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1))  # (C, nh, hs)
-        back = torch.einsum('tc,chd->htd', read, W_O)  # (nh, T, hs)
+        back = torch.einsum('tc,hcd->htd', read, output_matrices(model, block))  # (nh, T, hs)
         effects.append(trace.attention[layer, b] * (back @ per_head(model, trace.v[layer, b]).transpose(-2, -1)))
     return torch.stack(effects)
 
@@ -179,20 +193,13 @@ def effect_by_source(model, trace, tokens, b=0):
 def promoted(model, trace, n, b=0, vocab_size=None):
     """The n tokens whose logits each head raises most, then the n it lowers most, against their mean: (ids, values), each
     (L, nh, T, 2 n), values in logits. The mean over the vocabulary is taken off, since a softmax does not see it."""
-    U = unembedding(model)[0][:vocab_size]
-    U = U - U.mean(dim=0)
-    ids, values = [], []
+    U, found = against_mean(model, vocab_size), []
     for layer, block in enumerate(model.transformer.h):
-        W_O = block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1))  # (C, nh, hs)
-        for head in range(model.config.n_head):
-            mixed, W = trace.mixed[layer, b, head], W_O[:, head].T  # (T, hs), (hs, C)
+        for head, W_O in enumerate(output_matrices(model, block)):
+            mixed, W = trace.mixed[layer, b, head], W_O.T  # (T, hs), (hs, C)
             effect = (mixed @ W) @ U.T if len(mixed) < len(W) else mixed @ (W @ U.T)  # (T, V), the cheaper way round
-            effect *= trace.final_scale[b][:, None]
-            for best in (effect.topk(n), effect.topk(n, largest=False)):
-                ids.append(best.indices)
-                values.append(best.values)
-    shape = model.config.n_layer, model.config.n_head, 2
-    return tuple(torch.stack(x).unflatten(0, shape).permute(0, 1, 3, 2, 4).flatten(3) for x in (ids, values))
+            found.append(most_and_least(effect * trace.final_scale[b][:, None], n))
+    return tuple(torch.stack(x).unflatten(0, (model.config.n_layer, -1)) for x in zip(*found))
 
 
 @torch.no_grad()
@@ -212,12 +219,8 @@ def strongest_neurons(model, trace, n, b=0):
 @torch.no_grad()
 def neuron_tokens(model, layer, neurons, n, vocab_size=None):
     """The n tokens whose logits each of some neurons (N,) of a layer raises most when it is on, then the n it lowers: (N, 2 n)"""
-    U, lists = unembedding(model)[0][:vocab_size], []
-    U = U - U.mean(dim=0)
-    for part in neurons.split(256):  # not all of (N, V) at once
-        effect = model.transformer.h[layer].mlp.c_proj.weight[:, part].T @ U.T
-        lists.append(torch.cat((effect.topk(n).indices, effect.topk(n, largest=False).indices), dim=1))
-    return torch.cat(lists)
+    U, W_out = against_mean(model, vocab_size), model.transformer.h[layer].mlp.c_proj.weight
+    return torch.cat([most_and_least(W_out[:, part].T @ U.T, n)[0] for part in neurons.split(256)])  # not all of (N, V) at once
 
 
 # The weights alone -----------------------------------------------------------------------------------------------------------
@@ -259,15 +262,16 @@ def attention_scores(attention, length):
 
 
 @torch.no_grad()
-def head_scores(model, vocab_size=None):
+def head_scores(model, vocab_size=None, eigenvalues=None):
     """({'previous', 'induction', 'duplicate', 'copying': (L, nh)}, losses (2 length - 1,)) by `repeated_tokens` and eigenvalues.
 
     losses[i] is the mean loss of predicting token i + 1: the model that finds repetitions has a low one from token length + 1 on.
     length is at most 50 and half of block_size; the scores from attention are nan, and losses empty, if that is less than 3.
+    eigenvalues: those of `ov_eigenvalues`, where they are known already.
     """
     vocab_size = vocab_size or model.config.vocab_size
     length = min(50, model.config.block_size // 2, vocab_size)
-    copying = {'copying': copying_scores(ov_eigenvalues(model, vocab_size))}
+    copying = {'copying': copying_scores(ov_eigenvalues(model, vocab_size) if eigenvalues is None else eigenvalues)}
     if length < 3:
         nan = torch.full_like(copying['copying'], float('nan'))
         return {'previous': nan, 'induction': nan, 'duplicate': nan} | copying, torch.empty(0)
@@ -307,12 +311,11 @@ def composition_scores(model):
     gram_o = o.transpose(1, 2) @ o
     size_qk = (gram_q * gram_k).sum(dim=(1, 2)).clamp(min=0).sqrt()  # |A B|^2 is the trace of (A^T A)(B B^T)
     size_ov = (gram_o * gram_v).sum(dim=(1, 2)).clamp(min=0).sqrt()
-    layer = torch.arange(len(q), device=q.device) // model.config.n_head
-    scores = {}
+    nh, scores = model.config.n_head, {}
     for kind, outer, inner, size in (('q', gram_k, q, size_qk), ('k', gram_q, k, size_qk), ('v', gram_o, v, size_ov)):
         score = q.new_zeros(len(q), len(q))
-        for reader in range(model.config.n_head, len(q)):
-            writers = slice(0, int(layer[reader]) * model.config.n_head)
+        for reader in range(nh, len(q)):
+            writers = slice(0, reader // nh * nh)  # all of earlier layers
             middle = inner[reader] @ o[writers]  # (n, hs, hs)
             squared = ((outer[reader] @ middle @ gram_v[writers]) * middle).sum(dim=(1, 2))
             score[reader, writers] = squared.clamp(min=0).sqrt() / (size[reader] * size_ov[writers]).clamp(min=1e-30)
@@ -330,14 +333,12 @@ def token_circuits(model, ids, scale=1.0, vocab_size=None):
     model without positions, else what its tokens contribute.
     """
     E = model.transformer.wte.weight[ids]  # (N, C)
-    U = unembedding(model)[0][:vocab_size]
-    U = U[ids] - U.mean(dim=0)
+    U = against_mean(model, vocab_size)[ids]
     qk, ov = [], []
     for block in model.transformer.h:
         q, k, v = (per_head(model, x)[0] if i else x[0] for i, x in enumerate(block.attn.project(block.ln_1(E)[None])))
         qk.append(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)))  # (nh, N, N)
-        W_O = block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)  # (nh, C, hs)
-        ov.append(v @ W_O.transpose(1, 2) @ U.T * scale)
+        ov.append(v @ output_matrices(model, block).transpose(1, 2) @ U.T * scale)
     return torch.stack(qk), torch.stack(ov)
 
 

@@ -82,13 +82,11 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(gradient, 1 - group['momentum'])
                 torch._foreach_copy_(buffers, list(momentum.unbind()))
                 update = gradient.lerp_(momentum, group['momentum'])  # Nesterov's
-                sharded = is_shard(params[0])
-                if sharded:  # a matrix is made orthogonal as a whole
+                if is_shard(params[0]):  # a matrix is made orthogonal as a whole
                     update = torch.stack([gather_like(u, p) for p, u in zip(params, update)])
                 update = orthogonalize(update) * (lr * max(1, shape[0] / shape[1])**0.5)
                 for p, u in zip(params, update.unbind()):
-                    u = shard_like(u, p) if sharded else u
-                    local(p).mul_(1 - lr * group['weight_decay']).sub_(local(u))
+                    local(p).mul_(1 - lr * group['weight_decay']).sub_(local(shard_like(u, p)))
 
 
 def orthogonalize(x):
@@ -160,16 +158,15 @@ def load_state(optimizer, state):
         raise ValueError('it is not the state of optimizer = adamw')
     groups = [saved | {k: v for k, v in group.items() if k != 'params'}
               for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=True)]
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    values = {i: {name: shard_like(value, params[i]) if is_shard(params[i]) and torch.is_tensor(value) and value.dim() else value
-                  for name, value in each.items()} for i, each in state['state'].items()}
-    optimizer.load_state_dict({'state': values, 'param_groups': groups})
+    optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
     if isinstance(optimizer, Muon):
         optimizer.fill_state()  # a state saved before the first step may be empty
     for p, values in optimizer.state.items():
         for name, value in values.items():
-            if torch.is_tensor(value) and value.dim() > 0 and value.shape != p.shape:
-                raise ValueError(f'{name} has shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')
+            if torch.is_tensor(value) and value.dim() > 0:
+                if value.shape != p.shape:
+                    raise ValueError(f'{name} has shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')
+                values[name] = shard_like(value, p)  # a checkpoint has it whole
 
 
 def learning_rate_at(step, config):

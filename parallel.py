@@ -62,14 +62,18 @@ def whole(value):
 
 
 def gather_like(part, like):
-    """All of a tensor of which part is here, distributed like a parameter; all processes have to call it."""
+    """All of a tensor of which part is here, if it is distributed like `like`; all processes have to call it."""
+    if not is_shard(like):
+        return part
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
 
 
 def shard_like(tensor, like):
-    """The shard of a whole tensor, if it is distributed like `like`; nothing is sent."""
+    """The shard of a whole tensor, if `like` is one; nothing is sent."""
+    if not is_shard(like):
+        return tensor
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

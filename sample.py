@@ -113,7 +113,11 @@ def main(config):
     if config.quantize == 'int8':
         model.quantize()
     block_size = model.config.block_size
-    prompts = [encode_prompt(start, tokenizer, block_size) for start in starts]
+    prompts = [encode_prompt(start, tokenizer) for start in starts]
+    for prompt in prompts:
+        if len(prompt) > block_size:
+            print(f'the prompt has {len(prompt)} tokens: only the last {block_size} are taken', file=sys.stderr)
+    prompts = [prompt[-block_size:] for prompt in prompts]
     for stop in config.stop:
         require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size, f'stop = {stop}: there is no such token id; the '
                                                                            f'vocabulary has {tokenizer.vocab_size}')

@@ -611,7 +611,7 @@ def to_device(x, y, device):
 
 
 @torch.no_grad()
-def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals, sharded):
+def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals):
     """(loss in nats per token, bits per byte) over windows of a split that are the same at every evaluation; -1: all.
 
     (None, None) where a signal to any process asks for a stop: it is then in the signals of every process.
@@ -623,7 +623,7 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals, sharde
     index, longest = windows[rank::world_size], len(windows[::world_size])
     losses, n_tokens, n_bytes = [], 0, 0
     for at in range(0, longest, batch_size):  # equally often in every process: FSDP's compute together
-        if any_process(signals.stop) if sharded else signals.stop:
+        if any_process(signals.stop):
             break
         x, y = split.windows(index[at:at + batch_size])
         targets = y[y >= 0]
@@ -649,9 +649,9 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     """
     start = time.perf_counter()
     n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else data.val.n_windows
-    sharded = parallel.is_shard(raw_model.lm_head.weight)
-    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, signals, sharded)
-    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals, sharded)
+    sharded = parallel.is_shard(raw_model.lm_head.weight)  # asked now: a forward pass leaves the head gathered
+    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, signals)
+    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals)
     if val_loss is None or train_loss is None:
         return None
     if not math.isfinite(val_loss):

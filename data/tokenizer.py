@@ -6,7 +6,6 @@ checkpoints and needs no network to be read again.
 import base64
 import heapq
 import json
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -256,8 +255,8 @@ def read_prompt(start):
         require(False, f'start = {start!r}: cannot read that file: {getattr(error, "strerror", None) or error}')
 
 
-def encode_prompt(text, tokenizer, longest):
-    """Token ids of a prompt, the last `longest` of them. Raises UserError if it is empty or has an unknown character."""
+def encode_prompt(text, tokenizer):
+    """Token ids of a prompt. Raises UserError if it is empty or has an unknown character."""
     try:
         text.encode('utf-8')
         ids = tokenizer.encode(text)
@@ -267,9 +266,7 @@ def encode_prompt(text, tokenizer, longest):
         raise UserError(f'start: {error}') from None
     ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])
     require(ids, 'start is empty: give at least one character to continue')
-    if len(ids) > longest:
-        print(f'the prompt has {len(ids)} tokens: only the last {longest} are taken', file=sys.stderr)
-    return ids[-longest:]
+    return ids
 
 
 def codepoints(text):

@@ -1,6 +1,6 @@
 // Four kinds of pictures: bars, lines, points and matrices. Each draws itself into a figure's .picture, as wide as that is.
 
-import {colour, css, fixed, h, hideTip, mix, s, showTip, signed, textOn} from './core.js';
+import {colour, css, diverging, fixed, h, hideTip, s, showTip, signed, textOn} from './core.js';
 
 /** A drawing of this size in CSS pixels, put in the place of what was there. */
 export function drawing(figure, width, height, label, ...children) {
@@ -335,7 +335,7 @@ export function headGrid(figure, layers, heads, value, label, pick) {
           h('th', {scope: 'row'}, 'L' + l),
           Array.from({length: heads}, (_, k) => {
             const v = value(l, k),
-              rgb = v < 0 ? mix('none', 'warm', -v) : mix('none', 'accent', v);
+              rgb = diverging(v);
             return h(
               'td',
               {

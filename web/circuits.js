@@ -38,7 +38,7 @@ export function buildCircuits() {
   if (facts.n_kv_head !== H)
     box.append(h('p', {class: 'note'}, `${H / facts.n_kv_head} query heads share each key and value head.`));
   buildRepeats(box);
-  if (L > 1 && !arrays.compositions) box.append(missing('compositions'));
+  if (L > 1 && !arrays.compositions) box.append(missing());
   else if (L > 1) buildComposition(box, inexact);
   else box.append(h('p', {class: 'note'}, 'With one layer no head can read what another wrote.'));
 

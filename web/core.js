@@ -59,9 +59,9 @@ export function row(name, ...index) {
 /** Row t of a lower triangle that is stored row by row. */
 export const triangleRow = (triangle, t) => triangle.subarray((t * (t + 1)) / 2, ((t + 1) * (t + 2)) / 2);
 
-/** What was left out to keep the page below its largest size, or null. */
-export const missing = name =>
-  name in arrays ? null : h('p', {class: 'note'}, 'Left out, since the page would be too large. A shorter text brings it back.');
+/** Stands where something was left out to keep the page below its largest size. */
+export const missing = () =>
+  h('p', {class: 'note'}, 'Left out, since the page would be too large. A shorter text brings it back.');
 
 // State -----------------------------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,8 @@ export const DEFAULTS = {
   tour: 0,
   theme: ''
 };
-const LIMITS = {
+/** The values that a key of the address may have: [low, high] here; of a choice, those that its buttons have. */
+export const LIMITS = {
   t: [0, T - 1],
   layer: [0, L - 1],
   head: [0, H - 1],
@@ -93,19 +94,12 @@ const LIMITS = {
   k: [1, facts.vocab_size],
   p: [0.05, 1],
   lens: [0, L],
-  tour: [0, 13],
   versus: [-1, facts.vocab_size - 1],
   source: [-1, T - 1],
   seed: [0, 2 ** 32 - 1],
   threshold: [0, 1]
 };
-const CHOICES = {
-  by: ['previous', 'induction', 'duplicate', 'copying', 'logit'],
-  order: ['place', 'score'],
-  sort: ['place', 'size'],
-  kind: ['k', 'q', 'v'],
-  theme: ['light', 'dark']
-};
+const CHOICES = {theme: ['light', 'dark']};
 export const state = {};
 const watchers = [];
 let building = null,
@@ -194,6 +188,7 @@ export const content = id => document.querySelector(`#${id} .content`);
 /** Buttons of which one is pressed: choices {value: label}, bound to a key of the state. */
 export function choice(key, choices, label) {
   const number = typeof DEFAULTS[key] === 'number';
+  if (!number) CHOICES[key] = Object.keys(choices);
   const box = h(
     'div',
     {class: 'choice', role: 'group', 'aria-label': label},

@@ -22,8 +22,6 @@ import {
   state,
   watch
 } from './core.js';
-import {softmax} from './sampling.js';
-import {logitsAt} from './next.js';
 
 export function buildFlow() {
   const size = (name, t) => arrays['size_' + name].data[t];
@@ -123,11 +121,7 @@ export function buildFlow() {
       );
     };
     const n = facts.embeddings.length;
-    const {logits, ids} = logitsAt(t),
-      p = softmax(logits),
-      best = Array.from(p.keys())
-        .sort((a, b) => p[b] - p[a])
-        .slice(0, 4);
+    const best = Array.from(row('lens_ids', L, t)).slice(0, 4);
     const focused = [...chart.querySelectorAll('[role=button]')].indexOf(document.activeElement);
     drawing(
       chart,
@@ -163,12 +157,9 @@ export function buildFlow() {
         'fill-opacity': 0.24
       }),
       write(width - right + 34, y - 50, 'norm, head', {fill: colour('muted'), 'font-size': 11}),
-      best.map((i, r) => [
-        write(width - right + 34, y - 30 + 20 * r, short(ids ? ids[i] : i, 6), {class: 'mono', 'font-weight': r ? 400 : 700}),
-        write(width - 2, y - 30 + 20 * r, percent(Math.exp(logits[i] - logits[best[0]]) * now(t)), {
-          'text-anchor': 'end',
-          fill: colour('muted')
-        })
+      best.map((id, r) => [
+        write(width - right + 34, y - 30 + 20 * r, short(id, 6), {class: 'mono', 'font-weight': r ? 400 : 700}),
+        write(width - 2, y - 30 + 20 * r, percent(row('lens', L, t)[r]), {'text-anchor': 'end', fill: colour('muted')})
       ])
     ).setAttribute('role', 'group');
     if (focused >= 0) chart.querySelectorAll('[role=button]')[focused].focus({preventScroll: true});
@@ -176,10 +167,6 @@ export function buildFlow() {
       `The stream begins with length ${fixed(streams[0])} and ends with ${fixed(streams[L])}; dashed lines read it, ribbons write into it.`
     );
   });
-  function now(t) {
-    // probability of the likeliest: the last row of the lens
-    return row('lens', L, t)[0];
-  }
 }
 
 export function buildEmbedding() {
@@ -224,7 +211,7 @@ export function buildEmbedding() {
       });
       strips.heading.textContent = `The rows that are added at position ${state.t}: ${C} numbers each, orange below 0, blue above`;
     });
-  } else box.append(missing('embeddings'));
+  } else box.append(missing());
   const near = figure('neighbours', 'Nearest tokens', () => [
     ['token', 'cosine'],
     neighbours().map(({id, value}) => [shown(id), value.toFixed(4)])

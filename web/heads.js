@@ -114,7 +114,7 @@ export function buildHeads() {
   );
   list.picture.append(grid);
   box.append(list);
-  if (!arrays.attention) box.append(missing('attention'));
+  if (!arrays.attention) box.append(missing());
   watch(['theme'], () => {
     if (arrays.attention)
       for (const {l, k, canvas} of thumbs) {
@@ -225,8 +225,8 @@ export function buildHead() {
       pattern.heading.textContent = `Head ${state.layer}.${state.head}: rows look at columns`;
     });
     buildWrites(writes, follow, names);
-  } else box.append(missing('attention'));
-  if (!arrays.q) return box.append(missing('q'));
+  } else box.append(missing());
+  if (!arrays.q) return box.append(missing());
 
   const steps = figure('scores', 'From q·k to attention', () => [
     ['key', 'q·k', 'divided', 'after the mask', 'softmax'],
@@ -340,7 +340,7 @@ function buildWrites(box, follow, names) {
       chart.heading.textContent = `What it writes at ${shown(facts.ids[state.t])}: tokens raised and lowered`;
     });
   }
-  if (!arrays.by_source) return box.append(missing('by_source'));
+  if (!arrays.by_source) return box.append(missing());
   const effects = () => Array.from(triangleRow(row('by_source', state.layer, state.head), state.t), (value, s) => ({s, value}));
   const chart = figure('by-source', 'By source', () => [
     ['source', 'logit'],

@@ -53,7 +53,7 @@ function erf(x) {
 
 export function buildMlp() {
   const box = content('mlp');
-  if (!arrays.neurons) return box.append(missing('neurons'));
+  if (!arrays.neurons) return box.append(missing());
   const starts = facts.neuron_ids.reduce((all, ids) => [...all, all.at(-1) + ids.length], [0]);
   const neurons = () =>
     Array.from(row('neurons', state.layer, state.t), (id, i) => {

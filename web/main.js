@@ -111,7 +111,6 @@ await loadArrays();
   const best = parts.toSorted((a, b) => share(b) - share(a))[0];
   Object.assign(DEFAULTS, {layer: best.layer, head: best.head});
 }
-Object.assign(state, readHash());
 buildTheme();
 buildTop();
 buildStrip();
@@ -130,6 +129,7 @@ const panels = {
 };
 for (const [id, build] of Object.entries(panels)) inSection(id, build);
 buildTour();
+Object.assign(state, readHash()); // now that the panels have said what it may be
 redraw();
 const clearStrip = () => {
   document.documentElement.style.scrollPaddingTop = document.getElementById('strip').offsetHeight + 14 + 'px';

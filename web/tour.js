@@ -1,6 +1,6 @@
 // A guided tour for someone who has never seen a Transformer: each idea with its formula, its shapes, and where to see it here.
 
-import {H, HS, L, T, arrays, facts, fixed, grouped, h, percent, row, set, shown, state, watch} from './core.js';
+import {H, HS, L, LIMITS, T, arrays, facts, fixed, grouped, h, percent, row, set, shown, state, watch} from './core.js';
 import {KINDS, attentionRow, score, scores} from './heads.js';
 import {filtered} from './sampling.js';
 import {logitsAt} from './next.js';
@@ -169,6 +169,7 @@ const STEPS = [
 export function buildTour() {
   const box = document.getElementById('tour'),
     opener = document.getElementById('tour-start');
+  LIMITS.tour = [0, STEPS.length];
   const title = h('h2', {id: 'tour-title'}),
     text = h('p'),
     formula = h('p', {class: 'formula', tabindex: 0, 'aria-label': 'Formula'}),
