@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from configurator import UserError, first_line, require
 from data import bins, tokenizer
@@ -65,7 +64,7 @@ class Checkpoint:
         """The GPT with these weights; override: fields of GPTConfig that may differ, such as dropout."""
         try:
             config = GPTConfig(**self.model_config | override)
-            with torch.device('meta'), SkipInit():  # no time is spent on weights that are replaced
+            with torch.device('meta'):  # no time is spent on weights that are replaced
                 model = GPT(config)
             model.load_state_dict(self.model, assign=True)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -86,14 +85,6 @@ class Checkpoint:
         require(found.vocab_size <= self.model_config['vocab_size'],
                 f'{self.path} has {self.model_config["vocab_size"]} tokens but no tokenizer, and its data set is not here')
         return found
-
-
-class SkipInit(TorchFunctionMode):
-    """Leaves torch.nn.init's functions out (on the meta device they would import torch's compiler, which takes a second)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, '__module__', '') != 'torch.nn.init':
-            return function(*args, **kwargs or {})
 
 
 # A run's folder -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -389,6 +390,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx * (grad / n), dw.mul_(grad / n), None, None, None, None
 
 
+class SkipInit(TorchFunctionMode):
+    """Leaves torch.nn.init's functions out: what a module would draw by itself would be drawn in vain, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__module__', '') != 'torch.nn.init':
+            return function(*args, **kwargs or {})
+
+
 class GPT(nn.Module):
     """nanoGPT's API and parameter names.
 
@@ -401,32 +410,36 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
-        if config.ngram > 1:
-            parts['ngram'] = NgramEmbedding(config)
-        if config.position == 'learned':
-            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['drop'] = nn.Dropout(config.dropout)
-        parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        parts['ln_f'] = make_norm(config)
-        self.transformer = nn.ModuleDict(parts)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        with SkipInit():
+            parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
+            if config.ngram > 1:
+                parts['ngram'] = NgramEmbedding(config)
+            if config.position == 'learned':
+                parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+            parts['drop'] = nn.Dropout(config.dropout)
+            parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            parts['ln_f'] = make_norm(config)
+            self.transformer = nn.ModuleDict(parts)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
-        self.apply(self._init_weights)
-        if config.ngram > 1:
-            nn.init.zeros_(self.transformer.ngram.tables.weight)
-        for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):
-                # 2 n_layer projections add to the residual stream: scaled down so that its variance does not grow with
-                # depth (Radford et al. 2019, section 2.3)
-                nn.init.normal_(p, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+        if not self.lm_head.weight.is_meta:
+            for name, p in self.named_parameters():
+                self.init_weight(name, p)
 
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    @torch.no_grad()
+    def init_weight(self, name, p):
+        """Fill p, the parameter of that name, as GPT-2 does (Radford et al. 2019, section 2.3)."""
+        std = 0.02
+        if name.endswith('c_proj.weight'):
+            # 2 n_layer projections add to the residual stream: scaled down so that its variance does not grow with depth
+            std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+        if p.dim() == 1:
+            p.fill_(float(name.endswith('weight')))  # gains are 1, biases 0
+        elif name == 'transformer.ngram.tables.weight':
+            p.zero_()
+        else:
+            p.normal_(std=std)
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; non_embedding, as in nanoGPT: without the learned positions."""

@@ -31,6 +31,19 @@ def shard(model, device, dtype):
     return fully_shard(model, mesh=mesh)
 
 
+@torch.no_grad()
+def draw(model, device):
+    """Give a model on the meta device the weights that GPT(config) draws, each drawn whole on the CPU and kept as far as it
+    belongs here: no process ever holds a whole model that is in shards.
+    """
+    drawn = {}
+    for name, p in model.named_parameters():
+        whole = torch.empty(p.shape)
+        model.init_weight(name, whole)
+        drawn[p] = torch.nn.Parameter(shard_like(whole.to(device), p))
+    model.load_state_dict({name: drawn[p] for name, p in model.named_parameters(remove_duplicate=False)}, assign=True)
+
+
 def copies(model, device):
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
 

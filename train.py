@@ -215,7 +215,7 @@ def main(config, given, at_exit):
         with main_process_first(rank):  # it may download
             if resume and writes and os.path.isdir(config.out_dir):
                 at_exit.enter_context(ckpt.claim(config.out_dir, say))
-            checkpoint = ckpt.load(config.out_dir if resume else config.init_from)
+            checkpoint = ckpt.load(config.out_dir if resume else config.init_from, mmap=ddp)
     if resume:
         take_saved_config(config, given, checkpoint)
         check(config)
@@ -240,16 +240,15 @@ def main(config, given, at_exit):
     data = bins.open_dataset(folder, model_config['block_size'])
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
                    'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint(), 'job': ckpt.job()}
-    torch.manual_seed(config.seed)
     if checkpoint is None:
-        raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
+        with torch.device('meta'):  # without memory as yet
+            raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
     else:
         check_tokenizers(checkpoint, data.tokenizer, folder)
         raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS})
         raw_model.crop_block_size(model_config['block_size'])
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
-    raw_model.to(device)
     how = parallel.choose(config.parallel, raw_model, device) if ddp and not config.eval_only else None
     if how == 'fsdp':
         if config.deterministic_sum:
@@ -257,6 +256,10 @@ def main(config, given, at_exit):
         if config.sample_every_eval:
             say('note: no process has the whole model, so sample_every_eval prints no samples; sample.py does')
         parallel.shard(raw_model, device, dtype)
+    torch.manual_seed(config.seed)
+    if checkpoint is None:
+        parallel.draw(raw_model, device)
+    raw_model.to(device)
     if config.deterministic_sum and world_size & (world_size - 1):
         fail(f'deterministic_sum = True: give 1, 2, 4, 8, ... processes, not {world_size}')
     optimizer = None if config.eval_only else make_optimizer(raw_model, config)

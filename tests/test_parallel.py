@@ -13,7 +13,8 @@ import torch
 from conftest import TINY
 
 import checkpoint as ckpt
-from parallel import joins
+from model import GPT, GPTConfig
+from parallel import draw, joins
 
 # micro-batches to divide, dropout, and a number of rows that 4 processes do not share evenly
 RUN = (*TINY, '--gradient_accumulation_steps=8', '--dropout=0.1', '--dtype=float32', '--n_embd=36', '--max_iters=8',
@@ -102,3 +103,25 @@ def test_a_tree_is_halved_from_the_top(n):
             right = nodes.pop()
             nodes[-1] = (nodes[-1], right)
     assert nodes == [tree(0, n)]
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'tie_weights': False, 'bias': False, 'position': 'rope', 'norm': 'rmsnorm'},
+        {'ngram': 3, 'ngram_rows': 50, 'zero_init': True, 'activation': 'swiglu', 'n_kv_head': 1},
+    ],
+)
+def test_a_model_without_memory_draws_the_weights_of_any_other(options):
+    config = GPTConfig(**{'block_size': 8, 'vocab_size': 40, 'n_layer': 2, 'n_head': 2, 'n_embd': 32} | options)
+    with torch.device('meta'):
+        model = GPT(config)
+    assert all(p.is_meta for p in model.parameters())
+    torch.manual_seed(1)
+    draw(model, torch.device('cpu'))
+    torch.manual_seed(1)
+    expected = GPT(config)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == config.tie_weights
+    assert all(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=0, rtol=0)
