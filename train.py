@@ -667,7 +667,7 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
         log.write({'step': step, 'train_loss': train_loss, 'val_loss': val_loss, 'val_bits_per_byte': bits,
                    'seconds': round(seconds, 3)})
         if config.sample_every_eval and not sharded:
-            prompt = [data.tokenizer.eot] if data.tokenizer.eot is not None else data.val.tokens[:1].tolist()
+            prompt = [data.tokenizer.eot] if data.tokenizer.eot is not None else data.val.read([0], 1)[0].tolist()
             tokens = raw_model.generate([prompt], 100, temperature=0.8, seed=config.seed, slide=max(1, config.block_size // 8),
                                         vocab_size=data.tokenizer.vocab_size)[0]
             say('\n'.join('  | ' + line for line in data.tokenizer.decode(tokens[1:]).splitlines()))

@@ -1,15 +1,21 @@
-"""Token bins: train.bin and val.bin, one long row of token ids each, with meta.json beside them.
+"""Token bins: train.bin and val.bin, one long row of token ids each, with meta.json beside them. A row of more than 2 GB goes on
+in train_00001.bin, train_00002.bin, ...
 
 Writing never leaves half a data set and never wraps an id. Reading maps the files and draws batches as a pure function of
 (seed, number of samples seen). nanoGPT's bins (uint16, no meta.json, perhaps a meta.pkl) are read too.
 """
+import bisect
 import codecs
 import contextlib
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import pickle
+import re
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,24 +29,36 @@ from files import lock, replace, write_synced, write_text
 
 FORMAT = 1
 COMMIT_BYTES = 2**26  # of text, after which a prepare saves how far it is
+ESTIMATE_BYTES = 2**24  # of text, after which it says how long it will take
+SHARD_BYTES = 2 * 10**9  # of tokens in a file, at most
 PIECE_BYTES = 2**20  # a text file is read in pieces of at most this size, each tokenized by one thread
 
 
 # Writing ------------------------------------------------------------------------------------------------------------------
 
+def shard_path(folder, split, number):
+    return folder / (f'{split}_{number:05d}.bin' if number else f'{split}.bin')
+
+
 class BinWriter:
-    """Appends token ids to a file of uint16, or uint32 where the vocabulary needs it. Raises UserError on an id beyond it.
+    """Appends token ids to the files of a split, uint16, or uint32 where the vocabulary needs it; they have a .tmp behind their
+    names. Raises UserError on an id beyond the vocabulary.
 
     To be used in a with statement, which closes the file; what is written is on the disk after `sync`.
     """
 
-    def __init__(self, path, vocab_size, n_tokens=0):
+    def __init__(self, folder, split, vocab_size, n_tokens=0):
         """n_tokens: so many of an earlier process are kept."""
-        self.file = open(path, 'r+b' if n_tokens else 'wb')
+        self.folder, self.split, self.vocab_size, self.n_tokens = Path(folder), split, vocab_size, n_tokens
         self.dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
-        self.vocab_size = vocab_size
-        self.n_tokens = n_tokens
-        self.file.truncate(n_tokens * self.dtype.itemsize)
+        self.per_shard = SHARD_BYTES // self.dtype.itemsize
+        self.open(max(0, n_tokens - 1) // self.per_shard)
+
+    def open(self, number):
+        """Go on with the shard of this number; what an earlier process wrote into it beyond n_tokens goes."""
+        self.number, kept = number, self.n_tokens - number * self.per_shard
+        self.file = open(temporary(shard_path(self.folder, self.split, number)), 'r+b' if kept else 'wb')
+        self.file.truncate(kept * self.dtype.itemsize)
         self.file.seek(0, os.SEEK_END)
 
     def append(self, ids):
@@ -49,12 +67,23 @@ class BinWriter:
             wrong = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
             raise UserError(f'{self.file.name}: token id {ids[wrong]} at position {self.n_tokens + wrong} does not fit '
                             f'a vocabulary of {self.vocab_size}')
-        self.file.write(ids.astype(self.dtype).tobytes())
-        self.n_tokens += ids.size
+        while ids.size:
+            room = (self.number + 1) * self.per_shard - self.n_tokens
+            if not room:
+                self.sync()
+                self.file.close()
+                self.open(self.number + 1)
+                room = self.per_shard
+            self.file.write(ids[:room].astype(self.dtype).tobytes())
+            self.n_tokens += len(ids[:room])
+            ids = ids[room:]
 
     def sync(self):
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def paths(self):
+        return [shard_path(self.folder, self.split, number) for number in range(self.number + 1)]
 
     def __enter__(self):
         return self
@@ -63,25 +92,29 @@ class BinWriter:
         self.file.close()
 
 
+def temporary(path):
+    return path.with_name(path.name + '.tmp')
+
+
 @dataclass
 class Piece:
     """A piece of text on its way into a bin."""
     split: str  # 'train' or 'val'
     text: str
     ends_document: bool = False  # `<|endoftext|>` follows, where the tokenizer has one
+    state: dict | None = None  # with which the source goes on behind this piece, if it can
 
 
-def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_tokens=None):
+def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_tokens=None, expected_tokens=None):
     """Tokenize pieces into folder/train.bin and val.bin, with meta.json; returns meta. Memory stays bounded.
 
-    source: what the text is, for meta.json. total_bytes: for the progress bar. max_tokens: stop after so many.
+    pieces: an iterable, or a function that makes one and goes on behind the piece whose state it is given. source: what the text
+    is, for meta.json. total_bytes or expected_tokens: for the progress bar and the estimate. max_tokens: stop after so many.
     Everything is written under temporary names and renamed at the end, val.bin last: only a whole data set has all three. Every
     64 MB of text what is there so far is committed: killed or interrupted and called again, it goes on from there.
     """
     require(max_tokens is None or max_tokens > 0, f'max_tokens = {max_tokens}: give more than 0')
     folder = Path(folder)
-    names = ('meta.json', 'train.bin', 'val.bin')
-    temporary = {name: folder / f'{name}.tmp' for name in names}
     held = lock(folder, str(folder))
     keep = False
     try:
@@ -91,8 +124,8 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
         if not keep:
             (folder / 'progress.json').unlink(missing_ok=True)  # of another text
         sha256, n_bytes, n_pieces = hashlib.sha256(), {'train': 0, 'val': 0}, 0
-        with BinWriter(temporary['train.bin'], tokenizer.vocab_size, done['train']) as train, \
-                BinWriter(temporary['val.bin'], tokenizer.vocab_size, done['val']) as val, \
+        with BinWriter(folder, 'train', tokenizer.vocab_size, done['train']) as train, \
+                BinWriter(folder, 'val', tokenizer.vocab_size, done['val']) as val, \
                 tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, ThreadPoolExecutor() as pool:
             writers = {'train': train, 'val': val}
 
@@ -104,27 +137,42 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                 n_pieces += 1
                 bar.update(len(raw))
 
-            pieces = iter(pieces)
-            for piece in itertools.islice(pieces, done['pieces']):  # in the bins already
-                count(piece)
-            keep = keep and (done['sha256'], done['bytes']) == (sha256.hexdigest(), n_bytes)
-            require(keep or not done['pieces'],
-                    f'{source} has changed since a prepare of it was interrupted, which is forgotten now: run this again')
+            pieces = iter(pieces(done['state']) if callable(pieces) else pieces)
+            if done['state']:  # what is in the bins already is not even read
+                sha256, n_bytes, n_pieces = hashlib.sha256(bytes.fromhex(done['sha256'])), done['bytes'], done['pieces']
+                bar.update(sum(n_bytes.values()))
+            else:
+                for piece in itertools.islice(pieces, done['pieces']):
+                    count(piece)
+                keep = keep and (done['sha256'], done['bytes']) == (sha256.hexdigest(), n_bytes)
+                require(keep or not done['pieces'],
+                        f'{source} has changed since a prepare of it was interrupted, which is forgotten now: run this again')
             committed = sum(n_bytes.values())
+            told, start, n_before = False, time.perf_counter(), committed
             for piece, ids in encoded(pieces, tokenizer, pool):
                 writers[piece.split].append(ids)
                 if piece.ends_document and tokenizer.eot is not None:
                     writers[piece.split].append([tokenizer.eot])
                 count(piece)
-                if max_tokens and train.n_tokens + val.n_tokens >= max_tokens:
+                n_tokens, size = train.n_tokens + val.n_tokens, sum(n_bytes.values())
+                if max_tokens and n_tokens >= max_tokens:
                     break
-                if sum(n_bytes.values()) - committed >= COMMIT_BYTES:
+                if not told and size - n_before >= ESTIMATE_BYTES:
+                    told, speed = True, (size - n_before) / (time.perf_counter() - start)
+                    whole = n_tokens * total_bytes / size if total_bytes else expected_tokens
+                    whole = min(filter(None, (whole, max_tokens)), default=None)
+                    if whole:
+                        bar.total = whole * size / n_tokens
+                        check_room(folder, whole, n_tokens, train.dtype.itemsize, (bar.total - size) / speed, bar)
+                if size - committed >= COMMIT_BYTES:
                     train.sync()
                     val.sync()
                     write_text(folder / 'progress.json', json.dumps({
                         'made_by': made_by, 'pieces': n_pieces, 'sha256': sha256.hexdigest(), 'bytes': n_bytes,
-                        'train': train.n_tokens, 'val': val.n_tokens}))
-                    committed, keep = sum(n_bytes.values()), True
+                        'train': train.n_tokens, 'val': val.n_tokens, 'state': piece.state}))
+                    committed, keep = size, True
+                    if piece.state:
+                        sha256 = hashlib.sha256(sha256.digest())  # goes on from what was saved
             train.sync()
             val.sync()
         keep = False
@@ -134,19 +182,19 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                 **{f'{split}_bytes': n_bytes[split] for split in writers}, 'tokenizer': tokenizer.to_dict()}
         for split, writer in writers.items():
             require(writer.n_tokens > 1, f'{source}: too little text, nothing is left for {split}.bin')
-        write_synced(temporary['meta.json'], json.dumps(meta, ensure_ascii=False))
+        write_synced(temporary(folder / 'meta.json'), json.dumps(meta, ensure_ascii=False))
         if (folder / 'train.bin').exists():
             print(f'replacing the data set that was in {folder}')
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-        for name in names:
-            replace(temporary[name], folder / name)
+        for path in files_of(folder):
+            path.unlink()
+        for path in [folder / 'meta.json', *train.paths(), *reversed(val.paths())]:
+            replace(temporary(path), path)
     except OSError as error:
         raise UserError(f'{folder}: cannot write there: {error.strerror or error}') from None
     finally:
         if keep:
             print('interrupted; the same command goes on from here')
-        for path in [] if keep else [*temporary.values(), folder / 'progress.json']:
+        for path in [] if keep else [*files_of(folder, '.tmp'), folder / 'progress.json']:
             with contextlib.suppress(OSError):
                 path.unlink()
         held.close()
@@ -156,17 +204,35 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     return meta
 
 
+def files_of(folder, suffix=''):
+    """The files of a folder that a data set consists of, with a suffix behind their names."""
+    names = re.compile(r'meta\.json|(train|val)(_\d{5})?\.bin')
+    return [path for path in folder.glob('*' + suffix) if names.fullmatch(path.name.removesuffix(suffix))]
+
+
+def check_room(folder, n_tokens, n_done, itemsize, seconds, bar):
+    """Say how much there is to come: tokens, bytes on the disk, seconds. Raises UserError if the disk has too little room."""
+    need, free = (n_tokens - n_done) * itemsize, shutil.disk_usage(folder).free
+    bar.write(f'about {n_tokens / 1e6:,.0f} million tokens, {n_tokens * itemsize / 1e9:,.1f} GB on the disk, where '
+              f'{free / 1e9:,.1f} GB are free; {seconds / 60:,.1f} minutes to go')
+    require(free >= need, f'{folder}: {need / 1e9:,.1f} GB are still to come, {free / 1e9:,.1f} GB are free: free some room or '
+                          f'prepare less')
+
+
 def read_progress(folder, made_by, itemsize):
     """What a prepare of the same text by the same tokenizer committed before it was interrupted; nothing, if there was none."""
+    per_shard = SHARD_BYTES // itemsize
     try:
         progress = json.loads((folder / 'progress.json').read_text(encoding='utf-8'))
-        whole = all((folder / f'{split}.bin.tmp').stat().st_size >= progress[split] * itemsize for split in ('train', 'val'))
-        if progress['made_by'] == made_by and whole:
+        whole = all(temporary(shard_path(folder, split, first // per_shard)).stat().st_size
+                    >= min(per_shard, progress[split] - first) * itemsize
+                    for split in ('train', 'val') for first in range(0, progress[split], per_shard))
+        if progress['made_by'] == made_by and whole and 'state' in progress:
             print(f'{folder}: going on behind the {progress["train"] + progress["val"]:,} tokens of an interrupted prepare')
             return progress
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    return {'pieces': 0, 'train': 0, 'val': 0}
+    return {'pieces': 0, 'train': 0, 'val': 0, 'state': None}
 
 
 def encoded(pieces, tokenizer, pool, size=2**24):
@@ -182,22 +248,29 @@ def encoded(pieces, tokenizer, pool, size=2**24):
 
 
 def hub_documents(path, name, val_every):
-    """The texts of a data set of Hugging Face's hub (or of a local folder of parquet or JSON lines), streamed shard by shard,
-    as Pieces: every val_every-th document goes to the val split. Raises UserError where the optional `datasets` is missing.
+    """The texts of a data set of Hugging Face's hub (or of a local folder of parquet or JSON lines), streamed shard by shard, as
+    a function for `write_dataset`: every val_every-th document goes to the val split. Raises UserError where the optional
+    `datasets` is missing.
     """
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError('streaming from the hub needs the optional package datasets: pip install datasets') from None
 
-    def pieces():
+    def pieces(state):
         try:
-            for i, document in enumerate(load_dataset(path, name, split='train', streaming=True)):
-                yield Piece('val' if i % val_every == val_every - 1 else 'train', document['text'], ends_document=True)
-        except (OSError, ValueError, KeyError) as error:  # no network, no such data set, no column of text
-            raise UserError(f'{path}: cannot be read: {first_line(error)}; check the network and the name') from None
+            documents, first = load_dataset(path, name, split='train', streaming=True), 0
+            if state:
+                documents.load_state_dict(state['documents'])
+                first = state['number']
+            for i, document in enumerate(documents, first):
+                yield Piece('val' if i % val_every == val_every - 1 else 'train', document['text'], ends_document=True,
+                            state={'documents': documents.state_dict(), 'number': i + 1})
+        except Exception as error:  # no network, no such data set, no column of text: datasets raises whatever lies below it
+            raise UserError(f'{path}: cannot be read: {type(error).__name__}: {first_line(error)}; check the network and the name'
+                            ) from None
 
-    return pieces()
+    return pieces
 
 
 def split_at_end(texts, total_bytes, val_fraction=0.1):
@@ -237,36 +310,67 @@ def read_pieces(path, size=PIECE_BYTES):
 # Reading ------------------------------------------------------------------------------------------------------------------
 
 class TokenBin:
-    """A mapped bin of n_tokens ids, cut into windows of block_size. Raises UserError if it cannot be used for that."""
+    """The n_tokens ids of a split, cut into windows of block_size. The files are mapped: however large they are, that takes no
+    time and no memory. Raises UserError if they cannot be used.
+    """
 
-    def __init__(self, path, dtype, vocab_size, block_size):
-        try:
-            n_bytes = os.path.getsize(path)
-        except OSError as error:
-            raise UserError(f'{path}: {error.strerror}; prepare the data set again') from None
-        require(n_bytes > 0, f'{path} is empty; prepare the data set again')
-        require(n_bytes % dtype.itemsize == 0, f'{path}: its size, {n_bytes} bytes, is not a multiple of {dtype.itemsize} '
-                                               f'({dtype.name}): the file is cut off; prepare the data set again')
-        self.path, self.vocab_size, self.block_size = path, vocab_size, block_size
-        self.tokens = np.memmap(path, dtype=dtype, mode='r')
-        self.n_tokens = len(self.tokens)
-        require(self.n_tokens > block_size, f'{path} has {self.n_tokens} tokens: block_size = {block_size} needs at least '
+    def __init__(self, folder, split, dtype, vocab_size, block_size, n_tokens=None):
+        """n_tokens: how many there should be, in one or more files; None: as many as there are in one, as with nanoGPT's bins."""
+        folder = Path(folder)
+        self.path, self.dtype, self.vocab_size, self.block_size = shard_path(folder, split, 0), dtype, vocab_size, block_size
+        self.shards, self.ends = [], []  # of each file: its ids, and how many there are up to its end
+        while not self.shards or n_tokens is not None and self.n_tokens < n_tokens:
+            path = shard_path(folder, split, len(self.shards))
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except FileNotFoundError as error:
+                require(self.shards, f'{path}: {error.strerror}; prepare the data set again')
+                break
+            try:
+                n_bytes = os.fstat(file).st_size
+                if n_bytes == 0 or n_bytes % dtype.itemsize:
+                    raise UserError(f'{path}: its size, {n_bytes} bytes, is no multiple of {dtype.itemsize}, or 0: it is cut '
+                                    f'off; prepare the data set again')
+                mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+            finally:
+                os.close(file)
+            self.shards.append(np.frombuffer(mapped, dtype))
+            self.ends.append(self.n_tokens + len(self.shards[-1]))
+        files = f' in {len(self.shards)} files' * (len(self.shards) > 1)
+        require(n_tokens in (None, self.n_tokens), f'{self.path} has {self.n_tokens} tokens{files} where meta.json says '
+                                                   f'{n_tokens}; prepare the data set again')
+        require(self.n_tokens > block_size, f'{self.path} has {self.n_tokens} tokens: block_size = {block_size} needs at least '
                                             f'{block_size + 1}; lower --block_size or prepare more text')
         self.n_windows = -(-(self.n_tokens - 1) // block_size)  # of the whole split, the last one perhaps shorter
-        if vocab_size <= np.iinfo(dtype).max:
-            for first in range(0, min(self.n_tokens, 2**29), 2**24):  # 1 GB of uint16; what lies beyond is checked as read
-                block = self.tokens[first:first + 2**24]
-                if block.max() >= vocab_size:
-                    self._read(first + np.argmax(block >= vocab_size))
 
-    def _read(self, at):
-        """The ids at these positions, as int64. Raises UserError if one is beyond the vocabulary."""
-        ids = self.tokens[at]
-        if ids.max(initial=0) >= self.vocab_size:
-            wrong = np.argmax(ids >= self.vocab_size)
-            raise UserError(f'{self.path}: token id {ids.flat[wrong]} at position {at.flat[wrong]} is not below vocab_size = '
+    @property
+    def n_tokens(self):
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, starts, count):
+        """The ids from each of these positions on, 0 past the end. -> (len(starts), count) int64. Raises UserError if one is
+        beyond the vocabulary.
+        """
+        rows = np.zeros((len(starts), count), self.dtype)
+        for row, start in zip(rows, starts):
+            number, done = bisect.bisect_right(self.ends, start), 0
+            while done < count and number < len(self.shards):  # a row may cross into the next file
+                first = start + done - (self.ends[number] - len(self.shards[number]))
+                part = self.shards[number][first:first + count - done]
+                row[done:done + len(part)] = part
+                number, done = number + 1, done + len(part)
+        if rows.max(initial=0) >= self.vocab_size:
+            i, j = np.argwhere(rows >= self.vocab_size)[0].tolist()
+            raise UserError(f'{self.path}: token id {rows[i, j]} at position {starts[i] + j} is not below vocab_size = '
                             f'{self.vocab_size}; it was made with another tokenizer: prepare the data set again')
-        return ids.astype(np.int64)
+        return rows.astype(np.int64)
+
+    def samples(self):
+        """The ids by which a split is known again, part by part: all up to 2**25, else 64 parts of 2**15, evenly spread."""
+        small = self.n_tokens <= 2**25
+        starts = range(0, self.n_tokens, 2**22) if small else np.linspace(0, self.n_tokens - 2**15, 64, dtype=np.int64).tolist()
+        for start in starts:
+            yield self.read([start], min(2**22, self.n_tokens - start) if small else 2**15)[0]
 
     def batch(self, first_sample, count, seed):
         """Samples first_sample .. first_sample + count - 1 of the endless, shuffled row of training samples.
@@ -285,16 +389,16 @@ class TokenBin:
             here = epoch == e
             block[here] = permute(place[here], n_blocks, key)
             offset[here] = mix(key) % np.uint64(min(T, self.n_tokens - n_blocks * T))
-        start = (block * np.uint64(T) + offset).astype(np.int64)
-        window = self._read(start[:, None] + np.arange(T + 1))  # (count, T + 1)
+        window = self.read((block * np.uint64(T) + offset).tolist(), T + 1)  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 
     def windows(self, index):
         """Windows of the split laid end to end, by number. -> x, y (len(index), block_size) int64; y is -1 past the end."""
         T = self.block_size
-        at = np.asarray(index, dtype=np.int64)[:, None] * T + np.arange(T + 1)
-        window = self._read(np.minimum(at, self.n_tokens - 1))  # (len(index), T + 1)
-        return window[:, :-1], np.where(at[:, 1:] < self.n_tokens, window[:, 1:], -1)
+        starts = np.asarray(index, dtype=np.int64) * T
+        window = self.read(starts.tolist(), T + 1)  # (len(index), T + 1)
+        following = starts[:, None] + np.arange(1, T + 1)
+        return window[:, :-1], np.where(following < self.n_tokens, window[:, 1:], -1)
 
     def evaluation_windows(self, count):
         """Numbers of `count` windows, always the same ones, spread over the split by chance; -1: all."""
@@ -311,18 +415,14 @@ class Dataset:
     token_bytes: np.ndarray  # (vocab_size,) the length of each token's text; `<|endoftext|>` is not in the text: 0
 
     def fingerprint(self):
-        """A sha256 by which a resumed run knows its data again: of all bytes of a bin up to 64 MB, else of its length and 64
-        pieces of 1 MB, evenly spread.
+        """A sha256 by which a resumed run knows its data again: of the number of ids, and of each split's samples. Raises
+        UserError if one of these is beyond the vocabulary; all others are checked when they are read.
         """
         sha256 = hashlib.sha256()
         for split in (self.train, self.val):
-            content = split.tokens.view(np.uint8)
-            sha256.update(f'{split.tokens.dtype.str} {len(content)} '.encode())
-            if len(content) <= 2**26:
-                sha256.update(content)
-            else:
-                for start in np.linspace(0, len(content) - 2**20, 64, dtype=np.int64):
-                    sha256.update(content[start:start + 2**20])
+            sha256.update(f'{split.dtype.str} {split.n_tokens * split.dtype.itemsize} '.encode())
+            for ids in split.samples():
+                sha256.update(ids.astype(split.dtype))
         return sha256.hexdigest()
 
 
@@ -343,11 +443,8 @@ def open_dataset(folder, block_size):
     meta = read_meta(folder)
     tokenizer = open_tokenizer(folder) or gpt2()
     dtype = np.dtype(meta['dtype'] if meta else 'uint16').newbyteorder('<')
-    train, val = (TokenBin(folder / f'{split}.bin', dtype, tokenizer.vocab_size, block_size) for split in ('train', 'val'))
-    for split, tokens in (('train', train), ('val', val)):
-        require(meta is None or tokens.n_tokens == meta[f'{split}_tokens'],
-                f'{tokens.path} has {tokens.n_tokens} tokens where meta.json says {meta and meta[f"{split}_tokens"]}; '
-                f'prepare the data set again')
+    train, val = (TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, meta and meta[f'{split}_tokens'])
+                  for split in ('train', 'val'))
     token_bytes = np.array([len(token) for token in tokenizer.token_bytes])
     if tokenizer.eot is not None:
         token_bytes[tokenizer.eot] = 0

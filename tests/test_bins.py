@@ -28,11 +28,15 @@ def write(folder, text, made=None, **options):
     return bins.write_dataset(folder, bins.split_at_end([(text, False)], len(text.encode())), made, 'a test', **options)
 
 
+def everything(split):
+    return split.read([0], split.n_tokens)[0].tolist()
+
+
 def test_text_comes_back_whole(tmp_path, text):
     text = text.encode('ascii', errors='ignore').decode()
     meta = write(tmp_path, text)
     data = bins.open_dataset(tmp_path, 64)
-    assert data.tokenizer.decode(data.train.tokens.tolist()) + data.tokenizer.decode(data.val.tokens.tolist()) == text
+    assert data.tokenizer.decode(everything(data.train)) + data.tokenizer.decode(everything(data.val)) == text
     assert data.train.n_tokens == int(len(text) * 0.9)  # as nanoGPT cuts it
     assert meta == json.loads((tmp_path / 'meta.json').read_text())
     import hashlib
@@ -56,7 +60,7 @@ def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path, text):
 
 
 def test_an_id_beyond_the_vocabulary_is_never_wrapped(tmp_path):
-    with bins.BinWriter(tmp_path / 'x.bin', 65536) as writer:
+    with bins.BinWriter(tmp_path, 'train', 65536) as writer:
         writer.append([1, 2, 3])
         for wrong in ([5, 65536], [5, -1]):
             with pytest.raises(UserError, match=f'token id {wrong[1]} at position 4 '):
@@ -80,8 +84,9 @@ def test_documents_end_and_splits_fall_on_whole_characters(tmp_path):
     made = tokenizer.train_bpe([t for t, _ in documents], 260)
     bins.write_dataset(tmp_path, pieces, made, 'two documents')
     data = bins.open_dataset(tmp_path, 4)
-    assert (np.asarray(data.train.tokens) == made.eot).sum() == 1 and data.val.tokens[-1] == made.eot
-    assert data.token_bytes[data.train.tokens].sum() + data.token_bytes[data.val.tokens].sum() == size  # eot has no bytes
+    train, val = everything(data.train), everything(data.val)
+    assert train.count(made.eot) == 1 and val[-1] == made.eot
+    assert data.token_bytes[train + val].sum() == size  # eot has no bytes
 
 
 @pytest.mark.parametrize('content', ['日本語 ' * 1000, 'x' * 3000, '🙂' * 800, 'ab\n' * 900, 'short', ''])
@@ -96,9 +101,12 @@ def test_a_file_is_read_in_pieces_of_bounded_size(tmp_path, content):
         list(bins.read_pieces(tmp_path / 'x.txt', 16))
 
 
-def make_bin(tmp_path, n_tokens, block_size, name='x.bin'):
-    np.arange(n_tokens, dtype='<u2').tofile(tmp_path / name)
-    return bins.TokenBin(tmp_path / name, np.dtype('<u2'), 65536, block_size)
+def make_bin(tmp_path, n_tokens, block_size, lengths=None):
+    """Upwards from 0, in files of these lengths."""
+    ends = np.cumsum(lengths or [n_tokens])
+    for number, ids in enumerate(np.split(np.arange(n_tokens, dtype='<u2'), ends[:-1])):
+        ids.tofile(tmp_path / (f'train_{number:05d}.bin' if number else 'train.bin'))
+    return bins.TokenBin(tmp_path, 'train', np.dtype('<u2'), 65536, block_size, n_tokens)
 
 
 def test_batches_are_a_pure_function_of_seed_and_samples_seen(tmp_path):
@@ -111,6 +119,19 @@ def test_batches_are_a_pure_function_of_seed_and_samples_seen(tmp_path):
         np.testing.assert_array_equal(again_x, x[first : first + count])
         np.testing.assert_array_equal(again_y, y[first : first + count])
     assert not np.array_equal(data.batch(0, 200, seed=2)[0], x)
+
+
+@pytest.mark.parametrize('lengths', [[999, 1], [1, 999], [300, 300, 300, 100], [10] * 100])
+def test_batches_are_drawn_over_many_files_as_over_one(tmp_path, lengths):
+    (tmp_path / 'one').mkdir()
+    one, many = make_bin(tmp_path / 'one', 1000, 16), make_bin(tmp_path, 1000, 16, lengths)
+    assert len(many.shards) == len(lengths)
+    for a, b in zip(
+        one.batch(0, 200, seed=1) + one.windows(range(63)),
+        many.batch(0, 200, seed=1) + many.windows(range(63)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize('n_tokens, block_size', [(1000, 16), (50, 16), (33, 16), (32, 16), (18, 16), (17, 16), (5, 1), (2, 1)])
@@ -183,9 +204,9 @@ def break_folder(folder, what):
 
 BROKEN = {
     'missing': 'val.bin',
-    'empty': 'train.bin is empty',
-    'odd': 'train.bin: its size',
-    'short': 'val.bin has 10 tokens: block_size',
+    'empty': 'train.bin: its size, 0 bytes',
+    'odd': 'bytes, is no multiple of 2',
+    'short': 'val.bin has 10 tokens where meta.json says',
     'beyond': 'train.bin: token id 40000 at position 123',
     'other': 'tokens where meta.json says',
     'meta': 'meta.json',
@@ -198,13 +219,17 @@ def test_a_broken_data_set_is_named(tmp_path, text, what, words):
     write(tmp_path, text)
     break_folder(tmp_path, what)
     with pytest.raises(UserError, match=re.escape(words)):
-        bins.open_dataset(tmp_path, 64)
+        bins.open_dataset(tmp_path, 64).fingerprint()
 
 
-def test_an_id_that_was_not_scanned_is_found_when_it_is_drawn(tmp_path):
-    np.full(1000, 3, dtype='<u2').tofile(tmp_path / 'x.bin')
-    data = bins.TokenBin(tmp_path / 'x.bin', np.dtype('<u2'), 10, 16)
-    np.full(1000, 11, dtype='<u2').tofile(tmp_path / 'x.bin')  # the map shows what came after the scan
+def test_a_split_shorter_than_a_context_is_named(tmp_path):
+    with pytest.raises(UserError, match='train.bin has 16 tokens: block_size = 16 needs at least 17'):
+        make_bin(tmp_path, 16, 16)
+
+
+def test_an_id_beyond_the_vocabulary_is_found_when_it_is_drawn(tmp_path):
+    np.full(1000, 11, dtype='<u2').tofile(tmp_path / 'train.bin')
+    data = bins.TokenBin(tmp_path, 'train', np.dtype('<u2'), 10, 16)
     with pytest.raises(UserError, match='token id 11 at position'):
         data.batch(0, 1, seed=0)
 
@@ -222,7 +247,7 @@ def nanogpt_folder(folder, text):
 def test_nanogpts_bins_are_read(tmp_path, text):
     nanogpt_folder(tmp_path, text)
     data = bins.open_dataset(tmp_path, 64)
-    assert data.tokenizer.decode(data.train.tokens.tolist()) + data.tokenizer.decode(data.val.tokens.tolist()) == text
+    assert data.tokenizer.decode(everything(data.train)) + data.tokenizer.decode(everything(data.val)) == text
 
 
 class Evil:
@@ -246,6 +271,28 @@ def test_a_pickle_can_do_nothing(tmp_path, text, payload):
     with pytest.raises(UserError, match='meta.pkl'):
         bins.open_dataset(tmp_path, 64)
     assert not (tmp_path / 'ran').exists()
+
+
+def test_what_is_too_long_for_one_file_goes_on_in_others(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(bins, 'SHARD_BYTES', 2 * 1001)
+    text = text[:9999]
+    meta = write(tmp_path, text)
+    names = ['train.bin', *(f'train_{n:05d}.bin' for n in range(1, -(-meta['train_tokens'] // 1001))), 'val.bin']
+    assert sorted(path.name for path in tmp_path.glob('*.bin')) == names
+    assert all((tmp_path / name).stat().st_size == 2002 for name in names[:-2])
+    data = bins.open_dataset(tmp_path, 64)
+    assert data.tokenizer.decode(everything(data.train) + everything(data.val)) == text
+    before = data.fingerprint()
+    ids = np.fromfile(tmp_path / names[3], '<u2')
+    ids[:2] = ids[1] + 1, 1
+    ids.tofile(tmp_path / names[3])
+    assert bins.open_dataset(tmp_path, 64).fingerprint() != before
+
+    (tmp_path / names[3]).rename(tmp_path / 'elsewhere')
+    with pytest.raises(UserError, match=f'has 3003 tokens in 3 files where meta.json says {meta["train_tokens"]}'):
+        bins.open_dataset(tmp_path, 64)
+    write(tmp_path, text[:999])  # a shorter one leaves nothing of the longer
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['.lock', 'elsewhere', 'meta.json', 'train.bin', 'val.bin']
 
 
 def test_no_more_tokens_are_written_than_asked_for(tmp_path):

@@ -441,13 +441,14 @@ def test_your_own_text_becomes_a_data_set(run, refused, clone, tmp_path, text):
     result = run('data/text/prepare.py', '--input', tmp_path / 'in', '--tokenizer', 'bpe', '--vocab_size', 400, '--dataset=mine')
     assert '1 files are not UTF-8 text' in result.stdout and 'train.bin' in result.stdout and '100%' in result.stderr
     data = bins.open_dataset(clone / 'data' / 'mine', 32)
-    everything = data.tokenizer.decode([*data.train.tokens.tolist(), *data.val.tokens.tolist()])
+    everything = data.tokenizer.decode([*data.train.read([0], data.train.n_tokens)[0], *data.val.read([0], data.val.n_tokens)[0]])
     assert sorted(filter(None, everything.split('<|endoftext|>'))) == sorted([text[:30000], text[30000:]])
     for kind in ('char', 'byte'):
         result = run('data/text/prepare.py', f'--input={tmp_path}/in/a.txt', f'--tokenizer={kind}', '--dataset=mine')
         assert 'replacing the data set' in result.stdout
         data = bins.open_dataset(clone / 'data' / 'mine', 32)
-        assert data.tokenizer.decode([*data.train.tokens.tolist(), *data.val.tokens.tolist()]) == text[:30000]
+        ids = [*data.train.read([0], data.train.n_tokens)[0], *data.val.read([0], data.val.n_tokens)[0]]
+        assert data.tokenizer.decode(ids) == text[:30000]
     run('train.py', '--dataset=mine', f'--out_dir={tmp_path}/out', '--max_iters=1', *TINY)
     refused('data/text/prepare.py', says='--input=PATH')
     for name in ('', '../config', 'text/prepare.py'):
@@ -462,7 +463,7 @@ def test_a_small_data_set_is_prepared_when_it_is_missing(run, clone, tmp_path):
     result = run('train.py', '--dataset=python_stdlib', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1')
     assert 'running python data/python_stdlib/prepare.py' in result.stdout and '100%' in result.stderr
     data = bins.open_dataset(clone / 'data' / 'python_stdlib', 32)
-    assert data.tokenizer.vocab_size == 2048 and 'def ' in data.tokenizer.decode(data.train.tokens[:5000].tolist())
+    assert data.tokenizer.vocab_size == 2048 and 'def ' in data.tokenizer.decode(data.train.read([0], 5000)[0].tolist())
     assert data.train.n_tokens > 1_000_000
 
 

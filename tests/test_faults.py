@@ -251,7 +251,7 @@ def swap(path):
 DATA = {
     'changed since the checkpoint': (lambda data: swap(data / 'train.bin'), 'the bins have changed'),
     'odd size': (lambda data: (data / 'train.bin').write_bytes(b'123'), 'not a multiple of 2'),
-    'empty': (lambda data: (data / 'val.bin').write_bytes(b''), 'val.bin is empty'),
+    'empty': (lambda data: (data / 'val.bin').write_bytes(b''), 'val.bin: its size, 0 bytes'),
     'missing': (lambda data: (data / 'train.bin').unlink(), 'train.bin: No such file'),
     'id beyond the vocabulary': (lambda data: overwrite(data / 'train.bin', 5000, 60000), 'token id 60000 at position 5000'),
     'cut off': (lambda data: os.truncate(data / 'train.bin', 2000), 'where meta.json says'),
@@ -274,10 +274,10 @@ def test_broken_data_are_named_before_a_step_is_done(run, refused, char_data, ou
 
 
 def test_an_id_beyond_its_file_format_is_never_written(tmp_path):
-    code = f'from data.bins import BinWriter; w = BinWriter({str(tmp_path / "x.bin")!r}, 65536); w.append([65535, 65536])'
+    code = f'from data.bins import BinWriter; w = BinWriter({str(tmp_path)!r}, "train", 65536); w.append([65535, 65536])'
     result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert 'token id 65536 at position 1' in result.stderr
-    assert (tmp_path / 'x.bin').stat().st_size == 0
+    assert (tmp_path / 'train.bin.tmp').stat().st_size == 0
 
 
 # SIGKILL: the run is resumed, and becomes the same run --------------------------------------------------------------------------
@@ -375,7 +375,7 @@ PREPARE = '''
 import os, signal, sys
 from data import bins, tokenizer
 text, kill_at = open(sys.argv[2], encoding='utf-8').read(), int(sys.argv[3])
-bins.COMMIT_BYTES = 20_000
+bins.COMMIT_BYTES, bins.SHARD_BYTES = 20_000, 30_000
 def pieces():
     for i in range(0, len(text), 1000):
         if i // 1000 == kill_at:
@@ -400,8 +400,8 @@ def test_a_prepare_killed_again_and_again_goes_on_and_ends_with_the_same_bins(cl
         assert not (tmp_path / 'killed' / 'val.bin').exists()
     result = prepare('killed')
     assert 'going on behind the' in result.stdout and result.returncode == 0, result.stderr
-    names = ['.lock', 'meta.json', 'train.bin', 'val.bin']
-    assert sorted(path.name for path in (tmp_path / 'killed').iterdir()) == names
+    names = sorted(path.name for path in (tmp_path / 'whole').iterdir())
+    assert sorted(path.name for path in (tmp_path / 'killed').iterdir()) == names and 'train_00001.bin' in names
     for name in names:
         assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
@@ -415,6 +415,49 @@ def test_a_prepare_killed_again_and_again_goes_on_and_ends_with_the_same_bins(cl
     result = prepare('changed')
     assert 'a text has changed since a prepare of it was interrupted' in result.stderr
     assert prepare('changed').returncode == 0
+
+
+STREAM = '''
+import os, signal, sys
+from data import bins, tokenizer
+kill_at, read = int(sys.argv[3]), 0
+bins.COMMIT_BYTES = 50_000
+pieces, encoded = bins.hub_documents(sys.argv[2], None, val_every=10), bins.encoded
+def counted(state):
+    global read
+    for read, piece in enumerate(pieces(state), 1):
+        if read == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield piece
+bins.encoded = lambda pieces, tokenizer, pool: encoded(pieces, tokenizer, pool, size=3000)
+bins.write_dataset(sys.argv[1], counted, tokenizer.ByteTokenizer(), 'streamed')
+print(read, 'documents read')
+'''
+
+
+def test_a_killed_stream_of_documents_goes_on_without_reading_again_what_is_written(clone, text, tmp_path):
+    import datasets
+
+    documents = [text[i:i + 1000] for i in range(0, 120_000, 1000)]
+    for shard in range(3):
+        datasets.Dataset.from_dict({'text': documents[shard * 40:][:40]}).to_parquet(tmp_path / 'hub' / f'{shard}.parquet')
+
+    def prepare(folder, kill_at=-1):
+        command = [sys.executable, '-c', STREAM, tmp_path / folder, tmp_path / 'hub', str(kill_at)]
+        return subprocess.run(command, cwd=clone, capture_output=True, text=True, env=os.environ | {'HF_HOME': str(tmp_path)})
+
+    assert '120 documents read' in prepare('whole').stdout
+    assert prepare('killed', 70).returncode == -signal.SIGKILL
+    result = prepare('killed')
+    assert 'going on behind' in result.stdout and '70 documents read' in result.stdout, result.stdout + result.stderr
+    for name in ('meta.json', 'train.bin', 'val.bin'):
+        assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+    data = bins.open_dataset(tmp_path / 'killed', 16)
+    ids = data.train.read([0], data.train.n_tokens)[0]
+    assert data.tokenizer.decode(ids) == ''.join(d for i, d in enumerate(documents) if i % 10 != 9)
+    result = subprocess.run([sys.executable, '-c', STREAM, tmp_path / 'x', tmp_path / 'nowhere', '-1'], cwd=clone,
+                            capture_output=True, text=True, env=os.environ | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)})
+    assert 'UserError' in result.stderr and 'nowhere: cannot be read' in result.stderr
 
 
 def test_kills_at_random_moments(run):

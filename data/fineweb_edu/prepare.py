@@ -23,7 +23,8 @@ def main(config):
     from data import bins, tokenizer
 
     pieces = bins.hub_documents(config.source, config.name, val_every=2000)
-    bins.write_dataset(Path(__file__).parent, pieces, tokenizer.gpt2(), config.source, max_tokens=config.max_tokens)
+    expected = 10_000_000_000 if config.source == Config.source else None
+    bins.write_dataset(Path(__file__).parent, pieces, tokenizer.gpt2(), config.source, None, config.max_tokens, expected)
 
 
 if __name__ == '__main__':
