@@ -38,6 +38,7 @@ class GPTConfig:
     tie_weights: bool = True  # the output head is the token embedding (Press & Wolf 2017)
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2, 2024)
     zero_init: bool = False  # output projections start at 0, so that each block starts as the identity (Zhang 2019, Fixup)
+    document_token: int | None = None  # a document begins with it, and attention does not reach back beyond; None: it does
     attention: Literal['sdpa', 'math'] = 'sdpa'  # fused kernels, or the same written out
     activation_checkpointing: bool = False  # backward computes each block again instead of keeping it (Chen 2016)
 
@@ -59,6 +60,8 @@ class GPTConfig:
             raise ValueError(f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout = {self.dropout} must be at least 0 and below 1')
+        if self.document_token is not None and not 0 <= self.document_token < self.vocab_size:
+            raise ValueError(f'document_token = {self.document_token} must be below vocab_size = {self.vocab_size}')
         if self.logit_softcap < 0:
             raise ValueError(f'logit_softcap = {self.logit_softcap} must be 0 (off) or above')
 
@@ -95,7 +98,7 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.lengths = range(2, config.ngram + 1)
-        self.base, self.rows = config.vocab_size + 1, config.ngram_rows
+        self.base, self.rows, self.document_token = config.vocab_size + 1, config.ngram_rows, config.document_token
         self.tables = nn.Embedding(len(self.lengths) * self.rows, config.n_embd)  # one above the other
 
     def row_numbers(self, tokens):
@@ -103,8 +106,11 @@ class NgramEmbedding(nn.Module):
         T = tokens.size(1) - len(self.lengths)
         last = tokens.size(1) - T
         number, rows = tokens[:, last:].clamp(min=0), []  # an n-gram read as a number, its last token the lowest digit
+        document = (tokens == self.document_token).cumsum(1) if self.document_token is not None else None
         for i, n in enumerate(self.lengths):
             older = tokens[:, last - n + 1:last - n + 1 + T]
+            if document is not None:  # of another document: as if nothing stood there
+                older = older.where(document[:, last - n + 1:last - n + 1 + T] == document[:, last:], -1)
             number = (number + (older + 1) * pow(self.base, n - 1, self.PRIME)) % self.PRIME
             # multiplied and taken modulo a prime, then modulo rows: Carter & Wegman 1979; few enough have a row each
             row = number if self.base**n <= self.rows else number * 1181783497 % self.PRIME % self.rows
@@ -129,6 +135,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked nan would still be one
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = torch.full((batch_size, config.ngram - 1), -1, device=device)  # the last ones: n-grams look back at them
+        self.documents = torch.zeros(batch_size, size, dtype=torch.long, device=device)  # in which document each column is
         self.padding = padding  # (B,) or None
         self.size, self.static = size, static
         self.length = 0  # columns filled
@@ -137,13 +144,13 @@ class KVCache:
     def rows(self, which):
         """A cache of these rows, which (B',), each perhaps several times."""
         new = copy.copy(self)
-        new.k, new.v, new.tokens = self.k[:, which], self.v[:, which], self.tokens[which]
+        new.k, new.v, new.tokens, new.documents = self.k[:, which], self.v[:, which], self.tokens[which], self.documents[which]
         new.padding = None if self.padding is None else self.padding[which]
         return new
 
     def keep_in_place(self):
         """A CUDA graph may write only into buffers of which it is told that they stay where they are."""
-        for buffer in (self.k, self.v, self.tokens, self.filled):
+        for buffer in (self.k, self.v, self.tokens, self.documents, self.filled):
             torch._dynamo.mark_static_address(buffer)
 
     def columns(self, T):
@@ -163,6 +170,16 @@ class KVCache:
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def append_documents(self, begun):
+        """begun (B, T): how many documents have begun among the next T tokens. -> the documents in which they are (B, T), those
+        of all columns to look at (B, S)
+        """
+        columns = self.columns(len(begun[0]))
+        last = self.documents.gather(1, (columns[:1] - 1).clamp(min=0).expand(len(begun), 1))  # (B, 1)
+        document = begun + last
+        self.documents.index_copy_(1, columns, document)
+        return document, self.documents if self.static else self.documents[:, :self.length + len(begun[0])]
 
     def advance(self, T):
         if self.static:
@@ -472,6 +489,19 @@ class GPT(nn.Module):
         angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
         return angles.cos(), angles.sin()
 
+    def attention_mask(self, idx, cache=None):
+        """Which columns each token of idx (B, T) may look at: (B or 1, 1, T, S), or None where plain causality says it."""
+        mask = None if cache is None else cache.mask(idx.size(1))
+        if self.config.document_token is None:
+            return mask
+        document = documents = (idx == self.config.document_token).cumsum(1)  # (B, T)
+        if cache is not None:
+            document, documents = cache.append_documents(document)  # (B, T), (B, S)
+        T, S = document.size(1), documents.size(1)
+        if mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(S - T)
+        return mask & (document[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, S)
+
     def forward(self, idx, targets=None, cache=None, return_logits=True):
         """Logits, and the mean cross-entropy if there are targets.
 
@@ -484,12 +514,10 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit into block_size = {self.config.block_size}')
         position = torch.arange(T, device=idx.device) if cache is None else cache.columns(T)  # (T,)
-        mask, is_text = None, None
-        if cache is not None:
-            mask = cache.mask(T)
-            if cache.padding is not None:
-                is_text = position >= cache.padding[:, None]  # (B, T)
-                position = (position - cache.padding[:, None]).clamp(min=0)  # (B, T): a row starts at 0 behind its padding
+        mask, is_text = self.attention_mask(idx, cache), None
+        if cache is not None and cache.padding is not None:
+            is_text = position >= cache.padding[:, None]  # (B, T)
+            position = (position - cache.padding[:, None]).clamp(min=0)  # (B, T): a row starts at 0 behind its padding
 
         tokens = None
         if self.config.ngram > 1:
@@ -589,6 +617,8 @@ class GPT(nn.Module):
         hidden = self.transformer.h[0].mlp.c_proj.in_features
         attention = n * (C + (C + 2 * kv) + C)  # its input, q k v, its output
         attention += n * (C + kv) * (c.position == 'rope') + (4 + n) * (C + kv) * c.qk_norm  # q and k again
+        if c.document_token is not None:
+            attention += c.block_size * n  # the mask as numbers
         if c.attention == 'math':
             attention += c.n_head * c.block_size * (4 + n * half)  # the softmax in fp32, and a copy for the product
         mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)  # its input, before and after the activation

@@ -37,6 +37,7 @@ class Config:
     gradient_accumulation_steps: int = 5 * 8  # micro-batches per step, of all processes together
     batch_size: int = 12  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence: the context
+    doc_mask: bool = False  # attention and n-grams do not cross <|endoftext|>, which stands between documents
     # model: model.py says more of each
     ngram: int = 1  # embeddings of the last 2, ..., ngram tokens beside that of the token; 1: none
     ngram_rows: int = 16384  # of the table for each of these lengths
@@ -195,6 +196,7 @@ from processes import (
 )
 
 FREE_KEYS = ('dropout', 'attention', 'activation_checkpointing')  # of GPTConfig: may differ from those of the weights
+DATA_KEYS = ('vocab_size', 'document_token')  # of GPTConfig: follow from the data
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
 
 
@@ -240,12 +242,15 @@ def main(config, given, at_exit):
     data = bins.open_dataset(folder, model_config['block_size'])
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
                    'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint(), 'job': ckpt.job()}
+    document_token = data.tokenizer.eot if config.doc_mask else None
+    if config.doc_mask and document_token is None:
+        fail(f'doc_mask = True: {folder} has no <|endoftext|> between documents ({data.tokenizer.kind}): leave it out')
     if checkpoint is None:
         with torch.device('meta'):  # without memory as yet
-            raw_model = GPT(GPTConfig(**model_config | {'vocab_size': data.tokenizer.vocab_size}))
+            raw_model = GPT(GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size, document_token=document_token))
     else:
         check_tokenizers(checkpoint, data.tokenizer, folder)
-        raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS})
+        raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS}, document_token=document_token)
         raw_model.crop_block_size(model_config['block_size'])
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
@@ -479,7 +484,7 @@ def take_saved_config(config, given, checkpoint):
 
 def choose_model_config(config, given, checkpoint, resume):
     """The fields of GPTConfig: the config's, or the checkpoint's. Raises UserError where a key given differs from it."""
-    keys = [field.name for field in fields(GPTConfig) if field.name != 'vocab_size']
+    keys = [field.name for field in fields(GPTConfig) if field.name not in DATA_KEYS]
     chosen = {key: getattr(config, key) for key in keys}
     if checkpoint is None:
         try:

@@ -320,6 +320,36 @@ def test_gpt2_weights_are_finetuned_and_sampled(run, refused, gpt2_folder, bpe_d
     )
 
 
+def test_attention_within_documents_is_trained_and_sampled(run, refused, char_data, tmp_path, text):
+    from data import tokenizer
+
+    made = tokenizer.train_bpe([text], 300)
+    pieces = [bins.Piece('val' if i % 9 == 8 else 'train', text[at : at + 70], True) for i, at in enumerate(range(0, 20000, 70))]
+    bins.write_dataset(tmp_path / 'data', pieces, made, 'test')
+    common = (f'--out_dir={tmp_path}/out', '--max_iters=3', *TINY)
+    run('train.py', f'--dataset={tmp_path}/data', '--doc_mask', '--position=rope', '--ngram=2', *common)
+    model, _ = ckpt.load_model(tmp_path / 'out')
+    assert model.config.document_token == made.eot
+    run('train.py', '--init_from=resume', f'--out_dir={tmp_path}/out', '--max_iters=4', '--eval_iters=-1')
+
+    # its val loss is that of each document of a window alone
+    model, _ = ckpt.load_model(tmp_path / 'out')
+    data = bins.open_dataset(tmp_path / 'data', 32)
+    x, y = (torch.from_numpy(part) for part in data.val.windows(data.val.evaluation_windows(-1)))
+    losses = []
+    for ids, targets in zip(x.tolist(), y.tolist()):
+        starts = sorted({0, *(i for i, token in enumerate(ids) if token == made.eot), len(ids)})
+        for first, last in zip(starts, starts[1:]):
+            logits, _ = model(torch.tensor([ids[first:last]]), torch.tensor([targets[first:last]]))
+            expected = torch.tensor(targets[first:last])
+            each = torch.nn.functional.cross_entropy(logits[0], expected, reduction='none', ignore_index=-1)
+            losses += each[expected >= 0].tolist()
+    said = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
+    assert said[-1]['val_loss'] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert run('sample.py', f'--out_dir={tmp_path}/out', '--start=def', '--num_samples=1', '--max_new_tokens=50').stdout
+    refused('train.py', f'--dataset={char_data}', '--doc_mask', f'--out_dir={tmp_path}/none', *TINY, says=('doc_mask', 'char'))
+
+
 def test_gpt2_is_downloaded_once_and_verified(run, refused, gpt2_folder, tmp_path):
     """The hub in miniature on this machine: each file with its sha256, as Hugging Face announces it."""
     answers = {f'/openai-community/gpt2/resolve/main/{path.name}': path.read_bytes() for path in gpt2_folder.iterdir()}

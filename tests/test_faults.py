@@ -250,7 +250,7 @@ def swap(path):
 
 DATA = {
     'changed since the checkpoint': (lambda data: swap(data / 'train.bin'), 'the bins have changed'),
-    'odd size': (lambda data: (data / 'train.bin').write_bytes(b'123'), 'not a multiple of 2'),
+    'odd size': (lambda data: (data / 'train.bin').write_bytes(b'123'), 'no multiple of 2'),
     'empty': (lambda data: (data / 'val.bin').write_bytes(b''), 'val.bin: its size, 0 bytes'),
     'missing': (lambda data: (data / 'train.bin').unlink(), 'train.bin: No such file'),
     'id beyond the vocabulary': (lambda data: overwrite(data / 'train.bin', 5000, 60000), 'token id 60000 at position 5000'),

@@ -214,6 +214,8 @@ ARCHITECTURES = (
         {'logit_softcap': 5.0},
         {'attention': 'math'},
         {'ngram': 4, 'ngram_rows': 97},
+        {'document_token': 3, 'ngram': 3, 'ngram_rows': 97, 'position': 'rope'},
+        {'document_token': 3, 'attention': 'math'},
     ]
     + [{'activation': a} for a in ('gelu', 'relu', 'relu2', 'swiglu')]
     + [{'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'n_kv_head': 2, 'qk_norm': True, 'bias': False}]
@@ -261,6 +263,38 @@ def test_padded_rows_have_the_logits_of_rows_alone(position, ngram):
         for step, logits in enumerate(together):
             idx = torch.cat((alone, tokens(2, 1)[row]))[: len(alone) + step][None]
             torch.testing.assert_close(logits[row, -1], model(idx)[0][0, -1], atol=1e-5, rtol=0)
+
+
+DOCUMENTS = [{'position': 'rope'}, {'position': 'none', 'ngram': 4, 'ngram_rows': 97}, {'position': 'rope', 'attention': 'math'}]
+
+
+@pytest.mark.parametrize('options', DOCUMENTS, ids=str)
+def test_a_document_is_read_as_if_it_stood_alone(options):
+    model = tiny(document_token=3, **options)
+    first, second = torch.tensor([7, 8, 9, 10, 11]), torch.tensor([3, 8, 9, 7, 9])
+    alone = model(second[None], second[None])[0][0]
+    together = torch.cat((first, second, second))[None]
+    logits = model(together, together)[0][0]
+    torch.testing.assert_close(logits[5:10], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[10:], alone, atol=1e-5, rtol=0)
+    assert not torch.allclose(tiny(**options)(together, together)[0][0, 10:], logits[10:], atol=1e-2)
+
+
+@pytest.mark.parametrize('static', [False, True])
+@pytest.mark.parametrize('options', [*DOCUMENTS, {}], ids=str)
+def test_cached_and_padded_documents_are_read_as_if_they_stood_alone(options, static):
+    model = tiny(document_token=3, **options)
+    long, short = [5, 3, 8, 3, 9, 10, 3, 3, 4, 3], [4, 3, 6, 7, 8, 9]
+    cache = KVCache(model.config, 2, 16, padding=torch.tensor([0, 4]), static=static)
+    padded = torch.tensor([long[:7], [0, 0, 0, 0] + short[:3]])
+    with torch.no_grad():
+        got = [model(padded, cache=cache)[0]]
+        cache = cache.rows([1, 0])
+        got += [model(torch.tensor([[short[t - 4]], [long[t]]]), cache=cache)[0].flip(0) for t in (7, 8, 9)]
+        for step, logits in enumerate(got):
+            for row, text in enumerate((long, short)):
+                idx = torch.tensor([text[: len(text) - 3 + step]])
+                torch.testing.assert_close(logits[row, 0], model(idx)[0][0, 0], atol=1e-5, rtol=0)
 
 
 def nanogpt_greedy(model, ids, n):
