@@ -11,9 +11,7 @@ def make_optimizer(model, config):
     """The optimizer that train.py's keys ask for. Each of its groups has its peak rate in group['peak_lr']."""
     betas = config.beta1, config.beta2
     params = list(model.parameters())
-    muon, sparse = [], []
-    if config.optimizer == 'muon':
-        muon = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    muon, sparse = muon_matrices(model, config), []
     if config.embedding_learning_rate is not None:
         sparse = [] if model.config.tie_weights else [model.transformer.wte.weight]
         if model.config.ngram > 1:
@@ -25,6 +23,11 @@ def make_optimizer(model, config):
         group = {'params': muon, 'peak_lr': config.muon_learning_rate}
         return MuonWithAdamW(Muon([group], config.muon_learning_rate, config.weight_decay, config.muon_momentum), optimizer)
     return optimizer
+
+
+def muon_matrices(model, config):
+    """The parameters that Muon takes: the matrices inside the blocks."""
+    return [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == 'muon' else []
 
 
 def adamw(params, weight_decay, learning_rate, betas, sparse=(), sparse_learning_rate=None):
@@ -138,12 +141,9 @@ def step_if(wanted, optimizer):
         part.step()
 
 
-def state_bytes(optimizer):
-    """What the optimizer is going to keep: two numbers of 4 bytes for each of AdamW's, one for each of Muon's."""
-    if isinstance(optimizer, MuonWithAdamW):
-        return sum(state_bytes(part) for part in optimizer.parts.values())
-    numbers = 1 if isinstance(optimizer, Muon) else 2
-    return 4 * numbers * sum(p.numel() for group in optimizer.param_groups for p in group['params'])
+def state_bytes(model, config):
+    """What the optimizer is going to keep: two numbers of 4 bytes for each parameter of AdamW's, one for each of Muon's."""
+    return 8 * model.get_num_params(False) - 4 * sum(p.numel() for p in muon_matrices(model, config))
 
 
 def load_state(optimizer, state):

@@ -45,7 +45,8 @@ def draw(model, device):
 
 
 def copies(model, device):
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+    ids = [device.index] if device.type == 'cuda' else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)  # one copy of the gradients, not two
 
 
 def sync_in_backward(model, sync):

@@ -229,10 +229,7 @@ def main(config, given, at_exit):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
-    accumulation, rest = divmod(config.gradient_accumulation_steps, world_size)  # micro-batches of this process
-    if rest:
-        fail(f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
-             f'processes: try {f"{accumulation * world_size} or " * (accumulation > 0)}{(accumulation + 1) * world_size}')
+    accumulation = micro_batches(config, world_size)
 
     # data, model, optimizer ----------------------------------------------------------------------------------------------
     model_config = choose_model_config(config, given, checkpoint, resume)
@@ -290,7 +287,7 @@ def main(config, given, at_exit):
         if writes and not resume:
             at_exit.enter_context(ckpt.claim(config.out_dir, say))
         if writes:
-            check_disk(config, 4 * raw_model.get_num_params(False) + state_bytes(optimizer), resume)
+            check_disk(config, 4 * raw_model.get_num_params(False) + state_bytes(raw_model, config), resume)
 
     # the model on its way: DDP, compiled, in micro-batches that fit into the memory ----------------------------------------
     def loss_of(model, x, y):
@@ -302,18 +299,18 @@ def main(config, given, at_exit):
         """Micro-batches as in a step."""
         if exchanging:
             parallel.sync_in_backward(exchanging, sync or how == 'fsdp')  # which would keep what it has not exchanged
-        for _ in range(min(config.gradient_accumulation_steps // world_size, 2)):  # the second finds gradients
+        for _ in range(min(micro_batches(config, world_size), 2)):  # the second finds gradients
             x, y = to_device(*data.train.batch(0, config.batch_size, config.seed), device)
             scaler.scale(loss_of(model, x, y)).backward()
         optimizer.zero_grad(set_to_none=True)
 
     model, exchanging, tree = raw_model, None, None  # exchanging: what exchanges gradients in backward
     if not config.eval_only:
-        say(memory_estimate(raw_model, optimizer, config, device, half=dtype != torch.float32))
+        say(memory_estimate(memory_parts(raw_model, config, dtype != torch.float32, how, world_size), device))
         if how and not config.deterministic_sum:  # before compiling, so that gradients are exchanged while backward still runs
             model = exchanging = raw_model if how == 'fsdp' else parallel.copies(raw_model, device)
         model = compile_and_fit(model, try_out, config, device, say)
-        accumulation = config.gradient_accumulation_steps // world_size
+        accumulation = micro_batches(config, world_size)  # more of them, if they had to be cut
         if config.deterministic_sum:
             tree = parallel.TreeSum(raw_model, accumulation)
         # DDP sorts its gradients after the first exchange: now, so that a resumed run sums them in the same order
@@ -469,6 +466,15 @@ def main(config, given, at_exit):
 
 # Before the first step ----------------------------------------------------------------------------------------------------
 
+def micro_batches(config, world_size):
+    """How many of a step each process takes. Raises UserError if that is not a whole number."""
+    each, rest = divmod(config.gradient_accumulation_steps, world_size)
+    if rest:
+        fail(f'gradient_accumulation_steps = {config.gradient_accumulation_steps} is not divisible by the {world_size} '
+             f'processes: try {f"{each * world_size} or " * (each > 0)}{(each + 1) * world_size}')
+    return each
+
+
 def take_saved_config(config, given, checkpoint):
     """Resuming: keys that the command line does not give are as they were."""
     own = given - {'init_from'} | {'out_dir', 'eval_only'}
@@ -566,18 +572,36 @@ def check_disk(config, size, resume):
                           f'free: free some room, lower --keep_last or choose another --out_dir')
 
 
-def memory_estimate(model, optimizer, config, device, half):
-    """One line: the memory that a step takes on this device, by part."""
-    weights, state = 4 * model.get_num_params(False), state_bytes(optimizer)
-    gradients = weights * (2 if dist.is_initialized() else 1)  # DDP has a copy of them in its buckets
-    if parallel.is_shard(model.lm_head.weight):
-        weights, gradients, state = (x // dist.get_world_size() for x in (weights, weights, state))
+def memory_parts(model, config, half, how=None, n=1):
+    """Bytes at the peak of a step in each of n processes, by part. half: 16 bits under autocast. how: 'ddp', 'fsdp' or None."""
+    count, size = model.get_num_params(False), 2 if half else 4
+    weights, gradients, state = 4 * count, 4 * count, state_bytes(model, config)
+    activations = model.activation_bytes(config.batch_size, half)
+    # in backward, the gradients of what is on both sides of an MLP's activation, and of the residual stream
+    hidden = model.transformer.h[0].mlp.c_proj.in_features
+    backward = config.batch_size * config.block_size * (2 * size * hidden + 2 * 4 * model.config.n_embd)
     # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
     logits = config.batch_size * config.block_size * model.config.vocab_size * (8 + 2 * half)
     if logits > LOGITS_AT_ONCE * (8 + 2 * half):  # in chunks, and the gradient of the head
         logits = LOGITS_AT_ONCE * (8 + 2 * half) + (4 + 2 * half) * model.lm_head.weight.numel()
-    parts = {'weights': weights, 'gradients': gradients, 'optimizer': state,
-             'activations': model.activation_bytes(config.batch_size, half), 'logits': logits}
+    accumulating = config.gradient_accumulation_steps > n
+    if how == 'ddp' and accumulating:
+        gradients *= 2  # those summed here, and the buckets in which they are exchanged
+    if how == 'fsdp':  # shards, and whole for a time: embeddings and head, the block at work and the next one
+        block = sum(p.numel() for p in model.transformer.h[0].parameters() if p.dim() == 2)
+        rest = count - len(model.transformer.h) * block
+        weights, state = weights // n + 4 * rest + 2 * size * block, state // n
+        if not accumulating:  # else they are summed whole, and exchanged at the end
+            gradients = gradients // n + 4 * rest + 4 * block
+        if half:
+            activations -= 2 * len(model.transformer.h) * block  # the copies in 16 bits are what was gathered
+    both = ({'gradients': gradients, 'activations': activations} if accumulating or how == 'ddp' else
+            {'activations, then gradients': max(activations, gradients)})
+    return {'weights': weights, 'optimizer': state, **both, 'backward': backward, 'logits': logits}
+
+
+def memory_estimate(parts, device):
+    """One line: what memory_parts says, and the memory of the device."""
     there = f' of {torch.cuda.get_device_properties(device).total_memory / 1e6:,.0f}' if device.type == 'cuda' else ''
     return (f'memory: about {sum(parts.values()) / 1e6:,.0f}{there} MB ('
             + ', '.join(f'{name} {size / 1e6:,.0f}' for name, size in parts.items()) + ')')

@@ -1,14 +1,21 @@
-"""The tools as a person uses them: the sweep with its table, the benchmark, and the one dial of train.py."""
+"""The tools as a person uses them: the sweep with its table, the benchmark, the plan, and the one dial of train.py."""
 
+import itertools
 import json
 import math
+import re
 import sys
+from dataclasses import fields
 
 import pytest
+import torch
 from conftest import ROOT, TINY
+from torch.profiler import ProfilerActivity, profile
 
 import train
 from configurator import UserError
+from model import GPT, GPTConfig
+from optimizer import make_optimizer
 
 sys.path.insert(0, str(ROOT / 'tools'))
 
@@ -87,3 +94,60 @@ def test_the_benchmark_prints_json(run, text, tmp_path):
     result = json.loads(run('tools/bench.py', '--parts=prepare', f'--input={tmp_path}/text.txt', '--repeats=1', '--json').stdout)
     speed, share, memory = (row['value'] for row in result['rows'])
     assert result['device'] and speed > 0 and share > 0 and 0.01 < memory < 2
+
+
+# plan ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan(run, *arguments):
+    """{the words before a line's numbers: the line}"""
+    lines = run('tools/plan.py', *arguments).stdout.splitlines()
+    return {re.match(r'  [^\d$]*', line)[0].strip(): line for line in lines if line.startswith('  ')}
+
+
+def test_the_plan_of_gpt2_is_nanogpts_count_and_palms_formula(run):
+    lines = plan(run, 'config/train_gpt2.py', '--vocab_size=50304', '--bias', '--gpu=a100', '--gpus=8')
+    assert ' 123.69M ' in lines['parameters'] and '0.79M of learned positions' in lines['parameters']
+    flops = 6 * 123_689_472 + 12 * 12 * 12 * 64 * 1024
+    assert f' {flops:.4g} ' in lines['FLOPs for a token'] and ' 491,520 ' in lines['tokens of a step']
+    assert f'{flops * 491520 / 8 / 312e12 * 1e3:,.3g} ms' in lines['computing']
+    assert f'{2 * 7 / 8 * 4 * 124_475_904 / 1e9:.2f} GB' in lines['sent, DDP']
+    numbers = lambda name: [float(number) for number in re.findall(r'[\d.]+', lines[name])]  # noqa: E731
+    assert numbers('weights')[0] == round(4 * 124_475_904 / 1e9, 2) and numbers('optimizer') == [1.0, 0.12]  # 8 bytes, / 8
+    parts = ('weights', 'gradients', 'optimizer', 'activations', 'backward', 'logits')
+    assert numbers('together') == pytest.approx([sum(column) for column in zip(*map(numbers, parts))], abs=0.03)
+
+
+def test_a_model_of_any_size_is_planned_and_mistakes_are_named(run, refused):
+    large = plan(run, '--config', 'config/train_gpt2.py', '--n_layer=96', '--n_embd=12288', '--n_head=96', '--gpus=40')
+    assert '174,' in large['parameters'] and 'does not fit' in next(line for line in large.values() if 'fit' in line)
+    refused('tools/plan.py', '--gpu=h1000', says='gpu')
+    refused('tools/plan.py', '--gpus=7', says='try 35 or 42')
+    refused('tools/plan.py', '--n_head=7', says='n_head')
+
+
+SHAPES = [
+    (2048, {'n_layer': 4, 'n_embd': 256, 'block_size': 128, 'batch_size': 16}),
+    (30000, {'n_layer': 2, 'n_embd': 256, 'block_size': 256, 'batch_size': 4, 'norm': 'rmsnorm', 'activation': 'relu2'}),
+]
+
+
+@pytest.mark.parametrize('accumulation', [1, 2])
+@pytest.mark.parametrize('vocab_size, options', SHAPES)
+def test_the_memory_of_a_step_is_what_pytorch_allocates(vocab_size, options, accumulation):
+    config = train.Config(n_head=4, gradient_accumulation_steps=accumulation, **options)
+    keys = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name not in train.DATA_KEYS}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        model = GPT(GPTConfig(**keys, vocab_size=vocab_size))
+        optimizer = make_optimizer(model, config)
+        for _ in range(2):
+            for _ in range(accumulation):
+                idx = torch.randint(vocab_size, (config.batch_size, config.block_size))
+                model(idx, idx, return_logits=False)[1].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    allocated = [event for event in events.profiler.kineto_results.events() if event.name() == '[memory]']
+    allocated.sort(key=lambda event: event.start_ns())
+    peak = max(itertools.accumulate(event.nbytes() for event in allocated))
+    assert sum(train.memory_parts(model, config, half=False).values()) == pytest.approx(peak, rel=0.15)
