@@ -72,13 +72,13 @@ def wait_for_steps(out_dir, n, *agents):
 
 
 def test_two_hosts_survive_the_death_of_a_worker_and_of_an_agent(run, start_on, clone, char_data, tmp_path):
-    arguments = (f'--dataset={char_data}', *RUN, '--max_iters=300', '--save_interval=5', '--eval_interval=300')
+    arguments = (f'--dataset={char_data}', *RUN, '--max_iters=600', '--save_interval=20', '--eval_interval=600')
     run('train.py', f'--out_dir={tmp_path}/whole', *arguments)
     out_dir = tmp_path / 'out'
     a, b = (start_on(host, clone, f'--out_dir={out_dir}', *arguments) for host in HOSTS)
     wait_for_steps(out_dir, 20, a, b)
     os.kill(workers(b)[0], signal.SIGKILL)
-    wait_for_steps(out_dir, 50, a, b)
+    wait_for_steps(out_dir, 40, a, b)
     b.kill()
     b.wait()
     again = start_on('b', clone, f'--out_dir={out_dir}', *arguments)
@@ -86,5 +86,5 @@ def test_two_hosts_survive_the_death_of_a_worker_and_of_an_agent(run, start_on, 
     assert (tmp_path / '0.txt').read_text().count('started the processes again, the run goes on') >= 2
     assert (out_dir / 'status').read_text() == 'done\n'
     parts = losses(out_dir)
-    assert [step for step, *_ in parts] == list(range(300))
+    assert [step for step, *_ in parts] == list(range(600))
     assert [loss for _, loss, _ in parts] == pytest.approx([loss for _, loss, _ in losses(tmp_path / 'whole')], abs=1e-5)
