@@ -1,9 +1,12 @@
 """What the tests share: a clone of the working tree to run the programs in, as a person would, and a small real text."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,20 +26,61 @@ def clone(tmp_path_factory):
     return folder
 
 
+FORK = '''
+import json, os, sys
+import numpy, tiktoken, torch, torch.distributed, tqdm  # no modules of the repository
+
+def become(script, arguments, cwd, out, err):
+    os.chdir(cwd)
+    for number, name in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(name, os.O_RDWR), number)
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+    with open(script, encoding='utf-8') as file:
+        code = compile(file.read(), script, 'exec')
+    names = sys.modules['__main__'].__dict__
+    for name in [name for name in names if not name.startswith('__')]:
+        del names[name]
+    names['__file__'] = script
+    exec(code, names)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        become(*json.loads(line))
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+'''
+
+
 @pytest.fixture(scope='session')
-def run(clone):
+def forked():
+    """forked(script, arguments, cwd) -> the finished process, as subprocess.run would give it, but forked from one that has
+    imported torch, which otherwise takes seconds. One at a time.
+    """
+    lock = threading.Lock()
+    with subprocess.Popen([sys.executable, '-c', FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def forked(script, arguments, cwd):
+            with lock, tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
+                print(json.dumps([script, arguments, str(cwd), out.name, err.name]), file=server.stdin, flush=True)
+                code = int(server.stdout.readline())
+                return subprocess.CompletedProcess([script, *arguments], code, out.read(), err.read())
+
+        yield forked
+        server.stdin.close()
+
+
+@pytest.fixture(scope='session')
+def run(clone, forked):
     """run('train.py', '--key=value', ...) -> the finished process; code: the exit code it must have."""
 
     def run(script, *arguments, code=0, cwd=clone, env=None, **options):
-        result = subprocess.run(
-            [sys.executable, str(clone / script), *map(str, arguments)],
-            cwd=cwd,
-            text=True,
-            timeout=200,
-            capture_output=True,
-            env=os.environ | (env or {}),
-            **options,
-        )
+        command = [str(clone / script), *map(str, arguments)]
+        if env or options:
+            result = subprocess.run([sys.executable, *command], cwd=cwd, text=True, timeout=200, capture_output=True,
+                                    env=os.environ | (env or {}), **options)
+        else:
+            result = forked(command[0], command[1:], cwd)
         assert result.returncode == code, f'{script} {arguments}: exit {result.returncode}\n{result.stdout}\n{result.stderr}'
         return result
 
@@ -71,7 +115,8 @@ def together(call):
 @pytest.fixture(scope='session')
 def text():
     """Real text: the source of the programs themselves."""
-    return ''.join((ROOT / name).read_text(encoding='utf-8') for name in ('model.py', 'train.py', 'README.md'))
+    text = ''.join((ROOT / name).read_text(encoding='utf-8') for name in ('model.py', 'train.py', 'README.md'))
+    return text.replace('<|endoftext|>', '')
 
 
 @pytest.fixture(scope='session')

@@ -531,7 +531,7 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(refused, char_data, tr
         refused('train.py', *common, '--lerning_rate=1', says='did you mean learning_rate')
         refused('train.py', 'config/quickstrat.py', says='did you mean config/quickstart.py')
         refused('train.py', *common, '--n_embd=30', '--n_head=4', says=('n_embd = 30', 'n_head = 4'))
-        refused('train.py', *common, '--block_size=100000', says=('train.bin', 'block_size = 100000'))
+        refused('train.py', *common, '--block_size=1000000', says=('train.bin', 'block_size = 1000000'))
         refused('train.py', *common, '--device=cuda:9', says='cuda:9')
         refused('train.py', *common, '--device=tpu', says='tpu')
         refused('train.py', *common, '--init_from=resume', says=str(out))
