@@ -283,6 +283,8 @@ def main(config):
     checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()
+    require(model.config.norm_position == 'pre', f'{checkpoint.path}: norm_position = {model.config.norm_position!r}: only '
+                                                 f'pre-norm models can be taken apart; name another')
     model.requires_grad_(False).float()
     require(all(p.isfinite().all() for p in model.parameters()), f'{checkpoint.path}: its weights are not finite; name another')
     longest = min(LONGEST, model.config.block_size)

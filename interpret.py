@@ -44,9 +44,11 @@ class Trace:
 def run(model, idx):
     """model's forward pass over idx (B, T), written out and kept: a Trace, whose logits are model(idx, idx)[0].
 
-    Raises ValueError if idx is longer than the model's block_size.
+    Raises ValueError if idx is longer than the model's block_size, or the model's norms are behind its sums.
     """
     B, T = idx.shape
+    if model.config.norm_position != 'pre':
+        raise ValueError(f'norm_position = {model.config.norm_position!r}: only pre-norm models can be taken apart here')
     if T > model.config.block_size:
         raise ValueError(f'{T} tokens do not fit into block_size = {model.config.block_size}')
     position = torch.arange(T, device=idx.device)

@@ -32,6 +32,7 @@ class GPTConfig:
     ngram_rows: int = 16384  # of the table to which the n-grams of one length are hashed
     position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # Radford 2019 | Vaswani 2017, 3.5 | Su 2021 | -
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # Ba 2016 | Zhang & Sennrich 2019
+    norm_position: Literal['pre', 'post'] = 'pre'  # before each part: Radford 2019 | behind each sum: Vaswani 2017, 3.1
     activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # relu2: So 2021; swiglu: Shazeer 2020
     n_kv_head: int | None = None  # key/value heads, shared by groups of query heads (Ainslie 2023); None: n_head
     qk_norm: bool = False  # RMS-normalise queries and keys (Henry 2020)
@@ -39,6 +40,7 @@ class GPTConfig:
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2, 2024)
     zero_init: bool = False  # output projections start at 0, so that each block starts as the identity (Zhang 2019, Fixup)
     document_token: int | None = None  # a document begins with it, and attention does not reach back beyond; None: it does
+    label_smoothing: float = 0.0  # in training, the share of a target that all tokens have alike (Szegedy 2016, section 7)
     attention: Literal['sdpa', 'math'] = 'sdpa'  # fused kernels, or the same written out
     activation_checkpointing: bool = False  # backward computes each block again instead of keeping it (Chen 2016)
 
@@ -58,8 +60,9 @@ class GPTConfig:
                              f'be even')
         if self.position == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout = {self.dropout} must be at least 0 and below 1')
+        for key in ('dropout', 'label_smoothing'):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f'{key} = {getattr(self, key)} must be at least 0 and below 1')
         if self.document_token is not None and not 0 <= self.document_token < self.vocab_size:
             raise ValueError(f'document_token = {self.document_token} must be below vocab_size = {self.vocab_size}')
         if self.logit_softcap < 0:
@@ -341,16 +344,22 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each reading a normalised copy of the residual stream and adding to it (pre-norm, as GPT-2)."""
+    """Attention, then MLP, each adding to the residual stream what it makes of a normalised copy of it (pre-norm, as in GPT-2);
+    with post-norm they read it as it is, and each sum is normalised (Vaswani et al. 2017, section 3.1).
+    """
 
     def __init__(self, config, layer):
         super().__init__()
+        self.post = config.norm_position == 'post'
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, rotary=None, cache=None, mask=None):
+        if self.post:
+            x = self.ln_1(x + self.attn(x, rotary, cache, mask))
+            return self.ln_2(x + self.mlp(x))
         x = x + self.attn(self.ln_1(x), rotary, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -363,11 +372,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softcap(x W^T) over chunks of tokens, so that never more than one chunk's logits exist.
 
     Forward computes the gradients too, while it has what they need (as Liger Kernel, Hsu et al. 2024). x: (N, C); weight:
-    (V, C); targets: (N,), -1 = no loss. Matrix products are in dtype, all else in fp32. needs_grad: False in an evaluation.
+    (V, C); targets: (N,), -1 = no loss. Matrix products are in dtype, all else in fp32. smoothing: GPTConfig.label_smoothing.
+    needs_grad: False in an evaluation.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap, dtype, needs_grad):
+    def forward(ctx, x, weight, targets, softcap, smoothing, dtype, needs_grad):
         n_chunks = math.ceil(len(x) * len(weight) / LOGITS_AT_ONCE)
         rows = 2**12 if x.device.type == 'cpu' else len(weight)  # a CPU adds bfloat16 to fp32 by way of a copy: a small one
         # the copy of the weights is padded, never the parameters: a checkpoint has the vocabulary as it is
@@ -385,11 +395,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 slope = 1 - logits.square()
                 logits *= softcap
             logp = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # in place: this is the largest tensor of a step
-            loss -= (logp.gather(1, target) * counts).sum()
+            loss -= (1 - smoothing) * (logp.gather(1, target) * counts).sum()
+            if smoothing:
+                loss -= smoothing * (logp.mean(dim=1, keepdim=True) * counts).sum()
             if not needs_grad:
                 continue
-            # with respect to its logits, the gradient of a token's loss is p - 1 at the target and p elsewhere
-            dlogits = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype)).mul_(counts * slope)
+            # with respect to its logits, the gradient of a token's loss is p minus what p should be
+            dlogits = logp.exp_()
+            if smoothing:
+                dlogits -= smoothing / len(weight)
+            dlogits.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=logp.dtype)).mul_(counts * slope)
             dlogits = dlogits.to(dtype)
             del logits, logp
             if padding:
@@ -404,7 +419,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, n = ctx.saved_tensors
-        return dx * (grad / n), dw.mul_(grad / n), None, None, None, None
+        return dx * (grad / n), dw.mul_(grad / n), None, None, None, None, None
 
 
 class SkipInit(TorchFunctionMode):
@@ -435,7 +450,7 @@ class GPT(nn.Module):
                 parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
             parts['drop'] = nn.Dropout(config.dropout)
             parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-            parts['ln_f'] = make_norm(config)
+            parts['ln_f'] = make_norm(config) if config.norm_position == 'pre' else nn.Identity()
             self.transformer = nn.ModuleDict(parts)
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -545,15 +560,18 @@ class GPT(nn.Module):
         if not return_logits:
             return None, self._loss(x.flatten(0, 1), targets.flatten())
         logits = self.to_logits(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, label_smoothing=self.smoothing())
+
+    def smoothing(self):
+        return self.config.label_smoothing if self.training else 0.0
 
     def _loss(self, x, targets):
         """Mean cross-entropy of x (N, C) for targets (N,); where all logits would be large, they never exist together."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if targets.numel() * self.config.vocab_size <= LOGITS_AT_ONCE:
-            return F.cross_entropy(self.to_logits(x), targets, ignore_index=-1)
-        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.logit_softcap, dtype,
+            return F.cross_entropy(self.to_logits(x), targets, ignore_index=-1, label_smoothing=self.smoothing())
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.logit_softcap, self.smoothing(), dtype,
                                          torch.is_grad_enabled())
 
     def to_logits(self, x):
@@ -678,17 +696,9 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
             raise ValueError(f'slide = {slide} must be from 1 to block_size = {block_size}')
-        rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in idx]
+        rows, tokens, start = self.left_padded(idx, max_new_tokens)
         lengths = [len(row) for row in rows]
-        if not lengths or min(lengths) == 0:
-            raise ValueError('generate needs at least one token to continue')
-        if max(max(row) for row in rows) >= self.config.vocab_size:
-            raise ValueError(f'a token id is not below vocab_size = {self.config.vocab_size}')
         longest = max(lengths)
-        tokens = torch.zeros(len(lengths), longest + max_new_tokens, dtype=torch.long, device=device)  # (B, longest + new)
-        for b, row in enumerate(rows):
-            tokens[b, longest - lengths[b]:longest] = torch.tensor(row, device=device)
-        start = torch.tensor([longest - n for n in lengths], device=device)  # (B,) the column where a row's text begins
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         seen = None
         if repetition_penalty != 1.0:
@@ -696,9 +706,7 @@ class GPT(nn.Module):
             for b, row in enumerate(rows):
                 seen[b, torch.tensor(row, device=device)] = True
 
-        dtype = self.transformer.wte.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = self.cache_dtype()
         prompts = {}  # each different one: its number
         which = [prompts.setdefault(tuple(row), len(prompts)) for row in rows]  # B numbers
         readers = [which.index(number) for number in prompts.values()]  # the rows that read a prompt for all that share it
@@ -732,6 +740,74 @@ class GPT(nn.Module):
                 yield following
         finally:
             self.train(was_training)
+
+
+    def left_padded(self, idx, room):
+        """Prompts idx -> (B lists, their ids (B, longest + room), the columns in which they begin (B,)). Raises ValueError."""
+        device = self.transformer.wte.weight.device
+        rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in idx]
+        lengths = [len(row) for row in rows]
+        if not lengths or min(lengths) == 0:
+            raise ValueError('generate needs at least one token to continue')
+        if max(max(row) for row in rows) >= self.config.vocab_size:
+            raise ValueError(f'a token id is not below vocab_size = {self.config.vocab_size}')
+        longest = max(lengths)
+        tokens = torch.zeros(len(lengths), longest + room, dtype=torch.long, device=device)
+        for b, row in enumerate(rows):
+            tokens[b, longest - lengths[b]:longest] = torch.tensor(row, device=device)
+        return rows, tokens, torch.tensor([longest - n for n in lengths], device=device)
+
+    def cache_dtype(self):
+        weight = self.transformer.wte.weight
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+    @torch.no_grad()
+    def beam_search(self, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, stop_tokens=(), vocab_size=None):
+        """Likely continuations of B prompts: of all one token longer, the num_beams likeliest are kept, step by step.
+
+        idx: B prompts, which may differ in length; they and max_new_tokens must fit into block_size. A continuation that ends,
+        with one of stop_tokens, leaves the search for the results, and its place stays empty (Sutskever et al. 2014, section
+        3.2): one beam is greedy. -> for each prompt num_beams times (new tokens, score), or fewer if there are no more, best
+        first: score = log p / ((5 + length) / 6)^length_penalty (Wu et al. 2016, equation 14).
+        """
+        rows, tokens, start = self.left_padded(idx, 0)
+        B, longest, K = len(rows), tokens.size(1), num_beams
+        V = vocab_size or self.config.vocab_size
+        if longest + max_new_tokens > self.config.block_size:
+            raise ValueError(f'{longest} tokens and max_new_tokens = {max_new_tokens} do not fit into block_size = '
+                             f'{self.config.block_size}')
+        stops = torch.tensor(list(stop_tokens), dtype=torch.long, device=tokens.device)
+        padding = start if start.any() else None
+        was_training = self.training
+        self.eval()
+        try:
+            cache = KVCache(self.config, B, longest + max_new_tokens, tokens.device, self.cache_dtype(), padding)
+            logits = self(tokens, cache=cache)[0][:, -1, :V].repeat_interleave(K, 0)  # (B K, V)
+            cache = cache.rows(torch.arange(B, device=tokens.device).repeat_interleave(K))
+            scores = logits.new_full((B, K), -math.inf)  # log p of what each beam has written
+            scores[:, 0] = 0.0  # all beams are the prompt as yet: one of them counts
+            written = tokens.new_zeros(B, K, 0)
+            results = [[] for _ in rows]
+            for length in range(1, max_new_tokens + 1):
+                scores, which = (scores[..., None] + logits.log_softmax(-1).view(B, K, V)).flatten(1).topk(K)  # (B, K)
+                beam, token = which // V, which % V
+                written = torch.cat((written.gather(1, beam[..., None].expand_as(written)), token[..., None]), dim=2)
+                ended = torch.isin(token, stops) if length < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
+                for b, result in enumerate(results):
+                    places = K - len(result)
+                    scores[b, places:] = -math.inf
+                    for k in (ended[b] & scores[b].isfinite()).nonzero().flatten().tolist():
+                        score = scores[b, k].item() / ((5 + length) / 6) ** length_penalty
+                        result.append((written[b, k].tolist(), score))
+                scores = scores.masked_fill(ended, -math.inf)
+                if length == max_new_tokens or not scores.isfinite().any():
+                    break
+                cache = cache.rows((torch.arange(B, device=beam.device)[:, None] * K + beam).flatten())
+                logits = self(token.view(-1, 1), cache=cache)[0][:, -1, :V]
+        finally:
+            self.train(was_training)
+        return [sorted(result, key=lambda found: -found[1]) for result in results]
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seen=None):

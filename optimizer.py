@@ -18,7 +18,7 @@ def make_optimizer(model, config):
             sparse.append(model.transformer.ngram.tables.weight)
     taken = {id(p) for p in muon + sparse}
     optimizer = adamw([p for p in params if id(p) not in taken], config.weight_decay, config.learning_rate, betas, sparse,
-                      config.embedding_learning_rate)
+                      config.embedding_learning_rate, config.adam_eps)
     if muon:
         group = {'params': muon, 'peak_lr': config.muon_learning_rate}
         return MuonWithAdamW(Muon([group], config.muon_learning_rate, config.weight_decay, config.muon_momentum), optimizer)
@@ -30,7 +30,7 @@ def muon_matrices(model, config):
     return [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == 'muon' else []
 
 
-def adamw(params, weight_decay, learning_rate, betas, sparse=(), sparse_learning_rate=None):
+def adamw(params, weight_decay, learning_rate, betas, sparse=(), sparse_learning_rate=None, eps=1e-8):
     """AdamW (Loshchilov & Hutter 2019), in one kernel for all tensors and two groups: what decays and what does not.
 
     The groups keep nanoGPT's order, so that the optimizer state of its checkpoints loads. sparse: tables whose rows are rarely
@@ -43,7 +43,7 @@ def adamw(params, weight_decay, learning_rate, betas, sparse=(), sparse_learning
               {'params': no_decay, 'weight_decay': 0.0, 'peak_lr': learning_rate}]
     if sparse:
         groups.append({'params': list(sparse), 'weight_decay': 0.0, 'peak_lr': sparse_learning_rate})
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
     # the state from the start: whether it fits into memory is seen before the first step, and gradients do not lie in between
     for p in [*params, *sparse]:
         optimizer.state[p] = {'step': torch.zeros((), device=p.device), 'exp_avg': torch.zeros_like(p),

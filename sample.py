@@ -26,6 +26,9 @@ class Config:
     top_p: float | None = None  # only the likeliest that together hold this share of the probability
     min_p: float | None = None  # only those at least this many times as likely as the likeliest
     seed: int = 1337  # the same seed and options draw the same samples
+    # instead of drawing
+    num_beams: int = 1  # above 1: beam search for likely texts, of which num_samples are shown at most, with their scores
+    length_penalty: float = 0.6  # by which longer texts score better: log p / ((5 + tokens) / 6)^length_penalty
     # system
     slide: int = 0  # tokens by which a full window moves on: 1 as nanoGPT, exact and slow; 0: an eighth of block_size
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
@@ -44,6 +47,7 @@ def check(config):
     require(config.min_p is None or 0 <= config.min_p <= 1, f'min_p = {config.min_p}: give a share from 0 to 1, or None')
     penalty = config.repetition_penalty
     require(0.01 <= penalty <= 100, f'repetition_penalty = {penalty}: give 0.01 to 100; 1 is off')
+    require(config.num_beams >= 1, f'num_beams = {config.num_beams}: give at least 1')
     require(config.seed >= 0, f'seed = {config.seed}: give 0 or more')
     require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
     require(config.slide >= 0, f'slide = {config.slide}: give 0 or more')
@@ -101,6 +105,22 @@ class Text:
         return text
 
 
+def show_beams(model, tokenizer, starts, prompts, config):
+    longest = max(map(len, prompts))
+    room = model.config.block_size - longest
+    require(config.max_new_tokens <= room, f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind '
+                                           f'{longest} tokens, in block_size = {model.config.block_size}')
+    stops = {s for s in config.stop if isinstance(s, int)} | ({tokenizer.eot} - {None})
+    found = model.beam_search(prompts, config.max_new_tokens, config.num_beams, config.length_penalty, stop_tokens=stops,
+                              vocab_size=tokenizer.vocab_size)
+    for start, results in zip(starts, found):
+        for tokens, score in results[:config.num_samples]:
+            text = Text(tokenizer, config.stop)
+            ends = tokens[-1] == tokenizer.eot
+            print(start + ''.join(text.add(token) for token in tokens[:len(tokens) - ends]) + text.finish())
+            print(f'{"-" * 15} score {score:.4f}')
+
+
 def main(config):
     device = pick_device(config.device)
     starts = [read_prompt(start) for start in (config.start if isinstance(config.start, list) else [config.start])]
@@ -125,6 +145,10 @@ def main(config):
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
 
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace')
+    if config.num_beams > 1:
+        show_beams(model, tokenizer, starts, prompts, config)
+        return
     if config.compile:
         print('compiling the step of one token: this takes up to some minutes', file=sys.stderr)
         try:
@@ -139,7 +163,6 @@ def main(config):
     shown = [start for start in starts for _ in range(config.num_samples)]
     texts = [Text(tokenizer, config.stop) for _ in rows]
     written = [''] * len(rows)
-    sys.stdout.reconfigure(encoding='utf-8', errors='replace')
     print(shown[0], end='', flush=True)
     begin = time.perf_counter()
     stream = model.stream(rows, config.max_new_tokens, config.temperature, config.top_k, top_p=config.top_p, min_p=config.min_p,

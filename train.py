@@ -44,10 +44,12 @@ class Config:
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # width: numbers per token in the residual stream
+    label_smoothing: float = 0.0  # the share of a target that all tokens have in equal parts; evaluations are without
     dropout: float = 0.0  # for pretraining 0 is good, for small data or finetuning try 0.1 or more
     bias: bool = False  # in Linear and LayerNorm; GPT-2 has them, without is a bit better and faster
     position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # how a token knows where it stands
-    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # the normalisation before attention, MLP and head
+    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # the normalisation
+    norm_position: Literal['pre', 'post'] = 'pre'  # before attention, MLP and head, or behind each sum (2017)
     activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # of the MLP; gelu_tanh is GPT-2's
     n_kv_head: int | None = None  # key/value heads; None: as many as n_head
     qk_norm: bool = False  # normalise queries and keys
@@ -66,6 +68,7 @@ class Config:
     weight_decay: float = 1e-1  # on matrices and embeddings, not on gains and biases
     beta1: float = 0.9  # AdamW's average of gradients
     beta2: float = 0.95  # AdamW's average of squared gradients
+    adam_eps: float = 1e-8  # added to their root
     grad_clip: float = 1.0  # the longest gradient norm; 0: no clipping
     nonfinite: Literal['stop', 'skip'] = 'stop'  # a step whose loss or gradient is infinite or nan: end the run, or leave it out
     max_skips: int = 10  # steps left out in a row before the run ends all the same
@@ -144,7 +147,7 @@ def check(config):
     for key in ('beta1', 'beta2', 'muon_momentum'):
         require(0 <= getattr(config, key) < 1, f'{key} = {getattr(config, key)}: give at least 0 and less than 1')
     require(config.eval_iters >= 1 or config.eval_iters == -1, f'eval_iters = {config.eval_iters}: give at least 1, or -1')
-    for key in ('lr_decay_iters', 'peak_flops', 'save_interval'):
+    for key in ('lr_decay_iters', 'peak_flops', 'save_interval', 'adam_eps'):
         value = getattr(config, key)
         require(value is None or value > 0, f'{key} = {value}: give more than 0, or None')
     low = config.min_lr
@@ -195,7 +198,8 @@ from processes import (
     start_group,
 )
 
-FREE_KEYS = ('dropout', 'attention', 'activation_checkpointing')  # of GPTConfig: may differ from those of the weights
+# of GPTConfig: may differ from those of the weights
+FREE_KEYS = ('dropout', 'label_smoothing', 'attention', 'activation_checkpointing')
 DATA_KEYS = ('vocab_size', 'document_token')  # of GPTConfig: follow from the data
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
 

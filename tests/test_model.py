@@ -1,5 +1,6 @@
 """The model against references that we did not write: transformers, torch.nn, and formulas worked out by hand."""
 
+import itertools
 import math
 from dataclasses import asdict
 
@@ -216,6 +217,7 @@ ARCHITECTURES = (
         {'ngram': 4, 'ngram_rows': 97},
         {'document_token': 3, 'ngram': 3, 'ngram_rows': 97, 'position': 'rope'},
         {'document_token': 3, 'attention': 'math'},
+        {'norm_position': 'post', 'position': 'sinusoidal'},
     ]
     + [{'activation': a} for a in ('gelu', 'relu', 'relu2', 'swiglu')]
     + [{'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'n_kv_head': 2, 'qk_norm': True, 'bias': False}]
@@ -295,6 +297,28 @@ def test_cached_and_padded_documents_are_read_as_if_they_stood_alone(options, st
             for row, text in enumerate((long, short)):
                 idx = torch.tensor([text[: len(text) - 3 + step]])
                 torch.testing.assert_close(logits[row, 0], model(idx)[0][0, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('norm_position', ['pre', 'post'])
+def test_a_block_is_the_layer_of_pytorchs_transformer(norm_position):
+    model = tiny(norm_position=norm_position, activation='relu', bias=True)
+    theirs = torch.nn.TransformerEncoderLayer(32, 4, 128, 0.0, batch_first=True, norm_first=norm_position == 'pre').eval()
+    ours = model.transformer.h[0]
+    for norm in (ours.ln_1, ours.ln_2):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    pairs = {
+        'self_attn.in_proj_': ours.attn.c_attn,
+        'self_attn.out_proj.': ours.attn.c_proj,
+        'linear1.': ours.mlp.c_fc,
+        'linear2.': ours.mlp.c_proj,
+        'norm1.': ours.ln_1,
+        'norm2.': ours.ln_2,
+    }
+    theirs.load_state_dict({name + part: getattr(ours_, part) for name, ours_ in pairs.items() for part in ('weight', 'bias')})
+    x = torch.randn(2, 16, 32)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(16)
+    torch.testing.assert_close(ours(x), theirs(x, mask, is_causal=True), atol=1e-5, rtol=0)
 
 
 def nanogpt_greedy(model, ids, n):
@@ -461,8 +485,8 @@ def test_ngrams_are_spread_over_a_small_table():
 def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(monkeypatch, multiple):
     idx, targets = tokens(3, 16), tokens(3, 16, seed=2)
     targets[0, :7] = -1
-    for options in ({}, {'tie_weights': False, 'logit_softcap': 3.0}):
-        model = tiny(**options)
+    for options in ({}, {'tie_weights': False, 'logit_softcap': 3.0}, {'label_smoothing': 0.2}):
+        model = tiny(**options).train('label_smoothing' in options)
         with torch.no_grad():
             model.lm_head.weight.mul_(30)  # logits that differ
         results = []
@@ -474,6 +498,9 @@ def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(monkeypatch, mu
             (3 * loss).backward()
             results.append((loss, [p.grad.clone() for p in model.parameters()]))
         (plain, gradients), (chunked, same_gradients) = results
+        if 'label_smoothing' in options:
+            assert abs(plain - model.eval()(idx, targets)[1]) > 0.1  # in training only
+            model.train()
         torch.testing.assert_close(chunked, plain, atol=0, rtol=1e-6)
         for a, b in zip(same_gradients, gradients, strict=True):
             torch.testing.assert_close(a, b, atol=2e-6 * b.abs().max().item(), rtol=0)
@@ -664,3 +691,64 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing():
     (loss, gradients, all_kept), (same_loss, same_gradients, less) = results
     assert torch.equal(loss, same_loss) and all(map(torch.equal, gradients, same_gradients))
     assert less < all_kept / 5
+
+
+# Beam search --------------------------------------------------------------------------------------------------------------------
+
+
+def every_continuation(model, prompt, n, stop):
+    """{tokens: log p} of all continuations that end with stop, or have n tokens: by enumeration, without a cache."""
+    found = {}
+    for tokens_ in itertools.product(range(model.config.vocab_size), repeat=n):
+        end = tokens_.index(stop) + 1 if stop in tokens_ else n
+        if tokens_[:end] not in found:
+            text = torch.tensor([prompt + list(tokens_[:end])])
+            logp = model(text, text)[0][0].log_softmax(-1)
+            found[tokens_[:end]] = sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(tokens_[:end]))
+    return found
+
+
+@pytest.mark.parametrize('length_penalty', [0.0, 0.6, 2.0])
+def test_a_beam_as_wide_as_all_continuations_finds_the_best_of_them(length_penalty):
+    model = tiny(vocab_size=4, position='rope')
+    prompts = [[1, 2, 3], [2]]
+    results = model.beam_search(prompts, 4, num_beams=4**4, length_penalty=length_penalty, stop_tokens=[0])
+    for prompt, result in zip(prompts, results):
+        expected = every_continuation(model, prompt, 4, stop=0)
+        scored = {text: logp / ((5 + len(text)) / 6) ** length_penalty for text, logp in expected.items()}
+        assert len(result) == len(scored) and tuple(result[0][0]) == max(scored, key=scored.get)
+        for text, score in result:
+            assert score == pytest.approx(scored[tuple(text)], abs=1e-4)
+        assert [score for _, score in result] == sorted((score for _, score in result), reverse=True)
+
+
+@pytest.mark.parametrize('options', [{}, {'document_token': 3}, {'ngram': 3, 'position': 'rope', 'n_kv_head': 1}], ids=str)
+def test_one_beam_is_greedy_and_prompts_do_not_disturb_each_other(options):
+    model = tiny(**options)
+    prompts = [[5, 6, 7, 8], [9], [3, 4]]
+    greedy = model.generate(prompts, 10, temperature=0, stop_tokens=[1])
+    found = model.beam_search(prompts, 10, num_beams=1, stop_tokens=[1])
+    assert [prompt + result[0][0] for prompt, result in zip(prompts, found)] == greedy
+    together = model.beam_search(prompts, 6, num_beams=3)
+    for prompt, result in zip(prompts, together):
+        alone = model.beam_search([prompt], 6, num_beams=3)[0]
+        assert [text for text, _ in alone] == [text for text, _ in result] and len(result) == 3
+        assert [score for _, score in result] == pytest.approx([score for _, score in alone], abs=1e-4)
+        assert result[0][1] >= model.beam_search([prompt], 6, num_beams=1)[0][0][1] - 1e-4  # of texts of one length
+
+
+def test_beam_search_equals_that_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, vocab_size=50, n_positions=32, initializer_range=0.3, bos_token_id=0, eos_token_id=49
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path), {'dropout': 0.0})
+    prompt = tokens(1, 5, vocab_size=49)
+    options = {'max_new_tokens': 8, 'do_sample': False, 'num_beams': 4, 'num_return_sequences': 4, 'length_penalty': 0.0}
+    options |= {'eos_token_id': None, 'pad_token_id': 0, 'output_scores': True, 'return_dict_in_generate': True}
+    expected = theirs.generate(prompt, **options)
+    result = ours.beam_search(prompt, 8, num_beams=4, length_penalty=0.0)[0]
+    assert [prompt[0].tolist() + text for text, _ in result] == expected.sequences.tolist()
+    assert [score for _, score in result] == pytest.approx(expected.sequences_scores.tolist(), abs=1e-4)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from model import GPT, GPTConfig
 from optimizer import Muon, adamw, learning_rate_at, load_state, make_optimizer, orthogonalize, state_bytes, step_if
 
@@ -22,6 +23,7 @@ BASE = {
     'weight_decay': 0.0,
     'beta1': 0.9,
     'beta2': 0.95,
+    'adam_eps': 1e-8,
     'muon_learning_rate': 0.02,
     'muon_momentum': 0.95,
     'embedding_learning_rate': None,
@@ -195,3 +197,14 @@ def test_without_bfloat16_in_hardware_muon_multiplies_in_float32(monkeypatch):
         a = y @ y.mT
         y = 3.4445 * y + (-4.7750 * a + 2.0315 * a @ a) @ y
     torch.testing.assert_close(orthogonalize(x).double(), y, atol=1e-4, rtol=0)  # bfloat16 would be off by 1e-2
+
+
+def test_the_recipe_of_2017_is_the_papers():
+    config, _ = train.read_command(['config/transformer_2017.py'])
+    assert (config.n_layer, config.n_embd, config.n_head, config.dropout, config.label_smoothing) == (6, 512, 8, 0.1, 0.1)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=4))
+    groups = make_optimizer(model, config).param_groups
+    assert all((group['betas'], group['eps'], group['weight_decay']) == ((0.9, 0.98), 1e-9, 0.0) for group in groups)
+    for step in (1, 100, 3999, 4001, 50000):  # section 5.3, whose first step is 1
+        expected = 512**-0.5 * min(step**-0.5, step * 4000**-1.5)
+        assert learning_rate_at(step - 1, config) == pytest.approx(expected, rel=5e-4)

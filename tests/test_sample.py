@@ -88,6 +88,15 @@ def test_a_sample_ends_at_its_stop(run, trained):
     assert stopped == [plain[: plain.index(plain[20], 1) + 1]]
 
 
+def test_a_beam_shows_the_likeliest_texts_with_their_scores(run, trained):
+    model, characters = load_model(trained)
+    options = ('--start=de', '--max_new_tokens=12', '--dtype=float32', '--length_penalty=1')
+    shown = run('sample.py', f'--out_dir={trained}', '--num_beams=4', '--num_samples=2', *options).stdout
+    expected = model.beam_search([characters.encode('de')], 12, num_beams=4, length_penalty=1)[0][:2]
+    text = ''.join(f'de{characters.decode(ids)}\n{"-" * 15} score {score:.4f}\n' for ids, score in expected)
+    assert shown == text
+
+
 def test_half_a_character_is_never_shown():
     text, shown = Text(tokenizer.ByteTokenizer(), []), []
     for byte in 'aé日🙂z'.encode():
@@ -130,9 +139,12 @@ def test_mistakes_are_one_sentence(refused, trained, tmp_path):
             'stop=[""]',
             'stop=1000',
             'seed=-1',
+            'num_beams=0',
+            'max_new_tokens=31 --num_beams=2'.split(),  # and the prompt, in 32
             'out_dir=',
         ):
-            refused('sample.py', f'--out_dir={trained}', f'--{mistake}', says=mistake.split('=')[0])
+            first, *more = [mistake] if isinstance(mistake, str) else mistake
+            refused('sample.py', f'--out_dir={trained}', '--start=ab', f'--{first}', *more, says=first.split('=')[0])
         (tmp_path / 'foreign').mkdir()
         (tmp_path / 'foreign' / 'ckpt.pt').write_bytes(b'garbage')
         refused('sample.py', f'--out_dir={tmp_path}/foreign', says='ckpt.pt')

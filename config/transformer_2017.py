@@ -1,0 +1,36 @@
+# The recipe of "Attention Is All You Need" (Vaswani et al. 2017), its base model, for a decoder alone. Each line has its section.
+#   python train.py config/transformer_2017.py
+#   python train.py config/transformer_2017.py --norm_position=pre --out_dir=out-pre    # one ingredient at a time
+
+out_dir = 'out-2017'
+dataset = 'python_stdlib'
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+
+n_layer = 6  # table 3, base
+n_head = 8
+n_embd = 512
+bias = True
+norm = 'layernorm'  # 3.1: LayerNorm(x + Sublayer(x))
+norm_position = 'post'
+activation = 'relu'  # 3.3, four times as wide
+tie_weights = True  # 3.4, and embeddings times the root of n_embd, which sinusoidal positions bring with them
+position = 'sinusoidal'  # 3.5
+
+optimizer = 'adamw'  # 5.3: Adam, so no decay
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.98
+adam_eps = 1e-9
+schedule = 'inverse_sqrt'  # 5.3: n_embd ** -0.5 * min(step ** -0.5, step * warmup_iters ** -1.5)
+warmup_iters = 4000
+learning_rate = (n_embd * warmup_iters) ** -0.5
+grad_clip = 0.0
+dropout = 0.1  # 5.4: on embeddings and on what attention and MLP add
+label_smoothing = 0.1  # 5.4
+
+max_iters = 100000  # 5.2
+eval_interval = 1000
+eval_iters = 20
+log_interval = 10
