@@ -106,10 +106,7 @@ class Text:
 
 
 def show_beams(model, tokenizer, starts, prompts, config):
-    longest = max(map(len, prompts))
-    room = model.config.block_size - longest
-    require(config.max_new_tokens <= room, f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind '
-                                           f'{longest} tokens, in block_size = {model.config.block_size}')
+    """Search instead of drawing; the best num_samples texts for each prompt, with their scores."""
     stops = {s for s in config.stop if isinstance(s, int)} | ({tokenizer.eot} - {None})
     found = model.beam_search(prompts, config.max_new_tokens, config.num_beams, config.length_penalty, stop_tokens=stops,
                               vocab_size=tokenizer.vocab_size)
@@ -142,6 +139,9 @@ def main(config):
         require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size, f'stop = {stop}: there is no such token id; the '
                                                                            f'vocabulary has {tokenizer.vocab_size}')
     require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
+    room = block_size - max(map(len, prompts))
+    require(config.num_beams == 1 or config.max_new_tokens <= room,
+            f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind the prompt, in block_size = {block_size}')
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
 
