@@ -141,7 +141,8 @@ def main(config):
     require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
     room = block_size - max(map(len, prompts))
     require(config.num_beams == 1 or config.max_new_tokens <= room,
-            f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind the prompt, in block_size = {block_size}')
+            f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind the prompt (block_size = '
+            f'{block_size})')
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
 
