@@ -302,13 +302,15 @@ def read_manifest(path):
         return None, f'it is no manifest ({first_line(error)[:80] if isinstance(error, UserError) else type(error).__name__})'
 
 
-def load(where, prefer_best=False, mmap=False):
+def load(where, prefer_best=False, mmap=False, average_last=1):
     """A Checkpoint from a run's folder, a .pt file, a GPT-2 folder in Hugging Face's layout, or 'gpt2', 'gpt2-medium', ...
 
     Of a run's folder: the newest that is whole; with prefer_best the best by val loss, if the run kept only improvements
-    (always_save_checkpoint=False). mmap: tensors are read from disk when they are used. Raises UserError.
+    (always_save_checkpoint=False). mmap: tensors are read from disk when they are used. average_last: with the mean weights of so
+    many of its last checkpoints (Vaswani et al. 2017, section 6.1). Raises UserError.
     """
     where = Path(where)
+    require(average_last == 1 or where.is_dir(), f'average_last = {average_last}: only for the folder of a run, not for {where}')
     if str(where) in GPT2_SIZES and not where.exists():
         where = download_gpt2(str(where))
     if where.is_file():
@@ -325,12 +327,12 @@ def load(where, prefer_best=False, mmap=False):
     end = time.monotonic() + 10
     while time.monotonic() < end:
         with contextlib.suppress(FileNotFoundError):  # the run is alive, and has just deleted what was to be read
-            return load_run(where, prefer_best, mmap)
+            return load_run(where, prefer_best, mmap, average_last)
     raise UserError(f'{where}: its checkpoints disappear while they are read; try again')
 
 
-def load_run(folder, prefer_best, mmap):
-    """The newest whole checkpoint of a run's folder, or the best; what is passed over is said."""
+def load_run(folder, prefer_best, mmap, average_last):
+    """The newest whole checkpoint of a run's folder, the best, or the mean of some; what is passed over is said."""
     found = manifests(folder, warn)
     loose = [path for path in sorted(folder.glob('ckpt_[0-9]*.pt')) if not path.with_suffix('.json').exists()]
     if not found:
@@ -341,17 +343,32 @@ def load_run(folder, prefer_best, mmap):
             'train one first'))
     for path in loose:
         warn(f'{path} has no manifest to check it by and is passed over; to trust it: --init_from={path}')
-    if prefer_best and not found[0]['config'].get('always_save_checkpoint', True):
+    if prefer_best and average_last == 1 and not found[0]['config'].get('always_save_checkpoint', True):
         found.sort(key=val_loss_of)
+    whole = []
     for manifest in found:
         path = folder / manifest['file']
         wrong = damage(path, manifest)
         if not wrong:
-            checkpoint = load_file(path, mmap)
-            checkpoint.val_loss = manifest['val_loss']  # it may have been measured later
-            return checkpoint
-        warn(f'{path} is damaged and passed over: {wrong}')
-    raise UserError(f'{folder}: every checkpoint in it is damaged; restore one from a copy, or train anew in another --out_dir')
+            whole.append(load_file(path, mmap))
+            whole[-1].val_loss = manifest['val_loss']  # it may have been measured later
+            if len(whole) == average_last:
+                return mean_of(whole)
+        else:
+            warn(f'{path} is damaged and passed over: {wrong}')
+    require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or train anew in another --out_dir')
+    raise UserError(f'average_last = {average_last}: {folder} has {len(whole)} whole checkpoint{"s" * (len(whole) > 1)}; a run '
+                    f'keeps as many as its --keep_last')
+
+
+def mean_of(checkpoints):
+    """The first, with the mean of their weights."""
+    first, *others = checkpoints
+    if others:
+        first.model = {name: sum((other.model[name] for other in others), weight) / len(checkpoints)
+                       for name, weight in first.model.items()}
+        first.val_loss, first.path = None, f'{first.path} and {len(others)} before it'
+    return first
 
 
 def warn(text):

@@ -14,6 +14,7 @@ class Config:
     # model
     init_from: str = 'resume'  # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to weights
     out_dir: str = 'out'  # the folder of a run
+    average_last: int = 1  # the mean weights of so many of its last checkpoints (2017: 5)
     # prompt
     start: str | list[str] = '\n'  # the text to continue, FILE:path for that of a file, or a list of them
     num_samples: int = 10  # for each prompt
@@ -47,6 +48,7 @@ def check(config):
     require(config.min_p is None or 0 <= config.min_p <= 1, f'min_p = {config.min_p}: give a share from 0 to 1, or None')
     penalty = config.repetition_penalty
     require(0.01 <= penalty <= 100, f'repetition_penalty = {penalty}: give 0.01 to 100; 1 is off')
+    require(config.average_last >= 1, f'average_last = {config.average_last}: give at least 1')
     require(config.num_beams >= 1, f'num_beams = {config.num_beams}: give at least 1')
     require(config.seed >= 0, f'seed = {config.seed}: give 0 or more')
     require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
@@ -123,7 +125,7 @@ def main(config):
     starts = [read_prompt(start) for start in (config.start if isinstance(config.start, list) else [config.start])]
     require(starts, 'start is an empty list: give at least one prompt')
     where = config.out_dir if config.init_from == 'resume' else config.init_from
-    checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
+    checkpoint = ckpt.load(where, prefer_best=True, mmap=True, average_last=config.average_last)
     dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()

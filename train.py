@@ -21,6 +21,7 @@ class Config:
     log_interval: int = 1  # steps between lines of the log
     eval_iters: int = 200  # batches per evaluation, always the same ones; -1: the whole val split
     eval_only: bool = False  # evaluate once and stop
+    average_last: int = 1  # with eval_only: evaluate the mean weights of so many of the run's last checkpoints (2017: 5)
     always_save_checkpoint: bool = True  # False: after an evaluation save only if val loss improved
     save_interval: int | None = None  # steps between checkpoints, beside those of the evaluations; None: only those
     keep_last: int = 2  # checkpoints kept, beside the best one
@@ -134,13 +135,15 @@ def read_command(argv=None):
     config, given = configure(Config, argv)
     turn_dial(config, given)
     check(config)
+    require(config.average_last == 1 or config.eval_only and config.init_from == 'resume',
+            f'average_last = {config.average_last}: only to evaluate a run, with --init_from=resume --eval_only')
     return config, given
 
 
 def check(config):
     """What can be seen to be wrong before anything is loaded. Raises UserError."""
     for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'keep_last',
-                'max_skips'):
+                'max_skips', 'average_last'):
         require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
     for key in ('max_iters', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
         require(getattr(config, key) >= 0, f'{key} = {getattr(config, key)}: give 0 or more')
@@ -221,7 +224,7 @@ def main(config, given, at_exit):
         with main_process_first(rank):  # it may download
             if resume and writes and os.path.isdir(config.out_dir):
                 at_exit.enter_context(ckpt.claim(config.out_dir, say))
-            checkpoint = ckpt.load(config.out_dir if resume else config.init_from, mmap=ddp)
+            checkpoint = ckpt.load(config.out_dir if resume else config.init_from, mmap=ddp, average_last=config.average_last)
     if resume:
         take_saved_config(config, given, checkpoint)
         check(config)

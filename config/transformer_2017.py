@@ -32,5 +32,6 @@ label_smoothing = 0.1  # 5.4
 
 max_iters = 100000  # 5.2
 eval_interval = 1000
+keep_last = 5  # 6.1: sampled with --average_last=5
 eval_iters = 20
 log_interval = 10

@@ -226,6 +226,25 @@ def test_a_run_that_is_over_says_so(run, tmp_path, char_data):
     assert 'max_iters = 0 is reached' in result.stdout
 
 
+def test_the_mean_of_the_last_checkpoints_is_evaluated_and_sampled(run, refused, char_data, tmp_path):
+    folder = f'--out_dir={tmp_path}/out'
+    run('train.py', folder, f'--dataset={char_data}', *TINY, '--max_iters=12', '--save_interval=4', '--keep_last=3')
+    files = sorted((tmp_path / 'out').glob('ckpt_*.pt'))[-3:]
+    means = {name: sum(ckpt.load(file).model[name] for file in files) / 3 for name in ckpt.load(files[0]).model}
+    loaded = ckpt.load(tmp_path / 'out', average_last=3)
+    for name, weight in means.items():
+        torch.testing.assert_close(loaded.model[name], weight)
+    evaluate = ('train.py', '--init_from=resume', folder, '--eval_only', '--eval_iters=-1')
+    said = run(*evaluate, '--average_last=3').stdout
+    model, data = loaded.build_model().eval(), bins.open_dataset(char_data, 32)
+    x, y = (torch.from_numpy(part) for part in data.val.windows(data.val.evaluation_windows(-1)))
+    with torch.no_grad():
+        assert f'val loss {model(x, y)[1].item():.4f}' in said and said != run(*evaluate).stdout
+    assert 'and 2 before it' in run('sample.py', folder, '--average_last=3', '--num_samples=1', '--max_new_tokens=5').stderr
+    refused(*evaluate, '--average_last=9', says=('average_last = 9', 'has 3 whole checkpoints', '--keep_last'))
+    refused('train.py', folder, '--average_last=2', says='only to evaluate')
+
+
 def test_a_second_run_keeps_the_first(run, char_data, tmp_path):
     common = (f'--out_dir={tmp_path}/out', f'--dataset={char_data}', *TINY)
     run('train.py', *common, '--max_iters=3')
