@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configurator import configure, first_line, require, user_errors
+from configurator import UserError, configure, first_line, require, user_errors
 
 
 @dataclass
@@ -17,6 +17,7 @@ class Config:
     average_last: int = 1  # the mean weights of so many of its last checkpoints (2017: 5)
     # prompt
     start: str | list[str] = '\n'  # the text to continue, FILE:path for that of a file, or a list of them
+    interactive: bool = False  # type prompts, each of which is continued once; Ctrl-C ends a text, Ctrl-D the program
     num_samples: int = 10  # for each prompt
     max_new_tokens: int = 500  # in each sample
     stop: list[str | int] = field(default_factory=list)  # a sample ends before one of these texts, or behind a token id
@@ -132,36 +133,66 @@ def main(config):
     if config.quantize == 'int8':
         model.quantize()
     block_size = model.config.block_size
+    for stop in config.stop:
+        require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size, f'stop = {stop}: there is no such token id; the '
+                                                                           f'vocabulary has {tokenizer.vocab_size}')
+    if config.interactive:
+        starts, config.num_samples = [' '], 1
+    else:
+        prompts = encoded(starts, model, tokenizer, config)
+    require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
+    val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
+    print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
+
+    sys.stdout.reconfigure(encoding='utf-8', errors='replace')
+    if config.compile:
+        print('compiling the step of one token: this takes up to some minutes', file=sys.stderr)
+        try:
+            model.generate([[0]] * len(starts) * config.num_samples, 2, compile=True)
+        except Exception as error:  # no compiler on the machine, ...
+            reason = f'{type(error).__name__}: {first_line(error)[:150]}'
+            print(f'torch.compile failed, going on without it: {reason}', file=sys.stderr)
+            config.compile = False
+    if config.interactive:
+        answer(model, tokenizer, config)
+    else:
+        write(model, tokenizer, starts, prompts, config)
+
+
+def answer(model, tokenizer, config):
+    """Continue what is typed, line by line, until Ctrl-D."""
+    while True:
+        try:
+            start = input('> ' if sys.stdin.isatty() else '')
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            write(model, tokenizer, [start], encoded([start], model, tokenizer, config), config)
+        except UserError as error:  # a character that the tokenizer does not know, nothing at all
+            print(error, file=sys.stderr)
+        config.seed += 1  # the same prompt again: another text
+
+
+def encoded(starts, model, tokenizer, config):
+    """The prompts' token ids, cut to what the model can read. Raises UserError."""
+    block_size = model.config.block_size
     prompts = [encode_prompt(start, tokenizer) for start in starts]
     for prompt in prompts:
         if len(prompt) > block_size:
             print(f'the prompt has {len(prompt)} tokens: only the last {block_size} are taken', file=sys.stderr)
     prompts = [prompt[-block_size:] for prompt in prompts]
-    for stop in config.stop:
-        require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size, f'stop = {stop}: there is no such token id; the '
-                                                                           f'vocabulary has {tokenizer.vocab_size}')
-    require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
     room = block_size - max(map(len, prompts))
     require(config.num_beams == 1 or config.max_new_tokens <= room,
             f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind the prompt (block_size = '
             f'{block_size})')
-    val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
-    print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
+    return prompts
 
-    sys.stdout.reconfigure(encoding='utf-8', errors='replace')
+
+def write(model, tokenizer, starts, prompts, config):
+    """Continue each prompt num_samples times, in one batch: the first is shown as it is written, the others when it is done."""
     if config.num_beams > 1:
         show_beams(model, tokenizer, starts, prompts, config)
         return
-    if config.compile:
-        print('compiling the step of one token: this takes up to some minutes', file=sys.stderr)
-        try:
-            model.generate([prompt for prompt in prompts for _ in range(config.num_samples)], 2, compile=True)
-        except Exception as error:  # no compiler on the machine, ...
-            reason = f'{type(error).__name__}: {first_line(error)[:150]}'
-            print(f'torch.compile failed, going on without it: {reason}', file=sys.stderr)
-            config.compile = False
-
-    # all samples are one batch; the first is shown as it is written, the others when it is done
     rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
     shown = [start for start in starts for _ in range(config.num_samples)]
     texts = [Text(tokenizer, config.stop) for _ in rows]
@@ -170,7 +201,8 @@ def main(config):
     begin = time.perf_counter()
     stream = model.stream(rows, config.max_new_tokens, config.temperature, config.top_k, top_p=config.top_p, min_p=config.min_p,
                           repetition_penalty=config.repetition_penalty, seed=config.seed,
-                          slide=config.slide or max(1, block_size // 8), vocab_size=tokenizer.vocab_size, compile=config.compile)
+                          slide=config.slide or max(1, model.config.block_size // 8), vocab_size=tokenizer.vocab_size,
+                          compile=config.compile)
     try:
         for tokens in stream:
             for i, token in enumerate(tokens.tolist()):

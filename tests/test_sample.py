@@ -1,6 +1,10 @@
 """sample.py as a person runs it: what comes on stdout, what on stderr, and what is refused."""
 
 import re
+import signal
+import subprocess
+import sys
+from subprocess import PIPE
 
 import torch
 from conftest import together
@@ -95,6 +99,26 @@ def test_a_beam_shows_the_likeliest_texts_with_their_scores(run, trained):
     expected = model.beam_search([characters.encode('de')], 12, num_beams=4, length_penalty=1)[0][:2]
     text = ''.join(f'de{characters.decode(ids)}\n{"-" * 15} score {score:.4f}\n' for ids, score in expected)
     assert shown == text
+
+
+def test_typed_prompts_are_continued_and_ctrl_c_ends_a_text_only(run, clone, trained):
+    typed = '日\n\nde\nde\n'  # what cannot be continued is said, and the next one is
+    result = run('sample.py', f'--out_dir={trained}', '--interactive', '--max_new_tokens=30', input=typed)
+    assert "'日' at position 0" in result.stderr and 'start is empty' in result.stderr
+    first, second, rest = result.stdout.split('\n' + '-' * 15 + '\n')
+    assert first.startswith('de') and second.startswith('de') and first != second and not rest
+
+    command = [sys.executable, clone / 'sample.py', f'--out_dir={trained}', '--interactive', '--max_new_tokens=1000000']
+    with subprocess.Popen(command, cwd=clone, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
+        for prompt in ('de', 'x'):
+            process.stdin.write(prompt + '\n')
+            process.stdin.flush()
+            assert process.stdout.read(100).startswith(prompt)  # it is written
+            process.send_signal(signal.SIGINT)
+            while (line := process.stdout.readline()).strip() != '-' * 15:
+                assert line
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and said.count('stopped') == 2 and 'Traceback' not in said
 
 
 def test_half_a_character_is_never_shown():
