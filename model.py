@@ -39,7 +39,7 @@ class GPTConfig:
     tie_weights: bool = True  # the output head is the token embedding (Press & Wolf 2017)
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2, 2024)
     zero_init: bool = False  # output projections start at 0, so that each block starts as the identity (Zhang 2019, Fixup)
-    document_token: int | None = None  # a document begins with it, and attention does not reach back beyond; None: it does
+    document_token: int | None = None  # a document begins with it: what follows does not look back beyond it
     label_smoothing: float = 0.0  # in training, the share of a target that all tokens have alike (Szegedy 2016, section 7)
     attention: Literal['sdpa', 'math'] = 'sdpa'  # fused kernels, or the same written out
     activation_checkpointing: bool = False  # backward computes each block again instead of keeping it (Chen 2016)

@@ -6,6 +6,8 @@ import torch
 from device import has_bfloat16
 from parallel import gather_like, is_shard, local, shard_like
 
+MUON_AT_ONCE = 2**25  # numbers in the matrices that Muon works on together
+
 
 def make_optimizer(model, config):
     """The optimizer that train.py's keys ask for. Each of its groups has its peak rate in group['peak_lr']."""
@@ -75,7 +77,10 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
+            at_once = {shape: max(1, MUON_AT_ONCE // shape.numel()) for shape in shapes}
+            parts = [(shape, params[i:i + at_once[shape]]) for shape, params in shapes.items()
+                     for i in range(0, len(params), at_once[shape])]
+            for shape, params in parts:
                 buffers = [local(self.state[p]['momentum_buffer']) for p in params]
                 gradient, momentum = torch.stack([local(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
                 lr, found_inf = group['lr'], getattr(self, 'found_inf', None)
@@ -158,15 +163,17 @@ def load_state(optimizer, state):
         raise ValueError('it is not the state of optimizer = adamw')
     groups = [saved | {k: v for k, v in group.items() if k != 'params'}
               for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=True)]
-    optimizer.load_state_dict({'state': state['state'], 'param_groups': groups})
-    if isinstance(optimizer, Muon):
-        optimizer.fill_state()  # a state saved before the first step may be empty
-    for p, values in optimizer.state.items():
-        for name, value in values.items():
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    values = {i: dict(of_one) for i, of_one in state['state'].items()}
+    for p, of_one in zip(params, (values.get(i, {}) for i in range(len(params)))):
+        for name, value in of_one.items():
             if torch.is_tensor(value) and value.dim() > 0:
                 if value.shape != p.shape:
                     raise ValueError(f'{name} has shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')
-                values[name] = shard_like(value, p)  # a checkpoint has it whole
+                of_one[name] = shard_like(value, p)  # a checkpoint has it whole
+    optimizer.load_state_dict({'state': values, 'param_groups': groups})
+    if isinstance(optimizer, Muon):
+        optimizer.fill_state()  # a state saved before the first step may be empty
 
 
 def learning_rate_at(step, config):

@@ -8,13 +8,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-def choose(parallel, model, device):
-    """'ddp' or 'fsdp' for 'auto': shards where weights, gradients and AdamW's state would fill half of a GPU's memory."""
+def choose(parallel, model, memory):
+    """'ddp' or 'fsdp' for 'auto': shards where weights, gradients and AdamW's state would fill half of a GPU's memory (bytes)."""
     if parallel != 'auto':
         return parallel
-    needed = 4 * 4 * sum(p.numel() for p in model.parameters())
-    large = device.type == 'cuda' and needed > torch.cuda.get_device_properties(device).total_memory / 2
-    return 'fsdp' if large else 'ddp'
+    return 'fsdp' if memory and 4 * 4 * sum(p.numel() for p in model.parameters()) > memory / 2 else 'ddp'
 
 
 def shard(model, device, dtype):
@@ -66,13 +64,21 @@ def local(tensor):
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
-def whole(value):
-    """Nested dicts and lists with their shards gathered, on every process: all have to call it. Other tensors stay themselves."""
+def whole(tensor):
+    """All of a tensor, on every process; all have to call it."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def whole_on_main(value):
+    """Nested dicts and lists with their shards gathered, one after the other, into the memory of the main process's CPU; None
+    stands for them elsewhere. All processes have to call it. Other tensors stay themselves.
+    """
     if is_shard(value):
-        return value.full_tensor()
+        tensor = value.full_tensor()
+        return tensor.cpu() if dist.get_rank() == 0 else None
     if isinstance(value, dict):
-        return {k: whole(v) for k, v in value.items()}
-    return [whole(v) for v in value] if isinstance(value, list) else value
+        return {k: whole_on_main(v) for k, v in value.items()}
+    return [whole_on_main(v) for v in value] if isinstance(value, list) else value
 
 
 def gather_like(part, like):
@@ -115,7 +121,7 @@ class TreeSum:
             p.grad = None
 
     def finish(self):
-        """Put the means over the processes into the model's gradients; returns that of the loss."""
+        """Put the sums over the processes into the model's gradients; returns that of the loss."""
         (total,), self.nodes, self.n = self.nodes, [], 0
         n = dist.get_world_size() if dist.is_initialized() else 1
         if n > 1:
@@ -128,7 +134,7 @@ class TreeSum:
                     request.wait()
                 flat += theirs
                 distance *= 2
-            total = [x.view_as(t) for x, t in zip((flat / n).split([t.numel() for t in total]), total)]
+            total = [x.view_as(t) for x, t in zip(flat.split([t.numel() for t in total]), total)]
         for p, gradient in zip(self.params, total):
             p.grad = gradient
         return total[-1]

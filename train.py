@@ -187,7 +187,7 @@ import parallel
 from data import bins
 from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype
 from model import GPT, LOGITS_AT_ONCE, GPTConfig
-from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes, step_if
+from optimizer import MUON_AT_ONCE, learning_rate_at, load_state, make_optimizer, muon_matrices, state_bytes, step_if
 from processes import (
     Signals,
     any_process,
@@ -215,7 +215,7 @@ def main(config, given, at_exit):
     main_process = rank == 0  # it prints
     writes = main_process and not config.eval_only  # checkpoints and the log
     say = make_say(main_process)
-    if ckpt.is_of_job(config.out_dir):
+    if gather(ckpt.is_of_job(config.out_dir))[0]:
         say(f'{config.out_dir}: torchrun has started the processes again, the run goes on')
         config.init_from = 'resume'
     resume = config.init_from == 'resume'
@@ -225,6 +225,8 @@ def main(config, given, at_exit):
             if resume and writes and os.path.isdir(config.out_dir):
                 at_exit.enter_context(ckpt.claim(config.out_dir, say))
             checkpoint = ckpt.load(config.out_dir if resume else config.init_from, mmap=ddp, average_last=config.average_last)
+    if len(set(gather((checkpoint.step, checkpoint.samples_seen) if checkpoint else None))) > 1:
+        fail(f'{config.out_dir} is not the same folder for all processes: name one that all machines see')
     if resume:
         take_saved_config(config, given, checkpoint)
         check(config)
@@ -246,6 +248,8 @@ def main(config, given, at_exit):
     data = bins.open_dataset(folder, model_config['block_size'])
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
                    'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint(), 'job': ckpt.job()}
+    if checkpoint is not None and not resume and 'doc_mask' not in given:
+        config.doc_mask = checkpoint.model_config['document_token'] is not None
     document_token = data.tokenizer.eot if config.doc_mask else None
     if config.doc_mask and document_token is None:
         fail(f'doc_mask = True: {folder} has no <|endoftext|> between documents ({data.tokenizer.kind}): leave it out')
@@ -258,7 +262,8 @@ def main(config, given, at_exit):
         raw_model.crop_block_size(model_config['block_size'])
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
-    how = parallel.choose(config.parallel, raw_model, device) if ddp and not config.eval_only else None
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else None
+    how = parallel.choose(config.parallel, raw_model, memory) if ddp and not config.eval_only else None
     if how == 'fsdp':
         if config.deterministic_sum:
             fail('deterministic_sum = True: only for copies of the model; give --parallel=ddp')
@@ -345,7 +350,9 @@ def main(config, given, at_exit):
     def save(val_loss=None):
         if config.eval_only:
             return
-        weights, state = parallel.whole(raw_model.state_dict()), parallel.whole(optimizer.state_dict())
+        weights, state = parallel.whole_on_main(raw_model.state_dict()), parallel.whole_on_main(optimizer.state_dict())
+        if raw_model.config.tie_weights:
+            weights['transformer.wte.weight'] = weights['lm_head.weight']  # gathered twice, but one tensor
         if writes:
             log.sync()
             saver.save(ckpt.Checkpoint(
@@ -433,10 +440,12 @@ def main(config, given, at_exit):
                 parallel.sync_in_backward(exchanging, micro_step == accumulation - 1)
             loss = loss_of(model, *batch)
             batch = micro_batch(micro_step + 1)  # drawn and sent while the device computes
-            scaler.scale(loss / accumulation).backward()
+            # the tree adds what all processes have, the other ways take the mean over them
+            share = loss / (config.gradient_accumulation_steps if tree else accumulation)
+            scaler.scale(share).backward()
             losses.append(loss.detach())
             if tree:
-                tree.add(loss.detach() / accumulation)
+                tree.add(share.detach())
         losses = torch.stack(losses)
         mean_loss = tree.finish() if tree else mean_of_processes(losses.mean())
         scaler.unscale_(optimizer)
@@ -602,6 +611,11 @@ def memory_parts(model, config, half, how=None, n=1):
             gradients = gradients // n + 4 * rest + 4 * block
         if half:
             activations -= 2 * len(model.transformer.h) * block  # the copies in 16 bits are what was gathered
+    # Muon's update: of the matrices of one shape that it takes at a time about five copies, when activations have gone
+    shapes = [p.shape for p in muon_matrices(model, config)]
+    muon = max((5.5 * 4 * min(shapes.count(s) * s.numel(), max(MUON_AT_ONCE, s.numel())) for s in set(shapes)), default=0)
+    if muon > activations + backward + logits:
+        return {'weights': weights, 'optimizer': state, 'gradients': gradients, "Muon's update": int(muon)}
     both = ({'gradients': gradients, 'activations': activations} if accumulating or how == 'ddp' else
             {'activations, then gradients': max(activations, gradients)})
     return {'weights': weights, 'optimizer': state, **both, 'backward': backward, 'logits': logits}
@@ -617,6 +631,7 @@ def memory_estimate(parts, device):
 def compile_and_fit(model, try_out, config, device, say):
     """The model, compiled where asked for, after a micro-batch on trial. While that is too large for the memory of any
     process it is cut, and there are more of them: a step keeps its samples. Raises UserError when one sequence is too much.
+    (In shards all processes run out together, or those that have not would wait for the one that has.)
     """
     while True:
         try:

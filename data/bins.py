@@ -118,7 +118,7 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     held = lock(folder, str(folder))
     keep = False
     try:
-        made_by = hashlib.sha256(json.dumps([source, max_tokens, tokenizer.to_dict()]).encode()).hexdigest()
+        made_by = hashlib.sha256(json.dumps([source, tokenizer.to_dict()]).encode()).hexdigest()
         done = read_progress(folder, made_by, np.dtype('u2' if tokenizer.vocab_size <= 2**16 else 'u4').itemsize)
         keep = done['pieces'] > 0  # what was committed outlives whatever stops this process
         if not keep:
@@ -137,7 +137,8 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                 n_pieces += 1
                 bar.update(len(raw))
 
-            pieces = iter(pieces(done['state']) if callable(pieces) else pieces)
+            streamed = callable(pieces)
+            pieces = iter(pieces(done['state']) if streamed else pieces)
             if done['state']:  # what is in the bins already is not even read
                 sha256, n_bytes, n_pieces = hashlib.sha256(bytes.fromhex(done['sha256'])), done['bytes'], done['pieces']
                 bar.update(sum(n_bytes.values()))
@@ -176,7 +177,8 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
             train.sync()
             val.sync()
         keep = False
-        meta = {'format': FORMAT, 'source': source, 'source_sha256': sha256.hexdigest(),
+        # of a stream, which is not read again, it is the sha256 of the last part and of the sha256 before
+        meta = {'format': FORMAT, 'source': source, ('stream_sha256' if streamed else 'source_sha256'): sha256.hexdigest(),
                 'vocab_size': tokenizer.vocab_size, 'dtype': writers['train'].dtype.name,
                 **{f'{split}_tokens': writer.n_tokens for split, writer in writers.items()},
                 **{f'{split}_bytes': n_bytes[split] for split in writers}, 'tokenizer': tokenizer.to_dict()}
@@ -185,7 +187,7 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
         write_synced(temporary(folder / 'meta.json'), json.dumps(meta, ensure_ascii=False))
         if (folder / 'train.bin').exists():
             print(f'replacing the data set that was in {folder}')
-        for path in files_of(folder):
+        for path in sorted(files_of(folder), reverse=True):  # val.bin first: bins without meta.json would be taken for nanoGPT's
             path.unlink()
         for path in [folder / 'meta.json', *train.paths(), *reversed(val.paths())]:
             replace(temporary(path), path)
@@ -264,13 +266,20 @@ def hub_documents(path, name, val_every):
                 documents.load_state_dict(state['documents'])
                 first = state['number']
             for i, document in enumerate(documents, first):
-                yield Piece('val' if i % val_every == val_every - 1 else 'train', document['text'], ends_document=True,
+                yield Piece('train' if i % val_every else 'val', document['text'] or '', ends_document=True,
                             state={'documents': documents.state_dict(), 'number': i + 1})
         except Exception as error:  # no network, no such data set, no column of text: datasets raises whatever lies below it
             raise UserError(f'{path}: cannot be read: {type(error).__name__}: {first_line(error)}; check the network and the name'
                             ) from None
 
     return pieces
+
+
+def hub_source(path, name):
+    """What a data set of the hub is called; of a local folder also which files it has: with others it is another data set."""
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(path).rglob('*')) if p.is_file()]
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    return path + f', {name}' * (name is not None) + f', files {digest}' * bool(files)
 
 
 def split_at_end(texts, total_bytes, val_fraction=0.1):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,3 +300,21 @@ def test_no_more_tokens_are_written_than_asked_for(tmp_path):
     pieces = [bins.Piece('val' if i % 5 == 4 else 'train', 'some words of a document ', True) for i in range(1000)]
     meta = bins.write_dataset(tmp_path, iter(pieces), tokenizer.ByteTokenizer(), 'test', max_tokens=2000)
     assert 2000 <= meta['train_tokens'] + meta['val_tokens'] < 2000 + 25
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_it_is_full(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(bins, 'ESTIMATE_BYTES', 1000)
+    monkeypatch.setattr(bins.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=len(text)))
+    pieces = [bins.Piece('val' if i % 9 == 8 else 'train', text[at : at + 500]) for i, at in enumerate(range(0, len(text), 500))]
+    with pytest.raises(UserError, match='0.0 GB are still to come, 0.0 GB are free'):
+        bins.write_dataset(tmp_path, pieces, tokenizer.train_char([text]), 'test', len(text.encode()))
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
+
+
+def test_a_large_split_is_known_again_by_parts_of_all_of_it(tmp_path):
+    split = make_bin(tmp_path, 1000, 16)
+    split.shards, split.ends = [np.zeros(2**26, '<u2')], [2**26]
+    before = [ids.sum() for ids in split.samples()]
+    assert len(before) == 64 and not any(before)
+    split.shards[0][2**25 :] = 1  # the second half
+    assert sum(ids.any() for ids in split.samples()) == 32

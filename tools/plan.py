@@ -1,7 +1,7 @@
 """What a training run will take, before it is begun: parameters, FLOPs, memory for each GPU, communication, time and cost.
 
     python tools/plan.py config/speedrun_gpt2.py --gpu=h100 --gpus=8
-    python tools/plan.py config/train_gpt2.py --n_layer=48 --n_embd=1600 --n_head=25 --gpu=a100 --gpus=64 --mfu=0.35
+    python tools/plan.py config/train_gpt2.py --n_layer=48 --n_embd=1600 --n_head=25 --gpu=a100 --gpus=40 --mfu=0.35
 
 Every key of train.py may be given; nothing is allocated, so that the model may be of any size. Formulas and their sources stand
 beside the figures. Memory is what PyTorch's allocator holds at the peak of a step; on a GPU its own context comes on top.
@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+import parallel
 import train
 from configurator import UserError, configure, require, user_errors
 from data import bins
@@ -82,11 +83,12 @@ def main(config):
     # memory
     parts = {how: train.memory_parts(model, config, True, how, n) for how in ('ddp', 'fsdp')}
     needed = {how: sum(parts[how].values()) for how in parts}
-    names = ['weights', 'gradients', 'optimizer', 'activations', 'activations, then gradients', 'backward', 'logits']
+    names = ['weights', 'gradients', 'optimizer', 'activations', 'activations, then gradients', 'backward', 'logits',
+             "Muon's update"]
     print(f'\n{f"memory of a GPU, which has {memory / 1e9:.0f} GB":<40}{"DDP":>14}{"FSDP":>14}')
     for part in names:
         if any(part in parts[how] for how in parts):
-            print(f'  {part:<38}' + ''.join(f'{gigabytes(parts[how].get(part, 0)):>14}' for how in parts))
+            print(f'  {part:<38}' + ''.join(f'{gigabytes(parts[how][part]) if part in parts[how] else "-":>14}' for how in parts))
     print(f'  {"together":<38}' + ''.join(f'{gigabytes(needed[how]):>14}' for how in parts))
     print(f'  {"":<38}' + ''.join(f'{"fits" if needed[how] < ROOM * memory else "does not fit":>14}' for how in parts)
           + '   (into nine tenths)')
@@ -117,14 +119,14 @@ def main(config):
     ])
 
     # the run
-    how = 'ddp' if needed['ddp'] < ROOM * memory else 'fsdp'
+    how = parallel.choose(config.parallel, model, memory)
     step = max((computing + orthogonal) / config.mfu + updating[how], floor[how])
     hours, planned, optimal = config.max_iters * step / 3600, config.max_iters * tokens, 20 * multiplied
     table(f'the run, {how.upper()}, at {config.mfu:.0%} of the peak (--mfu, which is assumed until you measure it)', [
         ('speed', f'{tokens / step:,.0f}', f'tokens/s, {seconds(step)} a step'),
         ('tokens', f'{planned:.3g}', f'in {config.max_iters:,} steps; for its cost the best are 20 for each of N, '
                                      f'{optimal:.3g} (Hoffmann et al. 2022)'),
-        ('time', f'{hours / 24:.1f} days' if hours > 48 else f'{hours:.1f} hours', 'without evaluations and checkpoints'),
+        ('time', f'{hours / 24:.1f} days' if hours > 48 else f'{hours:.2f} hours', 'without evaluations and checkpoints'),
         ('cost', f'${hours * n * config.price:,.0f}', f'{hours * n:,.1f} GPU hours at ${config.price:.2f} (--price)'),
     ])
 
@@ -156,6 +158,7 @@ def read_command(argv):
     require(config.network > 0, f'network = {config.network}: give more than 0')
     require(config.price >= 0, f'price = {config.price}: give 0 or more')
     require(0 < config.mfu <= 1, f'mfu = {config.mfu}: give a share of the peak, above 0 and at most 1')
+    require(config.init_from == 'scratch', f'init_from = {config.init_from}: a plan is for training from scratch')
     require(config.dtype != 'float32', 'dtype = float32: a plan is for 16 bits; leave it out')
     return config
 

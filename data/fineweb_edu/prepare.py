@@ -15,16 +15,18 @@ from configurator import configure, user_errors
 @dataclass
 class Config:
     source: str = 'HuggingFaceFW/fineweb-edu'  # on the hub, or a local folder of parquet or JSON lines with a column text
-    name: str | None = 'sample-10BT'  # the configuration on the hub
+    name: str | None = None  # the configuration on the hub; None: sample-10BT of FineWeb-Edu
     max_tokens: int | None = None  # stop after about so many; None: all
 
 
 def main(config):
     from data import bins, tokenizer
 
-    pieces = bins.hub_documents(config.source, config.name, val_every=2000)
+    name = config.name or ('sample-10BT' if config.source == Config.source else None)
+    pieces = bins.hub_documents(config.source, name, val_every=2000)
     expected = 10_000_000_000 if config.source == Config.source else None
-    bins.write_dataset(Path(__file__).parent, pieces, tokenizer.gpt2(), config.source, None, config.max_tokens, expected)
+    bins.write_dataset(Path(__file__).parent, pieces, tokenizer.gpt2(), bins.hub_source(config.source, name), None,
+                       config.max_tokens, expected)
 
 
 if __name__ == '__main__':
