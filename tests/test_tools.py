@@ -84,7 +84,7 @@ def test_the_dial_sets_what_was_not_given_behind_it():
 
 
 def test_the_benchmark_says_what_it_cannot_do(refused):
-    refused('tools/bench.py', '--parts=speed', says="parts = 'speed': give some of training, sampling, prepare, start, saving")
+    refused('tools/bench.py', '--parts=speed', says="parts = 'speed': give some of training, sampling, prepare, data, start")
     refused('tools/bench.py', '--repeats=0', says='repeats = 0: give at least 1')
     refused('tools/bench.py', '--input=missing.txt', says="input = 'missing.txt': there is no such file")
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import configure, read_config_file, require, user_errors
 
-PARTS = ('training', 'sampling', 'prepare', 'start', 'saving')
+PARTS = ('training', 'sampling', 'prepare', 'data', 'start', 'saving')
 
 
 @dataclass
@@ -49,6 +49,7 @@ if __name__ == '__main__':  # before the slow imports
         require(config.profile is None or Path(config.profile).parent.is_dir(), f'profile = {config.profile!r}: no such folder')
         require(config.input is None or Path(config.input).is_file(), f'input = {config.input!r}: there is no such file')
 
+import numpy as np
 import torch
 
 import checkpoint as ckpt
@@ -79,7 +80,7 @@ def main(config):
 def measure(part, config):
     """The rows of a part: {'name', 'value', 'unit'}, and where there is a plain way {'plain', 'ratio'}: above 1 is better."""
     jobs = {'training': [(training, False), (training, True)], 'sampling': [(sampling, None), (sampling, 'int8')],
-            'prepare': [(prepare,)], 'start': [(start,)], 'saving': [(saving,)]}[part]
+            'prepare': [(prepare,)], 'data': [(data,)], 'start': [(start,)], 'saving': [(saving,)]}[part]
     plain = {'training': plain_training, 'sampling': plain_sampling}.get(part)
     rows = [row for function, *arguments in jobs for row in in_own_process(function, config, *arguments)]
     if config.compare and plain:
@@ -232,6 +233,36 @@ def prepare(config):
     return [row(f'prepare, {tokens.kind}, {size / 1e6:,.0f} MB', size / 1e6 / seconds, 'MB/s'),
             row('  share of tiktoken alone, on all cores', 100 * statistics.median(raw) / seconds, '%'),
             row('  peak memory', peak_memory(torch.device('cpu')) / 1e9, 'GB')]
+
+
+def data(config):
+    """Batches out of one file and out of 100, drawn in turn, and the opening of a terabyte: files without content."""
+    def split(folder, n_tokens, n_files):
+        folder.mkdir(exist_ok=True)
+        for number in range(n_files):
+            with open(bins.shard_path(folder, 'train', number), 'wb') as file:
+                file.truncate(2 * n_tokens // n_files)
+        return lambda: bins.TokenBin(folder, 'train', np.dtype('<u2'), 50257, 1024, n_tokens)
+
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = split(Path(folder) / 'one', 10**8, 1)(), split(Path(folder) / 'many', 10**8, 100)()
+        seconds = {one: [], many: []}
+        for i in range(100 * config.repeats):
+            for bin_ in seconds:
+                begin = time.perf_counter()
+                bin_.batch(64 * i, 64, seed=1)
+                seconds[bin_].append(time.perf_counter() - begin)
+        terabyte = split(Path(folder) / 'terabyte', 5 * 10**11, 500)
+        opening = []
+        for _ in range(config.repeats):
+            begin = time.perf_counter()
+            opened = terabyte()
+            opening.append(time.perf_counter() - begin)
+            del opened
+    drawing = [statistics.median(seconds[bin_]) for bin_ in (one, many)]
+    return [row('drawing 64 x 1024 tokens out of 100 files', 1e3 * drawing[1], 'ms'),
+            row('  the time of one file', drawing[1] / drawing[0], ''),
+            row('opening 1 TB in 500 files', 1e3 * statistics.median(opening), 'ms')]
 
 
 def start(config):
