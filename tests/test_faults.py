@@ -405,6 +405,11 @@ def test_a_prepare_killed_again_and_again_goes_on_and_ends_with_the_same_bins(cl
     for name in names:
         assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
+    prepare('torn', 60)  # what was committed is not there any more
+    os.truncate(tmp_path / 'torn' / 'train.bin.tmp', 10)
+    assert 'going on' not in prepare('torn').stdout
+    assert (tmp_path / 'torn' / 'train.bin').read_bytes() == (tmp_path / 'whole' / 'train.bin').read_bytes()
+
     prepare('mixed', 60)  # another one in between leaves nothing of the first, not even if it ends before it has saved anything
     assert prepare('mixed', 5, source='another').returncode == -signal.SIGKILL
     assert 'going on' not in prepare('mixed').stdout

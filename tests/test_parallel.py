@@ -14,7 +14,7 @@ from conftest import TINY
 
 import checkpoint as ckpt
 from model import GPT, GPTConfig
-from parallel import draw, joins
+from parallel import choose, draw, joins
 
 # micro-batches to divide, dropout, and a number of rows that 4 processes do not share evenly
 RUN = (*TINY, '--gradient_accumulation_steps=8', '--dropout=0.1', '--dtype=float32', '--n_embd=36', '--max_iters=8',
@@ -125,3 +125,11 @@ def test_a_model_without_memory_draws_the_weights_of_any_other(options):
     assert (model.lm_head.weight is model.transformer.wte.weight) == config.tie_weights
     assert all(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=0, rtol=0)
+
+
+def test_shards_are_chosen_where_copies_would_fill_half_of_the_memory():
+    model = GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=1, n_embd=8))
+    needed = 16 * model.get_num_params(False)  # weights, gradients and two moments in fp32
+    for memory, expected in ((None, 'ddp'), (2 * needed, 'ddp'), (2 * needed - 1, 'fsdp')):
+        assert choose('auto', model, memory) == expected
+        assert choose('ddp', model, memory) == 'ddp' and choose('fsdp', model, memory) == 'fsdp'

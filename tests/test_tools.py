@@ -118,6 +118,37 @@ def test_the_plan_of_gpt2_is_nanogpts_count_and_palms_formula(run):
     assert numbers('together') == pytest.approx([sum(column) for column in zip(*map(numbers, parts))], abs=0.03)
 
 
+def test_the_plan_of_muon_and_of_shards_by_hand(run):
+    shape = ('--n_layer=2', '--n_head=4', '--n_embd=256', '--vocab_size=1000', '--position=rope', '--bias=False')
+    command = ('config/train_gpt2.py', *shape, '--optimizer=muon', '--gpus=2', '--gradient_accumulation_steps=4')
+    lines = plan(run, *command, '--block_size=512', '--batch_size=8')
+    matrices = {(768, 256): 2, (256, 256): 2, (1024, 256): 2, (256, 1024): 2}
+    products = sum(n * 5 * (2 * 2 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m, n in matrices.items())  # xx', aa, bx: 5 times
+    assert f'{products / 989e12 * 1e3:,.3g} ms' in lines["Muon's products"]
+    in_muon = sum(n * a * b for (a, b), n in matrices.items())
+    rest = 1000 * 256 + 5 * 256  # embedding and head are one; gains
+    total = in_muon + rest
+    assert f'{4 * (7 * total - 2 * in_muon) / 3.35e12 * 1e3:,.3g} ms' in lines['update, DDP']
+    sent = (2 * (4 * in_muon + 4 * rest) + 4 * total + 4 * in_muon) / 2  # two micro-batches; gradients; Muon's
+    assert f'{sent / 450e9 * 1e3:,.3g} ms' in lines['sent, FSDP']
+
+
+@pytest.mark.parametrize('accumulation', [4, 8])
+def test_the_memory_of_copies_and_shards(accumulation):
+    keys = {'n_layer': 3, 'n_head': 2, 'n_embd': 64, 'block_size': 32}
+    model = GPT(GPTConfig(vocab_size=100, bias=False, **keys))
+    config = train.Config(gradient_accumulation_steps=accumulation, batch_size=2, **keys)
+    total, block = model.get_num_params(False), 12 * 64**2
+    copies, shards = (train.memory_parts(model, config, True, how, 4) for how in ('ddp', 'fsdp'))
+    assert copies['weights'] == 4 * total and copies['optimizer'] == 8 * total and shards['optimizer'] == 2 * total
+    assert copies['gradients'] == (8 if accumulation > 4 else 4) * total  # buckets beside what is summed here
+    rest = total - 3 * block
+    assert shards['weights'] == total + 4 * rest + 2 * 2 * block  # whole: what is outside of blocks, and two blocks in 16 bits
+    if accumulation > 4:
+        assert shards['gradients'] == 4 * total  # summed whole
+        assert shards['activations'] == copies['activations'] - 2 * 3 * block
+
+
 def test_a_model_of_any_size_is_planned_and_mistakes_are_named(run, refused):
     large = plan(run, '--config', 'config/train_gpt2.py', '--n_layer=96', '--n_embd=12288', '--n_head=96', '--gpus=40')
     assert '174,' in large['parameters'] and 'does not fit' in next(line for line in large.values() if 'fit' in line)
