@@ -404,6 +404,8 @@ def load_file(path, mmap=False):
         raise UserError(f'{path}: refused: ' + (f'it would run {named[1]}' if named else 'it is no checkpoint of plainGPT or '
                         'nanoGPT')) from None
     except Exception as error:  # a truncated or foreign file raises whatever its bytes lead to
+        if not Path(path).exists():  # deleted while it was read
+            raise FileNotFoundError(path) from None
         raise UserError(f'{path}: not a whole checkpoint of plainGPT or nanoGPT ({type(error).__name__}); name another') from None
     require(isinstance(state, dict) and isinstance(state.get('model'), dict) and
             all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state['model'].items()),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_model import ARCHITECTURES, tiny, tokens
+from test_model import ARCHITECTURES, POST, tiny, tokens
 from torch.nn import functional as F
 
 import interpret
@@ -241,3 +241,8 @@ def test_a_short_context_has_no_head_scores_and_a_long_text_is_refused():
     assert scores['induction'].isnan().all() and scores['copying'].isfinite().all() and not len(losses)
     with pytest.raises(ValueError):
         interpret.run(tiny(), tokens(1, 17))
+
+
+def test_a_model_whose_norms_are_behind_its_sums_is_refused():
+    with pytest.raises(ValueError, match="norm_position = 'post'"):
+        interpret.run(tiny(**POST), tokens(1, 4))
