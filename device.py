@@ -104,6 +104,11 @@ def compile_or_not(model, choice, device, first_step, say):
     return model
 
 
+def total_memory(device):
+    """A GPU's memory in bytes; None for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else None
+
+
 def peak_memory(device):
     """The most bytes that this process has held so far: on a GPU what PyTorch took there, else in main memory."""
     if device.type == 'cuda':

@@ -29,6 +29,11 @@ def lock(folder, what):
     return file
 
 
+def temporary(path):
+    """Where a file is written before it gets its name."""
+    return path.with_name(path.name + '.tmp')
+
+
 def replace(temporary, path):
     """Rename into place so that the new name survives a power cut: rename, then sync the folder."""
     os.replace(temporary, path)
@@ -42,12 +47,11 @@ def replace(temporary, path):
 
 def write_text(path, text):
     """Replace a file in one go. Raises OSError that names it."""
-    temporary = path.with_name(path.name + '.tmp')
     try:
-        write_synced(temporary, text)
-        replace(temporary, path)
+        write_synced(temporary(path), text)
+        replace(temporary(path), path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        temporary(path).unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

@@ -617,12 +617,16 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Floating-point operations of forward and backward: 6 N + 12 L H Q T (Chowdhery et al. 2022, PaLM, appendix B)."""
         c = self.config
+        return 6 * self.num_multiplied() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def num_multiplied(self):
+        """N of that formula: the parameters but for those that are only looked up."""
         n = self.get_num_params()
-        if not c.tie_weights:  # then the token embedding is looked up only, never multiplied
+        if not self.config.tie_weights:
             n -= self.transformer.wte.weight.numel()
-        if c.ngram > 1:
+        if self.config.ngram > 1:
             n -= self.transformer.ngram.tables.weight.numel()
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+        return n
 
     def activation_bytes(self, batch_size, half=False):
         """Bytes that a forward pass over batch_size full contexts keeps for backward, without the logits: an estimate.
@@ -649,6 +653,26 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilisation: the share of peak_flops (default: an A100's bf16) at fwdbwd_per_iter sequences in dt s."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    def left_padded(self, idx, room):
+        """Prompts idx -> (B lists, their ids (B, longest + room), the columns in which they begin (B,)). Raises ValueError."""
+        device = self.transformer.wte.weight.device
+        rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in idx]
+        lengths = [len(row) for row in rows]
+        if not lengths or min(lengths) == 0:
+            raise ValueError('generate needs at least one token to continue')
+        if max(max(row) for row in rows) >= self.config.vocab_size:
+            raise ValueError(f'a token id is not below vocab_size = {self.config.vocab_size}')
+        longest = max(lengths)
+        tokens = torch.zeros(len(lengths), longest + room, dtype=torch.long, device=device)
+        for b, row in enumerate(rows):
+            tokens[b, longest - lengths[b]:longest] = torch.tensor(row, device=device)
+        return rows, tokens, torch.tensor([longest - n for n in lengths], device=device)
+
+    def cache_dtype(self):
+        weight = self.transformer.wte.weight
+        device = weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop_tokens=(), **options):
@@ -740,27 +764,6 @@ class GPT(nn.Module):
                 yield following
         finally:
             self.train(was_training)
-
-
-    def left_padded(self, idx, room):
-        """Prompts idx -> (B lists, their ids (B, longest + room), the columns in which they begin (B,)). Raises ValueError."""
-        device = self.transformer.wte.weight.device
-        rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in idx]
-        lengths = [len(row) for row in rows]
-        if not lengths or min(lengths) == 0:
-            raise ValueError('generate needs at least one token to continue')
-        if max(max(row) for row in rows) >= self.config.vocab_size:
-            raise ValueError(f'a token id is not below vocab_size = {self.config.vocab_size}')
-        longest = max(lengths)
-        tokens = torch.zeros(len(lengths), longest + room, dtype=torch.long, device=device)
-        for b, row in enumerate(rows):
-            tokens[b, longest - lengths[b]:longest] = torch.tensor(row, device=device)
-        return rows, tokens, torch.tensor([longest - n for n in lengths], device=device)
-
-    def cache_dtype(self):
-        weight = self.transformer.wte.weight
-        device = weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
     @torch.no_grad()
     def beam_search(self, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, stop_tokens=(), vocab_size=None):

@@ -27,9 +27,13 @@ def make_optimizer(model, config):
     return optimizer
 
 
+def block_matrices(model):
+    return [p for p in model.transformer.h.parameters() if p.dim() == 2]
+
+
 def muon_matrices(model, config):
-    """The parameters that Muon takes: the matrices inside the blocks."""
-    return [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == 'muon' else []
+    """The parameters that Muon takes."""
+    return block_matrices(model) if config.optimizer == 'muon' else []
 
 
 def adamw(params, weight_decay, learning_rate, betas, sparse=(), sparse_learning_rate=None, eps=1e-8):
@@ -77,24 +81,28 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            at_once = {shape: max(1, MUON_AT_ONCE // shape.numel()) for shape in shapes}
-            parts = [(shape, params[i:i + at_once[shape]]) for shape, params in shapes.items()
-                     for i in range(0, len(params), at_once[shape])]
-            for shape, params in parts:
-                buffers = [local(self.state[p]['momentum_buffer']) for p in params]
-                gradient, momentum = torch.stack([local(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
-                lr, found_inf = group['lr'], getattr(self, 'found_inf', None)
-                if found_inf is not None:  # where it is 1, momentum and weights stay as they are
-                    gradient = gradient.where(found_inf == 0, momentum)
-                    lr = lr * (1 - found_inf)
-                momentum.lerp_(gradient, 1 - group['momentum'])
-                torch._foreach_copy_(buffers, list(momentum.unbind()))
-                update = gradient.lerp_(momentum, group['momentum'])  # Nesterov's
-                if is_shard(params[0]):  # a matrix is made orthogonal as a whole
-                    update = torch.stack([gather_like(u, p) for p, u in zip(params, update)])
-                update = orthogonalize(update) * (lr * max(1, shape[0] / shape[1])**0.5)
-                for p, u in zip(params, update.unbind()):
-                    local(p).mul_(1 - lr * group['weight_decay']).sub_(local(shard_like(u, p)))
+            for shape, params in shapes.items():
+                at_once = max(1, MUON_AT_ONCE // shape.numel())
+                for first in range(0, len(params), at_once):
+                    self.step_together(params[first:first + at_once], group)
+
+    def step_together(self, params, group):
+        """A step of matrices of one shape."""
+        buffers = [local(self.state[p]['momentum_buffer']) for p in params]
+        gradient, momentum = torch.stack([local(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
+        lr, found_inf = group['lr'], getattr(self, 'found_inf', None)
+        if found_inf is not None:  # where it is 1, momentum and weights stay as they are
+            gradient = gradient.where(found_inf == 0, momentum)
+            lr = lr * (1 - found_inf)
+        momentum.lerp_(gradient, 1 - group['momentum'])
+        torch._foreach_copy_(buffers, list(momentum.unbind()))
+        update = gradient.lerp_(momentum, group['momentum'])  # Nesterov's
+        if is_shard(params[0]):  # a matrix is made orthogonal as a whole
+            update = torch.stack([gather_like(u, p) for p, u in zip(params, update)])
+        rows, columns = params[0].shape
+        update = orthogonalize(update) * (lr * max(1, rows / columns)**0.5)
+        for p, u in zip(params, update.unbind()):
+            local(p).mul_(1 - lr * group['weight_decay']).sub_(local(shard_like(u, p)))
 
 
 def orthogonalize(x):
@@ -165,12 +173,12 @@ def load_state(optimizer, state):
               for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=True)]
     params = [p for group in optimizer.param_groups for p in group['params']]
     values = {i: dict(of_one) for i, of_one in state['state'].items()}
-    for p, of_one in zip(params, (values.get(i, {}) for i in range(len(params)))):
-        for name, value in of_one.items():
+    for i, p in enumerate(params):
+        for name, value in values.get(i, {}).items():
             if torch.is_tensor(value) and value.dim() > 0:
                 if value.shape != p.shape:
                     raise ValueError(f'{name} has shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')
-                of_one[name] = shard_like(value, p)  # a checkpoint has it whole
+                values[i][name] = shard_like(value, p)  # a checkpoint has it whole
     optimizer.load_state_dict({'state': values, 'param_groups': groups})
     if isinstance(optimizer, Muon):
         optimizer.fill_state()  # a state saved before the first step may be empty

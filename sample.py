@@ -136,10 +136,7 @@ def main(config):
     for stop in config.stop:
         require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size, f'stop = {stop}: there is no such token id; the '
                                                                            f'vocabulary has {tokenizer.vocab_size}')
-    if config.interactive:
-        starts, config.num_samples = [' '], 1
-    else:
-        prompts = encoded(starts, model, tokenizer, config)
+    prompts = [] if config.interactive else encoded(starts, model, tokenizer, config)
     require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
@@ -148,7 +145,7 @@ def main(config):
     if config.compile:
         print('compiling the step of one token: this takes up to some minutes', file=sys.stderr)
         try:
-            model.generate([[0]] * len(starts) * config.num_samples, 2, compile=True)
+            model.generate([[0]] * (len(prompts) * config.num_samples or 1), 2, compile=True)
         except Exception as error:  # no compiler on the machine, ...
             reason = f'{type(error).__name__}: {first_line(error)[:150]}'
             print(f'torch.compile failed, going on without it: {reason}', file=sys.stderr)
@@ -161,6 +158,7 @@ def main(config):
 
 def answer(model, tokenizer, config):
     """Continue what is typed, line by line, until Ctrl-D."""
+    config.num_samples = 1
     while True:
         try:
             start = input('> ' if sys.stdin.isatty() else '')

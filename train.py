@@ -183,11 +183,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint as ckpt
+import memory
 import parallel
 from data import bins
-from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype
-from model import GPT, LOGITS_AT_ONCE, GPTConfig
-from optimizer import MUON_AT_ONCE, learning_rate_at, load_state, make_optimizer, muon_matrices, state_bytes, step_if
+from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype, total_memory
+from model import GPT, GPTConfig
+from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes, step_if
 from processes import (
     Signals,
     any_process,
@@ -238,7 +239,7 @@ def main(config, given, at_exit):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
-    accumulation = micro_batches(config, world_size)
+    accumulation = micro_batches(config, world_size)  # of this process
 
     # data, model, optimizer ----------------------------------------------------------------------------------------------
     model_config = choose_model_config(config, given, checkpoint, resume)
@@ -262,8 +263,7 @@ def main(config, given, at_exit):
         raw_model.crop_block_size(model_config['block_size'])
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else None
-    how = parallel.choose(config.parallel, raw_model, memory) if ddp and not config.eval_only else None
+    how = parallel.choose(config.parallel, raw_model, total_memory(device)) if ddp and not config.eval_only else None
     if how == 'fsdp':
         if config.deterministic_sum:
             fail('deterministic_sum = True: only for copies of the model; give --parallel=ddp')
@@ -318,11 +318,11 @@ def main(config, given, at_exit):
 
     model, exchanging, tree = raw_model, None, None  # exchanging: what exchanges gradients in backward
     if not config.eval_only:
-        say(memory_estimate(memory_parts(raw_model, config, dtype != torch.float32, how, world_size), device))
+        say(memory.estimate(memory.parts(raw_model, config, dtype != torch.float32, how, world_size), device))
         if how and not config.deterministic_sum:  # before compiling, so that gradients are exchanged while backward still runs
             model = exchanging = raw_model if how == 'fsdp' else parallel.copies(raw_model, device)
         model = compile_and_fit(model, try_out, config, device, say)
-        accumulation = micro_batches(config, world_size)  # more of them, if they had to be cut
+        accumulation = micro_batches(config, world_size)  # more, if they had to be cut
         if config.deterministic_sum:
             tree = parallel.TreeSum(raw_model, accumulation)
         # DDP sorts its gradients after the first exchange: now, so that a resumed run sums them in the same order
@@ -586,46 +586,6 @@ def check_disk(config, size, resume):
     free = shutil.disk_usage(config.out_dir).free
     require(free >= need, f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, {free / 1e6:,.1f} MB are '
                           f'free: free some room, lower --keep_last or choose another --out_dir')
-
-
-def memory_parts(model, config, half, how=None, n=1):
-    """Bytes at the peak of a step in each of n processes, by part. half: 16 bits under autocast. how: 'ddp', 'fsdp' or None."""
-    count, size = model.get_num_params(False), 2 if half else 4
-    weights, gradients, state = 4 * count, 4 * count, state_bytes(model, config)
-    activations = model.activation_bytes(config.batch_size, half)
-    # in backward, the gradients of what is on both sides of an MLP's activation, and of the residual stream
-    hidden = model.transformer.h[0].mlp.c_proj.in_features
-    backward = config.batch_size * config.block_size * (2 * size * hidden + 2 * 4 * model.config.n_embd)
-    # of each logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
-    logits = config.batch_size * config.block_size * model.config.vocab_size * (8 + 2 * half)
-    if logits > LOGITS_AT_ONCE * (8 + 2 * half):  # in chunks, and the gradient of the head
-        logits = LOGITS_AT_ONCE * (8 + 2 * half) + (4 + 2 * half) * model.lm_head.weight.numel()
-    accumulating = config.gradient_accumulation_steps > n
-    if how == 'ddp' and accumulating:
-        gradients *= 2  # those summed here, and the buckets in which they are exchanged
-    if how == 'fsdp':  # shards, and whole for a time: embeddings and head, the block at work and the next one
-        block = sum(p.numel() for p in model.transformer.h[0].parameters() if p.dim() == 2)
-        rest = count - len(model.transformer.h) * block
-        weights, state = weights // n + 4 * rest + 2 * size * block, state // n
-        if not accumulating:  # else they are summed whole, and exchanged at the end
-            gradients = gradients // n + 4 * rest + 4 * block
-        if half:
-            activations -= 2 * len(model.transformer.h) * block  # the copies in 16 bits are what was gathered
-    # Muon's update: of the matrices of one shape that it takes at a time about five copies, when activations have gone
-    shapes = [p.shape for p in muon_matrices(model, config)]
-    muon = max((5.5 * 4 * min(shapes.count(s) * s.numel(), max(MUON_AT_ONCE, s.numel())) for s in set(shapes)), default=0)
-    if muon > activations + backward + logits:
-        return {'weights': weights, 'optimizer': state, 'gradients': gradients, "Muon's update": int(muon)}
-    both = ({'gradients': gradients, 'activations': activations} if accumulating or how == 'ddp' else
-            {'activations, then gradients': max(activations, gradients)})
-    return {'weights': weights, 'optimizer': state, **both, 'backward': backward, 'logits': logits}
-
-
-def memory_estimate(parts, device):
-    """One line: what memory_parts says, and the memory of the device."""
-    there = f' of {torch.cuda.get_device_properties(device).total_memory / 1e6:,.0f}' if device.type == 'cuda' else ''
-    return (f'memory: about {sum(parts.values()) / 1e6:,.0f}{there} MB ('
-            + ', '.join(f'{name} {size / 1e6:,.0f}' for name, size in parts.items()) + ')')
 
 
 def compile_and_fit(model, try_out, config, device, say):

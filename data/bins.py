@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import UserError, first_line, require
 from data.tokenizer import CharTokenizer, Tokenizer, gpt2
-from files import lock, replace, write_synced, write_text
+from files import lock, replace, temporary, write_synced, write_text
 
 FORMAT = 1
 COMMIT_BYTES = 2**26  # of text, after which a prepare saves how far it is
@@ -92,10 +92,6 @@ class BinWriter:
         self.file.close()
 
 
-def temporary(path):
-    return path.with_name(path.name + '.tmp')
-
-
 @dataclass
 class Piece:
     """A piece of text on its way into a bin."""
@@ -160,11 +156,10 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                     break
                 if not told and size - n_before >= ESTIMATE_BYTES:
                     told, speed = True, (size - n_before) / (time.perf_counter() - start)
-                    whole = n_tokens * total_bytes / size if total_bytes else expected_tokens
-                    whole = min(filter(None, (whole, max_tokens)), default=None)
-                    if whole:
-                        bar.total = whole * size / n_tokens
-                        check_room(folder, whole, n_tokens, train.dtype.itemsize, (bar.total - size) / speed, bar)
+                    expected = n_tokens * total_bytes / size if total_bytes else expected_tokens
+                    if expected or max_tokens:
+                        bar.total = min(filter(None, (expected, max_tokens))) * size / n_tokens
+                        bar.write(check_room(folder, n_tokens, size, bar.total, speed, train.dtype.itemsize))
                 if size - committed >= COMMIT_BYTES:
                     train.sync()
                     val.sync()
@@ -212,13 +207,16 @@ def files_of(folder, suffix=''):
     return [path for path in folder.glob('*' + suffix) if names.fullmatch(path.name.removesuffix(suffix))]
 
 
-def check_room(folder, n_tokens, n_done, itemsize, seconds, bar):
-    """Say how much there is to come: tokens, bytes on the disk, seconds. Raises UserError if the disk has too little room."""
-    need, free = (n_tokens - n_done) * itemsize, shutil.disk_usage(folder).free
-    bar.write(f'about {n_tokens / 1e6:,.0f} million tokens, {n_tokens * itemsize / 1e9:,.1f} GB on the disk, where '
-              f'{free / 1e9:,.1f} GB are free; {seconds / 60:,.1f} minutes to go')
+def check_room(folder, n_tokens, size, total, speed, itemsize):
+    """One line: how much there is to come behind the n_tokens in the first `size` of `total` bytes of text, at `speed` bytes/s.
+    Raises UserError if the disk has too little room for it.
+    """
+    tokens, free = n_tokens * total / size, shutil.disk_usage(folder).free
+    need = (tokens - n_tokens) * itemsize
     require(free >= need, f'{folder}: {need / 1e9:,.1f} GB are still to come, {free / 1e9:,.1f} GB are free: free some room or '
                           f'prepare less')
+    return (f'about {tokens / 1e6:,.0f} million tokens, {tokens * itemsize / 1e9:,.1f} GB on the disk, where {free / 1e9:,.1f} '
+            f'GB are free; {(total - size) / speed / 60:,.1f} minutes to go')
 
 
 def read_progress(folder, made_by, itemsize):
@@ -250,9 +248,9 @@ def encoded(pieces, tokenizer, pool, size=2**24):
 
 
 def hub_documents(path, name, val_every):
-    """The texts of a data set of Hugging Face's hub (or of a local folder of parquet or JSON lines), streamed shard by shard, as
-    a function for `write_dataset`: every val_every-th document goes to the val split. Raises UserError where the optional
-    `datasets` is missing.
+    """(documents, what they are called) of a data set of Hugging Face's hub, or of a local folder of parquet or JSON lines, for
+    `write_dataset`: streamed shard by shard, every val_every-th document for the val split. The name of a local folder says which
+    files it has, since with others it is another data set. Raises UserError where the optional `datasets` is missing.
     """
     try:
         from datasets import load_dataset
@@ -272,14 +270,9 @@ def hub_documents(path, name, val_every):
             raise UserError(f'{path}: cannot be read: {type(error).__name__}: {first_line(error)}; check the network and the name'
                             ) from None
 
-    return pieces
-
-
-def hub_source(path, name):
-    """What a data set of the hub is called; of a local folder also which files it has: with others it is another data set."""
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(path).rglob('*')) if p.is_file()]
     digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-    return path + f', {name}' * (name is not None) + f', files {digest}' * bool(files)
+    return pieces, path + f', {name}' * (name is not None) + f', files {digest}' * bool(files)
 
 
 def split_at_end(texts, total_bytes, val_fraction=0.1):

@@ -6,9 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,10 +24,11 @@ def clone(tmp_path_factory):
 
 
 FORK = '''
-import json, os, sys
+import json, os, signal, sys
 import numpy, tiktoken, torch, torch.distributed, tqdm  # no modules of the repository
 
 def become(script, arguments, cwd, out, err):
+    alarm = signal.alarm
     os.chdir(cwd)
     for number, name in enumerate((os.devnull, out, err)):
         os.dup2(os.open(name, os.O_RDWR), number)
@@ -41,6 +39,7 @@ def become(script, arguments, cwd, out, err):
     for name in [name for name in names if not name.startswith('__')]:
         del names[name]
     names['__file__'] = script
+    alarm(200)  # seconds: ends what hangs
     exec(code, names)
 
 for line in sys.stdin:
@@ -55,13 +54,12 @@ for line in sys.stdin:
 @pytest.fixture(scope='session')
 def forked():
     """forked(script, arguments, cwd) -> the finished process, as subprocess.run would give it, but forked from one that has
-    imported torch, which otherwise takes seconds. One at a time.
+    imported torch, which otherwise takes seconds.
     """
-    lock = threading.Lock()
     with subprocess.Popen([sys.executable, '-c', FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 
         def forked(script, arguments, cwd):
-            with lock, tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
+            with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
                 print(json.dumps([script, arguments, str(cwd), out.name, err.name]), file=server.stdin, flush=True)
                 code = int(server.stdout.readline())
                 return subprocess.CompletedProcess([script, *arguments], code, out.read(), err.read())
@@ -100,16 +98,6 @@ def refused(run):
             assert words in lines[0], f'{words!r} is not in: {lines[0]}'
 
     return refused
-
-
-@contextmanager
-def together(call):
-    """What is called inside runs two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        results = []
-        yield lambda *arguments, **options: results.append(pool.submit(call, *arguments, **options))
-        for result in results:
-            result.result()
 
 
 @pytest.fixture(scope='session')

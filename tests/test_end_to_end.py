@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, together
+from conftest import ROOT, TINY
 from test_bins import nanogpt_folder
 
 import checkpoint as ckpt
@@ -542,44 +542,43 @@ def test_a_large_data_set_needs_its_package(refused, tmp_path):
 
 def test_mistakes_are_one_sentence_and_nothing_is_written(refused, char_data, trained, tmp_path):
     (tmp_path / 'file').write_text('x')
-    with together(refused) as refused:
-        out = tmp_path / 'out'
-        common = (f'--out_dir={out}', f'--dataset={char_data}', *TINY)
-        refused('train.py', says=('openwebtext', 'python data/openwebtext/prepare.py', 'config/quickstart.py'))
-        refused('train.py', '--dataset=nothing', says=("dataset = 'nothing'", 'data/text/prepare.py'))
-        refused('train.py', *common, '--lerning_rate=1', says='did you mean learning_rate')
-        refused('train.py', 'config/quickstrat.py', says='did you mean config/quickstart.py')
-        refused('train.py', *common, '--n_embd=30', '--n_head=4', says=('n_embd = 30', 'n_head = 4'))
-        refused('train.py', *common, '--block_size=1000000', says=('train.bin', 'block_size = 1000000'))
-        refused('train.py', *common, '--device=cuda:9', says='cuda:9')
-        refused('train.py', *common, '--device=tpu', says='tpu')
-        refused('train.py', *common, '--init_from=resume', says=str(out))
-        refused('train.py', *common, '--init_from=gpt3', says='gpt3')
-        for mistake in (
-            'batch_size=0',
-            'eval_iters=0',
-            'eval_iters=-2',
-            'learning_rate=0',
-            'beta1=1',
-            'max_iters=-1',
-            'grad_clip=-1',
-            'dropout=1',
-            'keep_last=0',
-            'decay_fraction=0',
-            'n_kv_head=3',
-            'seed=-1',
-            'log_interval=0',
-            'min_lr=-1',
-            'min_lr=1',
-            'lr_decay_iters=0',
-            'peak_flops=0',
-            'seed=2**64',
-            'init_from=',
-        ):
-            refused('train.py', *common, f'--{mistake}', says=mistake.split('=')[0])
-        refused('train.py', *common, f'--out_dir={tmp_path}/file/out', says=('out_dir', 'choose another'))
-        refused('train.py', '--init_from=resume', f'--out_dir={trained}', '--n_layer=3', says=('n_layer = 3', 'n_layer = 2'))
-        refused('train.py', '--init_from=resume', f'--out_dir={trained}', '--block_size=16', says='block_size = 32')
+    out = tmp_path / 'out'
+    common = (f'--out_dir={out}', f'--dataset={char_data}', *TINY)
+    refused('train.py', says=('openwebtext', 'python data/openwebtext/prepare.py', 'config/quickstart.py'))
+    refused('train.py', '--dataset=nothing', says=("dataset = 'nothing'", 'data/text/prepare.py'))
+    refused('train.py', *common, '--lerning_rate=1', says='did you mean learning_rate')
+    refused('train.py', 'config/quickstrat.py', says='did you mean config/quickstart.py')
+    refused('train.py', *common, '--n_embd=30', '--n_head=4', says=('n_embd = 30', 'n_head = 4'))
+    refused('train.py', *common, '--block_size=1000000', says=('train.bin', 'block_size = 1000000'))
+    refused('train.py', *common, '--device=cuda:9', says='cuda:9')
+    refused('train.py', *common, '--device=tpu', says='tpu')
+    refused('train.py', *common, '--init_from=resume', says=str(out))
+    refused('train.py', *common, '--init_from=gpt3', says='gpt3')
+    for mistake in (
+        'batch_size=0',
+        'eval_iters=0',
+        'eval_iters=-2',
+        'learning_rate=0',
+        'beta1=1',
+        'max_iters=-1',
+        'grad_clip=-1',
+        'dropout=1',
+        'keep_last=0',
+        'decay_fraction=0',
+        'n_kv_head=3',
+        'seed=-1',
+        'log_interval=0',
+        'min_lr=-1',
+        'min_lr=1',
+        'lr_decay_iters=0',
+        'peak_flops=0',
+        'seed=2**64',
+        'init_from=',
+    ):
+        refused('train.py', *common, f'--{mistake}', says=mistake.split('=')[0])
+    refused('train.py', *common, f'--out_dir={tmp_path}/file/out', says=('out_dir', 'choose another'))
+    refused('train.py', '--init_from=resume', f'--out_dir={trained}', '--n_layer=3', says=('n_layer = 3', 'n_layer = 2'))
+    refused('train.py', '--init_from=resume', f'--out_dir={trained}', '--block_size=16', says='block_size = 32')
     assert not out.exists()
 
 

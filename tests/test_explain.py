@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import together
 from test_interpret import awake
 from test_model import ARCHITECTURES, tiny, tokens
 
@@ -145,16 +144,15 @@ def test_mistakes_are_one_sentence(refused, trained, tmp_path):
     checkpoint.model['lm_head.weight'] = checkpoint.model['lm_head.weight'] * float('nan')
     ckpt.save(tmp_path / 'broken', checkpoint)
     (tmp_path / 'folder' / 'explain.html').mkdir(parents=True)
-    with together(refused) as check:
-        check('explain.py', f'--out_dir={trained}', says=('start is empty', '--start='))
-        check('explain.py', f'--out_dir={trained}', '--start=é', says=("'é'", 'start'))
-        check('explain.py', f'--out_dir={trained}', '--start=é', '--serve', says=("'é'", 'start'))
-        check('explain.py', f'--out_dir={tmp_path}/nowhere', '--start=a', says='there is no checkpoint')
-        check('explain.py', '--init_from=gpt2', '--checkpoints=all', '--start=a', says=('checkpoints = all', 'gpt2'))
-        check('explain.py', f'--out_dir={trained}', '--start=a', '--port=70000', says='port = 70000')
-        check('explain.py', f'--out_dir={trained}', '--start=FILE:nowhere.txt', says='nowhere.txt')
-        check('explain.py', f'--out_dir={tmp_path}/broken', '--start=a', says='not finite')
-        check('explain.py', f'--init_from={trained}', f'--out_dir={tmp_path}/folder', '--start=a', says='explain.html')
+    refused('explain.py', f'--out_dir={trained}', says=('start is empty', '--start='))
+    refused('explain.py', f'--out_dir={trained}', '--start=é', says=("'é'", 'start'))
+    refused('explain.py', f'--out_dir={trained}', '--start=é', '--serve', says=("'é'", 'start'))
+    refused('explain.py', f'--out_dir={tmp_path}/nowhere', '--start=a', says='there is no checkpoint')
+    refused('explain.py', '--init_from=gpt2', '--checkpoints=all', '--start=a', says=('checkpoints = all', 'gpt2'))
+    refused('explain.py', f'--out_dir={trained}', '--start=a', '--port=70000', says='port = 70000')
+    refused('explain.py', f'--out_dir={trained}', '--start=FILE:nowhere.txt', says='nowhere.txt')
+    refused('explain.py', f'--out_dir={tmp_path}/broken', '--start=a', says='not finite')
+    refused('explain.py', f'--init_from={trained}', f'--out_dir={tmp_path}/folder', '--start=a', says='explain.html')
     assert not (tmp_path / 'nowhere').exists() and not list(tmp_path.glob('broken/explain*'))
 
 

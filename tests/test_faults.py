@@ -427,7 +427,7 @@ import os, signal, sys
 from data import bins, tokenizer
 kill_at, read = int(sys.argv[3]), 0
 bins.COMMIT_BYTES = 50_000
-pieces, encoded = bins.hub_documents(sys.argv[2], None, val_every=7), bins.encoded
+(pieces, source), encoded = bins.hub_documents(sys.argv[2], None, val_every=7), bins.encoded
 def counted(state):
     global read
     for read, piece in enumerate(pieces(state), 1):
@@ -435,7 +435,7 @@ def counted(state):
             os.kill(os.getpid(), signal.SIGKILL)
         yield piece
 bins.encoded = lambda pieces, tokenizer, pool: encoded(pieces, tokenizer, pool, size=3000)
-bins.write_dataset(sys.argv[1], counted, tokenizer.ByteTokenizer(), 'streamed')
+bins.write_dataset(sys.argv[1], counted, tokenizer.ByteTokenizer(), source)
 print(read, 'documents read')
 '''
 

@@ -7,7 +7,6 @@ import sys
 from subprocess import PIPE
 
 import torch
-from conftest import together
 
 from checkpoint import load_model
 from data import tokenizer
@@ -142,36 +141,35 @@ def test_what_could_become_a_stop_text_is_held_back():
 
 
 def test_mistakes_are_one_sentence(refused, trained, tmp_path):
-    with together(refused) as refused:
-        refused('sample.py', f'--out_dir={trained}', '--start=a日', says=("'日' at position 1",))
-        refused('sample.py', f'--out_dir={trained}', '--start=FILE:nothing.txt', says=('FILE:nothing.txt', 'No such file'))
-        refused('sample.py', f'--out_dir={trained}', '--start=', says='start is empty')
-        refused('sample.py', f'--out_dir={tmp_path}', says=(str(tmp_path), 'no whole checkpoint'))
-        refused('sample.py', f'--out_dir={tmp_path}/none', says='there is no checkpoint')
-        refused('sample.py', f'--out_dir={trained}', '--temprature=1', says='did you mean temperature')
-        refused('sample.py', f'--out_dir={trained}', '--device=cuda:7', says='cuda:7')
-        for mistake in (
-            'temperature=-1',
-            'top_k=0',
-            'top_p=0',
-            'top_p=2',
-            'min_p=-1',
-            'num_samples=0',
-            'max_new_tokens=0',
-            'slide=99',
-            'repetition_penalty=0',
-            'stop=[""]',
-            'stop=1000',
-            'seed=-1',
-            'num_beams=0',
-            'max_new_tokens=31 --num_beams=2'.split(),  # and the prompt, in 32
-            'out_dir=',
-        ):
-            first, *more = [mistake] if isinstance(mistake, str) else mistake
-            refused('sample.py', f'--out_dir={trained}', '--start=ab', f'--{first}', *more, says=first.split('=')[0])
-        (tmp_path / 'foreign').mkdir()
-        (tmp_path / 'foreign' / 'ckpt.pt').write_bytes(b'garbage')
-        refused('sample.py', f'--out_dir={tmp_path}/foreign', says='ckpt.pt')
+    refused('sample.py', f'--out_dir={trained}', '--start=a日', says=("'日' at position 1",))
+    refused('sample.py', f'--out_dir={trained}', '--start=FILE:nothing.txt', says=('FILE:nothing.txt', 'No such file'))
+    refused('sample.py', f'--out_dir={trained}', '--start=', says='start is empty')
+    refused('sample.py', f'--out_dir={tmp_path}', says=(str(tmp_path), 'no whole checkpoint'))
+    refused('sample.py', f'--out_dir={tmp_path}/none', says='there is no checkpoint')
+    refused('sample.py', f'--out_dir={trained}', '--temprature=1', says='did you mean temperature')
+    refused('sample.py', f'--out_dir={trained}', '--device=cuda:7', says='cuda:7')
+    for mistake in (
+        'temperature=-1',
+        'top_k=0',
+        'top_p=0',
+        'top_p=2',
+        'min_p=-1',
+        'num_samples=0',
+        'max_new_tokens=0',
+        'slide=99',
+        'repetition_penalty=0',
+        'stop=[""]',
+        'stop=1000',
+        'seed=-1',
+        'num_beams=0',
+        'max_new_tokens=31 --num_beams=2'.split(),  # and the prompt, in 32
+        'out_dir=',
+    ):
+        first, *more = [mistake] if isinstance(mistake, str) else mistake
+        refused('sample.py', f'--out_dir={trained}', '--start=ab', f'--{first}', *more, says=first.split('=')[0])
+    (tmp_path / 'foreign').mkdir()
+    (tmp_path / 'foreign' / 'ckpt.pt').write_bytes(b'garbage')
+    refused('sample.py', f'--out_dir={tmp_path}/foreign', says='ckpt.pt')
 
 
 def test_every_option_has_its_effect(run, trained):

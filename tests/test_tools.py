@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, TINY
 from torch.profiler import ProfilerActivity, profile
 
+import memory
 import train
 from configurator import UserError
 from model import GPT, GPTConfig
@@ -139,7 +140,7 @@ def test_the_memory_of_copies_and_shards(accumulation):
     model = GPT(GPTConfig(vocab_size=100, bias=False, **keys))
     config = train.Config(gradient_accumulation_steps=accumulation, batch_size=2, **keys)
     total, block = model.get_num_params(False), 12 * 64**2
-    copies, shards = (train.memory_parts(model, config, True, how, 4) for how in ('ddp', 'fsdp'))
+    copies, shards = (memory.parts(model, config, True, how, 4) for how in ('ddp', 'fsdp'))
     assert copies['weights'] == 4 * total and copies['optimizer'] == 8 * total and shards['optimizer'] == 2 * total
     assert copies['gradients'] == (8 if accumulation > 4 else 4) * total  # buckets beside what is summed here
     rest = total - 3 * block
@@ -181,4 +182,4 @@ def test_the_memory_of_a_step_is_what_pytorch_allocates(vocab_size, options, acc
     allocated = [event for event in events.profiler.kineto_results.events() if event.name() == '[memory]']
     allocated.sort(key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in allocated))
-    assert sum(train.memory_parts(model, config, half=False).values()) == pytest.approx(peak, rel=0.15)
+    assert sum(memory.parts(model, config, half=False).values()) == pytest.approx(peak, rel=0.15)

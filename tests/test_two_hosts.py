@@ -1,5 +1,6 @@
 """Two hosts on one machine: network namespaces joined by a cable (a veth pair), torchrun's rendezvous over it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,18 +22,15 @@ def start_on(tmp_path):
     ip = lambda *words: subprocess.run(['ip', *words], capture_output=True, text=True, check=True)  # noqa: E731
     started = []
     try:
-        for name in names.values():
-            ip('netns', 'add', name)
-        ip('link', 'add', cables['a'], 'type', 'veth', 'peer', 'name', cables['b'])
-        for host, address in HOSTS.items():
-            ip('link', 'set', cables[host], 'netns', names[host])
-            ip('-n', names[host], 'addr', 'add', f'{address}/24', 'dev', cables[host])
-            for device in (cables[host], 'lo'):
-                ip('-n', names[host], 'link', 'set', device, 'up')
+        ip('netns', 'add', names['a'])
     except (OSError, subprocess.CalledProcessError) as error:
-        for name in names.values():
-            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
         pytest.skip(f'two hosts need root and iproute2 here: {getattr(error, "stderr", error)}')
+    ip('netns', 'add', names['b'])
+    ip('link', 'add', cables['a'], 'netns', names['a'], 'type', 'veth', 'peer', 'name', cables['b'], 'netns', names['b'])
+    for host, address in HOSTS.items():
+        ip('-n', names[host], 'addr', 'add', f'{address}/24', 'dev', cables[host])
+        for device in (cables[host], 'lo'):
+            ip('-n', names[host], 'link', 'set', device, 'up')
 
     def start_on(host, folder, *arguments):
         command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3',
@@ -46,23 +44,17 @@ def start_on(tmp_path):
         return process
 
     yield start_on
-    for process in started:
-        for pid in [process.pid, *workers(process)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        process.wait()
     for name in names.values():
-        subprocess.run(['ip', 'netns', 'del', name], check=True)
+        for pid in ip('netns', 'pids', name).stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        ip('netns', 'del', name)
+    for process in started:
+        process.wait()
 
 
 def workers(agent):
-    try:
-        children = Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()
-    except OSError:
-        return []
-    return [int(pid) for pid in children]
+    return [int(pid) for pid in Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()]
 
 
 def wait_for_steps(out_dir, n, *agents):

@@ -7,7 +7,7 @@ Every key of train.py may be given; nothing is allocated, so that the model may 
 beside the figures. Memory is what PyTorch's allocator holds at the peak of a step; on a GPU its own context comes on top.
 """
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,13 +15,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+import memory
 import parallel
 import train
-from configurator import UserError, configure, require, user_errors
+from configurator import configure, require, user_errors
 from data import bins
 from device import PEAK_FLOPS
 from model import GPT, GPTConfig
-from optimizer import muon_matrices
+from optimizer import block_matrices, muon_matrices
 
 # bytes of memory, bytes/s of it, bytes/s to the other GPUs of a machine in one direction (NVLink, else PCIe): NVIDIA's data
 # sheets; FLOP/s are in device.py
@@ -47,7 +48,7 @@ class Config(train.Config):
 
 
 def main(config):
-    name, memory, bandwidth, link = GPUS[config.gpu]
+    name, room, bandwidth, link = GPUS[config.gpu]
     n, peak = config.gpus, PEAK_FLOPS[name]
     if n > config.gpus_per_machine:
         link = min(link, config.network * 1e9)
@@ -55,19 +56,15 @@ def main(config):
     if vocab_size is None:
         tokenizer = bins.open_tokenizer(bins.find_dataset(config.dataset))
         vocab_size = tokenizer.vocab_size if tokenizer else 50257
-    try:
-        keys = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name not in train.DATA_KEYS}
-        with torch.device('meta'):
-            model = GPT(GPTConfig(**keys, vocab_size=vocab_size, document_token=0 if config.doc_mask else None))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    shape = train.choose_model_config(config, given=(), checkpoint=None, resume=False)
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**shape, vocab_size=vocab_size, document_token=0 if config.doc_mask else None))
 
     # the model
     tables = model.transformer.ngram.tables.weight.numel() if config.ngram > 1 else 0
     positions = model.get_num_params(False) - model.get_num_params()
     total = model.get_num_params(False)
-    flops = model.flops_per_token()
-    multiplied = (flops - 12 * config.n_layer * config.n_embd * config.block_size) // 6
+    flops, multiplied = model.flops_per_token(), model.num_multiplied()
     micro_batches = train.micro_batches(config, n)  # of a GPU
     tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size  # of a step
     print(f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context {config.block_size:,}, vocabulary '
@@ -81,27 +78,27 @@ def main(config):
     ])
 
     # memory
-    parts = {how: train.memory_parts(model, config, True, how, n) for how in ('ddp', 'fsdp')}
+    parts = {how: memory.parts(model, config, True, how, n) for how in ('ddp', 'fsdp')}
     needed = {how: sum(parts[how].values()) for how in parts}
     names = ['weights', 'gradients', 'optimizer', 'activations', 'activations, then gradients', 'backward', 'logits',
              "Muon's update"]
-    print(f'\n{f"memory of a GPU, which has {memory / 1e9:.0f} GB":<40}{"DDP":>14}{"FSDP":>14}')
+    print(f'\n{f"memory of a GPU, which has {room / 1e9:.0f} GB":<40}{"DDP":>14}{"FSDP":>14}')
     for part in names:
         if any(part in parts[how] for how in parts):
             print(f'  {part:<38}' + ''.join(f'{gigabytes(parts[how][part]) if part in parts[how] else "-":>14}' for how in parts))
     print(f'  {"together":<38}' + ''.join(f'{gigabytes(needed[how]):>14}' for how in parts))
-    print(f'  {"":<38}' + ''.join(f'{"fits" if needed[how] < ROOM * memory else "does not fit":>14}' for how in parts)
+    print(f'  {"":<38}' + ''.join(f'{"fits" if needed[how] < ROOM * room else "does not fit":>14}' for how in parts)
           + '   (into nine tenths)')
     print('  weights, gradients and optimizer state in fp32, of which FSDP keeps 1/n (Zhao et al. 2023);\n'
           '  activations: Korthikanti et al. 2022, section 4, without scores')
 
     # what a step cannot do without, in seconds of one GPU
     matrices = muon_matrices(model, config)
-    in_muon = sum(p.numel() for p in matrices)
-    in_blocks = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    in_muon, in_blocks = (sum(p.numel() for p in some) for some in (matrices, block_matrices(model)))
     computing = flops * tokens / n / peak
     orthogonal = sum(5 * (4 * min(p.shape)**2 * max(p.shape) + 2 * min(p.shape)**3) for p in matrices) / peak
-    updating = {'ddp': 4 * (7 * total - 2 * in_muon) / bandwidth, 'fsdp': 4 * (7 * total - 2 * in_muon) / n / bandwidth}
+    update = 4 * (7 * total - 2 * in_muon) / bandwidth
+    updating = {'ddp': update, 'fsdp': update / n}
     gathered = micro_batches * (2 * 2 * in_blocks + 4 * (total - in_blocks))  # blocks in 16 bits, for forward and backward
     sent = {'ddp': (n - 1) / n * 2 * 4 * total, 'fsdp': (n - 1) / n * (gathered + 4 * total + 4 * in_muon)}
     floor = {how: max(computing, sent[how] / link) + orthogonal + updating[how] for how in sent}
@@ -119,7 +116,7 @@ def main(config):
     ])
 
     # the run
-    how = parallel.choose(config.parallel, model, memory)
+    how = parallel.choose(config.parallel, model, room)
     step = max((computing + orthogonal) / config.mfu + updating[how], floor[how])
     hours, planned, optimal = config.max_iters * step / 3600, config.max_iters * tokens, 20 * multiplied
     table(f'the run, {how.upper()}, at {config.mfu:.0%} of the peak (--mfu, which is assumed until you measure it)', [

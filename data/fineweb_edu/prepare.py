@@ -23,10 +23,9 @@ def main(config):
     from data import bins, tokenizer
 
     name = config.name or ('sample-10BT' if config.source == Config.source else None)
-    pieces = bins.hub_documents(config.source, name, val_every=2000)
+    documents, source = bins.hub_documents(config.source, name, val_every=2000)
     expected = 10_000_000_000 if config.source == Config.source else None
-    bins.write_dataset(Path(__file__).parent, pieces, tokenizer.gpt2(), bins.hub_source(config.source, name), None,
-                       config.max_tokens, expected)
+    bins.write_dataset(Path(__file__).parent, documents, tokenizer.gpt2(), source, None, config.max_tokens, expected)
 
 
 if __name__ == '__main__':

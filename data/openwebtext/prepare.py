@@ -22,10 +22,9 @@ class Config:
 def main(config):
     from data import bins, tokenizer
 
-    pieces = bins.hub_documents(config.source, config.name, val_every=2000)
+    documents, source = bins.hub_documents(config.source, config.name, val_every=2000)
     expected = 9_000_000_000 if config.source == Config.source else None
-    bins.write_dataset(Path(__file__).parent, pieces, tokenizer.gpt2(), bins.hub_source(config.source, config.name), None,
-                       config.max_tokens, expected)
+    bins.write_dataset(Path(__file__).parent, documents, tokenizer.gpt2(), source, None, config.max_tokens, expected)
 
 
 if __name__ == '__main__':
