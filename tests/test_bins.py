@@ -318,3 +318,12 @@ def test_a_large_split_is_known_again_by_parts_of_all_of_it(tmp_path):
     assert len(before) == 64 and not any(before)
     split.shards[0][2**25 :] = 1  # the second half
     assert sum(ids.any() for ids in split.samples()) == 32
+
+
+def test_another_configuration_or_another_file_is_another_data_set(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
+    name_of = lambda path, name: bins.hub_documents(str(path), name, val_every=2)[1]  # noqa: E731
+    names = [name_of('someone/something', None), name_of('someone/something', 'x'), name_of(tmp_path, None)]
+    assert names[:2] == ['someone/something', 'someone/something, x'] and name_of(tmp_path, None) == names[2]
+    (tmp_path / 'a.jsonl').write_text('{"text": "b", "more": 1}')
+    assert name_of(tmp_path, None) not in names

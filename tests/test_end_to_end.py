@@ -366,6 +366,11 @@ def test_attention_within_documents_is_trained_and_sampled(run, refused, char_da
     said = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
     assert said[-1]['val_loss'] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert run('sample.py', f'--out_dir={tmp_path}/out', '--start=def', '--num_samples=1', '--max_new_tokens=50').stdout
+    weights = sorted((tmp_path / 'out').glob('ckpt_*.pt'))[-1]
+    for given, token in ((), made.eot), (('--doc_mask=False',), None):  # who finetunes them keeps it, unless it is given
+        run('train.py', f'--init_from={weights}', f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/tuned', '--max_iters=1',
+            *(option for option in TINY if not option.startswith(('--block_size', '--n_'))), *given)
+        assert ckpt.load(tmp_path / 'tuned').model_config['document_token'] == token
     refused('train.py', f'--dataset={char_data}', '--doc_mask', f'--out_dir={tmp_path}/none', *TINY, says=('doc_mask', 'char'))
 
 

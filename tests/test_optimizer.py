@@ -119,6 +119,13 @@ def test_muon_takes_orthogonal_steps_with_the_matrices_and_adamw_steps_with_the_
             assert torch.equal(p, dict(plain.named_parameters())[name]), name
 
 
+def test_muon_takes_the_same_step_whether_matrices_are_together_or_alone(monkeypatch):
+    together = one_step('muon')[0]
+    monkeypatch.setattr('optimizer.MUON_AT_ONCE', 1)
+    for p, q in zip(together.parameters(), one_step('muon')[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_the_state_comes_back_and_rates_stay_the_configs(name):
     model, _, _, old = one_step(name)

@@ -133,3 +133,12 @@ def test_shards_are_chosen_where_copies_would_fill_half_of_the_memory():
     for memory, expected in ((None, 'ddp'), (2 * needed, 'ddp'), (2 * needed - 1, 'fsdp')):
         assert choose('auto', model, memory) == expected
         assert choose('ddp', model, memory) == 'ddp' and choose('fsdp', model, memory) == 'fsdp'
+
+
+def test_processes_that_see_different_folders_say_so(run, clone, char_data, tmp_path):
+    for rank, steps in ((0, 3), (1, 5)):
+        run('train.py', f'--out_dir={tmp_path}/out-{rank}', f'--dataset={char_data}', *RUN, f'--max_iters={steps}')
+    command = f'{sys.executable} train.py --init_from=resume --out_dir={tmp_path}/out-$RANK'
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python']
+    result = subprocess.run([*torchrun, 'bash', '-c', command], capture_output=True, text=True, timeout=200, cwd=clone)
+    assert result.returncode and result.stderr.count('train.py: ') == 1 and 'is not the same folder for all' in result.stderr
