@@ -366,6 +366,9 @@ def test_attention_within_documents_is_trained_and_sampled(run, refused, char_da
     said = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
     assert said[-1]['val_loss'] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert run('sample.py', f'--out_dir={tmp_path}/out', '--start=def', '--num_samples=1', '--max_new_tokens=50').stdout
+    search = ('--num_beams=300', '--num_samples=300', '--max_new_tokens=2')
+    beams = run('sample.py', f'--out_dir={tmp_path}/out', '--start=def', *search)
+    assert '\ndef\n--' in '\n' + beams.stdout  # one of 300 ends at once, with <|endoftext|>, which is not shown
     weights = sorted((tmp_path / 'out').glob('ckpt_*.pt'))[-1]
     for given, token in ((), made.eot), (('--doc_mask=False',), None):  # who finetunes them keeps it, unless it is given
         run('train.py', f'--init_from={weights}', f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/tuned', '--max_iters=1',

@@ -739,6 +739,28 @@ def test_one_beam_is_greedy_and_prompts_do_not_disturb_each_other(options):
         assert result[0][1] >= model.beam_search([prompt], 6, num_beams=1)[0][0][1] - 1e-4  # of texts of one length
 
 
+@pytest.mark.parametrize('n_beams', [2, 5])
+def test_what_has_ended_leaves_its_place_empty(n_beams):
+    model, stop = tiny(vocab_size=8, position='rope'), 3
+    for prompt in ([1, 2], [5], [7, 0, 6]):
+        beams, expected = [((), 0.0)], []
+        for length in range(1, 7):  # written out: all continuations, the best of them, those that end put aside
+            longer = []
+            for text, score in beams:
+                ids = torch.tensor([prompt + list(text)])
+                logp = model(ids, ids)[0][0, -1].log_softmax(-1).tolist()
+                longer += [((*text, token), score + logp[token]) for token in range(8)]
+            best = sorted(longer, key=lambda beam: -beam[1])[: n_beams - len(expected)]
+            ends = [beam for beam in best if beam[0][-1] == stop or length == 6]
+            expected += [(text, score / ((5 + length) / 6) ** 0.6) for text, score in ends]
+            beams = [beam for beam in best if beam not in ends]
+        found = model.beam_search([prompt], 6, num_beams=n_beams, stop_tokens=[stop])[0]
+        expected.sort(key=lambda beam: -beam[1])
+        assert [tuple(text) for text, _ in found] == [text for text, _ in expected]
+        assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4)
+        assert any(text[-1] == stop for text, _ in expected) or n_beams == 2
+
+
 def test_beam_search_equals_that_of_transformers(tmp_path):
     torch.manual_seed(0)
     config = transformers.GPT2Config(
