@@ -55,7 +55,7 @@ def run(model, idx):
     tokens = torch.cat((idx.new_full((B, model.config.ngram - 1), -1), idx), dim=1)  # nothing stands before the text
     embeddings = {name: part.expand(B, T, -1) for name, part in model.embeddings(idx, position, tokens).items()}
     rotary = model.rotary(position)
-    mask = model.attention_mask(idx)
+    mask = model.attention_mask(idx, position)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
     kept = {name: [] for name in ('q', 'k', 'v', 'attention', 'mixed', 'attn_out', 'pre', 'post', 'mlp_out')}

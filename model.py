@@ -40,6 +40,9 @@ class GPTConfig:
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2, 2024)
     zero_init: bool = False  # output projections start at 0, so that each block starts as the identity (Zhang 2019, Fixup)
     document_token: int | None = None  # a document begins with it: what follows does not look back beyond it
+    turns: int = 0  # the most turns of a document, each a source and a target; a document_token stands before each of these and
+    # at the end, so that two begin a document; 0: plain text
+    prefix_lm: bool = False  # the tokens of a source see one another both ways (Raffel 2020, T5, 3.2.1)
     label_smoothing: float = 0.0  # in training, the share of a target that all tokens have alike (Szegedy 2016, section 7)
     attention: Literal['sdpa', 'math'] = 'sdpa'  # fused kernels, or the same written out
     activation_checkpointing: bool = False  # backward computes each block again instead of keeping it (Chen 2016)
@@ -49,6 +52,8 @@ class GPTConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f'{key} = {value} must be at least 1')
+        if self.prefix_lm and (not self.turns or self.document_token is None):
+            raise ValueError('prefix_lm = True needs sources and targets: turns and document_token')
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: '
                              f'try n_embd = {math.ceil(self.n_embd / self.n_head) * self.n_head}')
@@ -90,6 +95,15 @@ def apply_rotary(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
+def documents(tokens, config):
+    """In which document each token is, counted from the left. tokens (B, T), -1 = nothing -> (B, T)"""
+    begins = tokens == config.document_token
+    if config.turns:
+        before = F.pad(tokens[:, :-1], (1, 0), value=-1)
+        begins = begins & ((before == config.document_token) | (before < 0))
+    return begins.cumsum(1)
+
+
 class NgramEmbedding(nn.Module):
     """For each position the sum of the embeddings of the 2, 3, ..., ngram tokens that end there. (B, T) -> (B, T, C)
 
@@ -100,8 +114,8 @@ class NgramEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.lengths = range(2, config.ngram + 1)
-        self.base, self.rows, self.document_token = config.vocab_size + 1, config.ngram_rows, config.document_token
+        self.config, self.lengths = config, range(2, config.ngram + 1)
+        self.base, self.rows = config.vocab_size + 1, config.ngram_rows
         self.tables = nn.Embedding(len(self.lengths) * self.rows, config.n_embd)  # one above the other
 
     def row_numbers(self, tokens):
@@ -109,7 +123,7 @@ class NgramEmbedding(nn.Module):
         T = tokens.size(1) - len(self.lengths)
         last = tokens.size(1) - T
         number, rows = tokens[:, last:].clamp(min=0), []  # an n-gram read as a number, its last token the lowest digit
-        document = (tokens == self.document_token).cumsum(1) if self.document_token is not None else None
+        document = documents(tokens, self.config) if self.config.document_token is not None else None
         for i, n in enumerate(self.lengths):
             older = tokens[:, last - n + 1:last - n + 1 + T]
             if document is not None:  # of another document: as if nothing stood there
@@ -137,8 +151,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, n_kv_head, size, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked nan would still be one
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.tokens = torch.full((batch_size, config.ngram - 1), -1, device=device)  # the last ones: n-grams look back at them
-        self.documents = torch.zeros(batch_size, size, dtype=torch.long, device=device)  # in which document each column is
+        self.tokens = torch.full((batch_size, size), -1, device=device)  # n-grams and documents depend on what they are
         self.padding = padding  # (B,) or None
         self.size, self.static = size, static
         self.length = 0  # columns filled
@@ -147,13 +160,13 @@ class KVCache:
     def rows(self, which):
         """A cache of these rows, which (B',), each perhaps several times."""
         new = copy.copy(self)
-        new.k, new.v, new.tokens, new.documents = self.k[:, which], self.v[:, which], self.tokens[which], self.documents[which]
+        new.k, new.v, new.tokens = self.k[:, which], self.v[:, which], self.tokens[which]
         new.padding = None if self.padding is None else self.padding[which]
         return new
 
     def keep_in_place(self):
         """A CUDA graph may write only into buffers of which it is told that they stay where they are."""
-        for buffer in (self.k, self.v, self.tokens, self.documents, self.filled):
+        for buffer in (self.k, self.v, self.tokens, self.filled):
             torch._dynamo.mark_static_address(buffer)
 
     def columns(self, T):
@@ -174,15 +187,10 @@ class KVCache:
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
-    def append_documents(self, begun):
-        """begun (B, T): how many documents have begun among the next T tokens. -> the documents in which they are (B, T), those
-        of all columns to look at (B, S)
-        """
-        columns = self.columns(len(begun[0]))
-        last = self.documents.gather(1, (columns[:1] - 1).clamp(min=0).expand(len(begun), 1))  # (B, 1)
-        document = begun + last
-        self.documents.index_copy_(1, columns, document)
-        return document, self.documents if self.static else self.documents[:, :self.length + len(begun[0])]
+    def append_tokens(self, tokens):
+        """Store the ids (B, T) of what is read next, -1 for padding; returns all ids to look at (B, S)."""
+        self.tokens.index_copy_(1, self.columns(tokens.size(1)), tokens)
+        return self.tokens if self.static else self.tokens[:, :self.length + tokens.size(1)]
 
     def advance(self, T):
         if self.static:
@@ -504,18 +512,24 @@ class GPT(nn.Module):
         angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
         return angles.cos(), angles.sin()
 
-    def attention_mask(self, idx, cache=None):
-        """Which columns each token of idx (B, T) may look at: (B or 1, 1, T, S), or None where plain causality says it."""
-        mask = None if cache is None else cache.mask(idx.size(1))
-        if self.config.document_token is None:
+    def attention_mask(self, tokens, columns, cache=None):
+        """Which of tokens (B, S) each of those in columns (T,) may look at: (B or 1, 1, T, S), or None where plain causality
+        says it. tokens: all ids up to the last of columns, -1 for padding.
+        """
+        T, token = len(columns), self.config.document_token
+        mask = None if cache is None else cache.mask(T)
+        if token is None:
             return mask
-        document = documents = (idx == self.config.document_token).cumsum(1)  # (B, T)
-        if cache is not None:
-            document, documents = cache.append_documents(document)  # (B, T), (B, S)
-        T, S = document.size(1), documents.size(1)
+        column = torch.arange(tokens.size(1), device=tokens.device)
         if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(S - T)
-        return mask & (document[:, None, :, None] == documents[:, None, None, :])  # (B, 1, T, S)
+            mask = column <= columns[:, None]  # (T, S)
+        document = documents(tokens, self.config)  # (B, S)
+        if self.config.prefix_lm:
+            part = (tokens == token).cumsum(1)  # sources and targets, counted
+            source = (part + document) % 2 == 0  # a document's first part is a source: both counts have grown by 1
+            both_ways = (source & (document > 0))[:, None, columns, None] & (part[:, None, columns, None] == part[:, None, None])
+            mask = mask | both_ways & (column <= columns[-1])
+        return mask & (document[:, None, columns, None] == document[:, None, None])  # (B, 1, T, S)
 
     def forward(self, idx, targets=None, cache=None, return_logits=True):
         """Logits, and the mean cross-entropy if there are targets.
@@ -528,19 +542,18 @@ class GPT(nn.Module):
         past = cache.length if cache is not None else 0
         if past + T > self.config.block_size:
             raise ValueError(f'{past + T} tokens do not fit into block_size = {self.config.block_size}')
-        position = torch.arange(T, device=idx.device) if cache is None else cache.columns(T)  # (T,)
-        mask, is_text = self.attention_mask(idx, cache), None
-        if cache is not None and cache.padding is not None:
-            is_text = position >= cache.padding[:, None]  # (B, T)
-            position = (position - cache.padding[:, None]).clamp(min=0)  # (B, T): a row starts at 0 behind its padding
-
-        tokens = None
+        columns = torch.arange(T, device=idx.device) if cache is None else cache.columns(T)  # (T,)
+        position, tokens = columns, idx
+        if cache is not None:
+            if cache.padding is not None:
+                tokens = idx.where(columns >= cache.padding[:, None], -1)
+                position = (columns - cache.padding[:, None]).clamp(min=0)  # (B, T): a row starts at 0 behind its padding
+            tokens = cache.append_tokens(tokens)  # (B, S)
+        mask = self.attention_mask(tokens, columns, cache)
         if self.config.ngram > 1:
-            text = idx if is_text is None else idx.where(is_text, -1)
-            before = idx.new_full((B, self.config.ngram - 1), -1) if cache is None else cache.tokens
-            tokens = torch.cat((before, text), dim=1)  # (B, ngram - 1 + T)
+            tokens = F.pad(tokens, (self.config.ngram - 1, 0), value=-1)  # nothing stands before the text
             if cache is not None:
-                cache.tokens.copy_(tokens[:, T:])
+                tokens = tokens[:, columns[0] + torch.arange(self.config.ngram - 1 + T, device=idx.device)]
         x, *others = self.embeddings(idx, position, tokens).values()
         for part in others:
             x = x + part  # (B, T, C)

@@ -3,7 +3,7 @@
     python sample.py --out_dir=out-quickstart --start="def main(" --num_samples=3
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from configurator import UserError, configure, first_line, require, user_errors
@@ -17,7 +17,7 @@ class Config:
     average_last: int = 1  # the mean weights of so many of its last checkpoints (2017: 5)
     # prompt
     start: str | list[str] = '\n'  # the text to continue, FILE:path for that of a file, or a list of them
-    interactive: bool = False  # type prompts, each of which is continued once; Ctrl-C ends a text, Ctrl-D the program
+    interactive: bool = False  # type prompts, or messages of a chat, each answered once; Ctrl-C ends a text, Ctrl-D the program
     num_samples: int = 10  # for each prompt
     max_new_tokens: int = 500  # in each sample
     stop: list[str | int] = field(default_factory=list)  # a sample ends before one of these texts, or behind a token id
@@ -67,15 +67,16 @@ import sys
 import time
 
 import checkpoint as ckpt
-from data.tokenizer import encode_prompt, read_prompt
+from data.tokenizer import END_OF_TEXT, encode_prompt, read_prompt
 from device import pick_device, pick_dtype
 
 
 class Text:
     """One sample as it grows: tokens in, whole characters out, until a stop."""
 
-    def __init__(self, tokenizer, stop):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, stop, end=None):
+        """end: a token that ends it and is not shown."""
+        self.tokenizer, self.end = tokenizer, end
         self.stop_texts = [s for s in stop if isinstance(s, str)]
         self.stop_tokens = [s for s in stop if isinstance(s, int)]
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # keeps half a character until the rest is here
@@ -88,6 +89,9 @@ class Text:
         if self.ended:
             return ''
         self.n_tokens += 1
+        if token == self.end:
+            self.ended = True
+            return self.finish()
         self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
         found = [i for i in map(self.held.find, self.stop_texts) if i >= 0]
         if found:
@@ -108,17 +112,19 @@ class Text:
         return text
 
 
-def show_beams(model, tokenizer, starts, prompts, config):
-    """Search instead of drawing; the best num_samples texts for each prompt, with their scores."""
+def show_beams(model, tokenizer, shown, prompts, config):
+    """Search instead of drawing; the best num_samples texts for each prompt, with their scores. Returns the first text."""
     stops = {s for s in config.stop if isinstance(s, int)} | ({tokenizer.eot} - {None})
     found = model.beam_search(prompts, config.max_new_tokens, config.num_beams, config.length_penalty, stop_tokens=stops,
                               vocab_size=tokenizer.vocab_size)
-    for start, results in zip(starts, found):
+    written = []
+    for start, results in zip(shown, found):
         for tokens, score in results[:config.num_samples]:
-            text = Text(tokenizer, config.stop)
-            ends = tokens[-1] == tokenizer.eot
-            print(start + ''.join(text.add(token) for token in tokens[:len(tokens) - ends]) + text.finish())
+            text = Text(tokenizer, config.stop, tokenizer.eot)
+            written.append(''.join(text.add(token) for token in tokens) + text.finish())
+            print(start + written[-1])
             print(f'{"-" * 15} score {score:.4f}')
+    return written[0]
 
 
 def main(config):
@@ -137,6 +143,7 @@ def main(config):
         require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size, f'stop = {stop}: there is no such token id; the '
                                                                            f'vocabulary has {tokenizer.vocab_size}')
     prompts = [] if config.interactive else encoded(starts, model, tokenizer, config)
+    shown = [start + '\n' * (model.config.turns > 0) for start in starts]  # a target begins on a line of its own
     require(config.slide <= block_size, f'slide = {config.slide}: give at most block_size = {block_size}')
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {str(dtype)[6:]}', file=sys.stderr)
@@ -153,19 +160,29 @@ def main(config):
     if config.interactive:
         answer(model, tokenizer, config)
     else:
-        write(model, tokenizer, starts, prompts, config)
+        write(model, tokenizer, shown, prompts, config)
 
 
 def answer(model, tokenizer, config):
-    """Continue what is typed, line by line, until Ctrl-D."""
-    config.num_samples = 1
+    """Continue what is typed, or answer it, line by line, until Ctrl-D. Of a chat the model sees as many turns as it was trained
+    on, the oldest of which go while there is less room behind them than for max_new_tokens, or half of block_size.
+    """
+    config.num_samples, turns, block_size = 1, model.config.turns, model.config.block_size
+    room = min(config.max_new_tokens, block_size // 2)
+    chat = []  # source, target, source, target, ...
     while True:
         try:
             start = input('> ' if sys.stdin.isatty() else '')
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            write(model, tokenizer, [start], encoded([start], model, tokenizer, config), config)
+            prompts = encoded([start], model, tokenizer, config)
+            if turns:
+                chat = chat[max(0, len(chat) - 2 * (turns - 1)):]
+                while chat and len(ids := encode_prompt(END_OF_TEXT.join([*chat, start]), tokenizer, True)) > block_size - room:
+                    chat = chat[2:]
+                prompts = [ids] if chat else prompts
+            chat += [start, write(model, tokenizer, [start if not turns else ''], prompts, config)]
         except UserError as error:  # a character that the tokenizer does not know, nothing at all
             print(error, file=sys.stderr)
         config.seed += 1  # the same prompt again: another text
@@ -174,26 +191,33 @@ def answer(model, tokenizer, config):
 def encoded(starts, model, tokenizer, config):
     """The prompts' token ids, cut to what the model can read. Raises UserError."""
     block_size = model.config.block_size
-    prompts = [encode_prompt(start, tokenizer) for start in starts]
+    prompts = [encode_prompt(start, tokenizer, model.config.turns > 0) for start in starts]
     for prompt in prompts:
-        if len(prompt) > block_size:
+        if model.config.turns:
+            require(len(prompt) < block_size, f'start has {len(prompt)} tokens: a source and its target have {block_size} together '
+                                              f'(block_size)')
+        elif len(prompt) > block_size:
             print(f'the prompt has {len(prompt)} tokens: only the last {block_size} are taken', file=sys.stderr)
     prompts = [prompt[-block_size:] for prompt in prompts]
     room = block_size - max(map(len, prompts))
-    require(config.num_beams == 1 or config.max_new_tokens <= room,
+    require(config.num_beams == 1 or model.config.turns or config.max_new_tokens <= room,
             f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind the prompt (block_size = '
             f'{block_size})')
     return prompts
 
 
-def write(model, tokenizer, starts, prompts, config):
-    """Continue each prompt num_samples times, in one batch: the first is shown as it is written, the others when it is done."""
+def write(model, tokenizer, shown, prompts, config):
+    """Continue each prompt num_samples times, in one batch: the first is shown as it is written, the others when it is done.
+    shown: what stands before each of these texts. Returns the first text.
+    """
+    if model.config.turns:  # a document does not go on behind the window
+        room = model.config.block_size - max(map(len, prompts))
+        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
     if config.num_beams > 1:
-        show_beams(model, tokenizer, starts, prompts, config)
-        return
+        return show_beams(model, tokenizer, shown, prompts, config)
     rows = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    shown = [start for start in starts for _ in range(config.num_samples)]
-    texts = [Text(tokenizer, config.stop) for _ in rows]
+    shown = [start for start in shown for _ in range(config.num_samples)]
+    texts = [Text(tokenizer, config.stop, tokenizer.eot if model.config.turns else None) for _ in rows]
     written = [''] * len(rows)
     print(shown[0], end='', flush=True)
     begin = time.perf_counter()
@@ -214,11 +238,14 @@ def write(model, tokenizer, starts, prompts, config):
         print('stopped', file=sys.stderr)
     seconds = time.perf_counter() - begin
     for i, text in enumerate(texts):
-        print(text.finish() if i == 0 else shown[i] + written[i] + text.finish())
+        rest = text.finish()
+        written[i] += rest
+        print(rest if i == 0 else shown[i] + written[i])
         print('-' * 15)
     sys.stdout.flush()
     n_tokens = sum(text.n_tokens for text in texts)
     print(f'{n_tokens} tokens in {seconds:.2f} s ({n_tokens / seconds:.1f} tokens/s)', file=sys.stderr)
+    return written[0]
 
 
 if __name__ == '__main__':

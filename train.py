@@ -39,6 +39,7 @@ class Config:
     batch_size: int = 12  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence: the context
     doc_mask: bool = False  # attention and n-grams do not cross <|endoftext|>, which stands between documents
+    prefix_lm: bool = False  # of data/pairs: a source is read both ways, as by an encoder; its target sees all of it
     # model: model.py says more of each
     ngram: int = 1  # embeddings of the last 2, ..., ngram tokens beside that of the token; 1: none
     ngram_rows: int = 16384  # of the table for each of these lengths
@@ -204,7 +205,7 @@ from processes import (
 
 # of GPTConfig: may differ from those of the weights
 FREE_KEYS = ('dropout', 'label_smoothing', 'attention', 'activation_checkpointing')
-DATA_KEYS = ('vocab_size', 'document_token')  # of GPTConfig: follow from the data
+DATA_KEYS = ('vocab_size', 'document_token', 'turns')  # of GPTConfig: follow from the data
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
 
 
@@ -247,19 +248,26 @@ def main(config, given, at_exit):
     with main_process_first(rank):
         folder = find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
+    T = data.train.block_size  # shorter than the model's, perhaps, where sources and targets are learnt
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
                    'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint(), 'job': ckpt.job()}
     if checkpoint is not None and not resume and 'doc_mask' not in given:
         config.doc_mask = checkpoint.model_config['document_token'] is not None
+    if model_config['prefix_lm'] and not data.pairs:
+        fail(f'prefix_lm = True: {folder} has no sources and targets: leave it out, or prepare some with data/pairs/prepare.py')
+    if data.pairs and (data.pairs.packing or model_config['prefix_lm']):
+        config.doc_mask = True
     document_token = data.tokenizer.eot if config.doc_mask else None
     if config.doc_mask and document_token is None:
         fail(f'doc_mask = True: {folder} has no <|endoftext|> between documents ({data.tokenizer.kind}): leave it out')
+    from_data = {'document_token': document_token, 'turns': data.pairs.turns if data.pairs else 0}
     if checkpoint is None:
         with torch.device('meta'):  # without memory as yet
-            raw_model = GPT(GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size, document_token=document_token))
+            raw_model = GPT(GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size, **from_data))
     else:
         check_tokenizers(checkpoint, data.tokenizer, folder)
-        raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS}, document_token=document_token)
+        raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS}, **from_data,
+                                           prefix_lm=model_config['prefix_lm'])
         raw_model.crop_block_size(model_config['block_size'])
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
@@ -292,7 +300,7 @@ def main(config, given, at_exit):
     tables = raw_model.transformer.ngram.tables.weight.numel() if raw_model.config.ngram > 1 else 0
     say(f'{raw_model.get_num_params() - tables:,} parameters{f" and {tables:,} in n-gram tables" if tables else ""}, vocabulary '
         f'{raw_model.config.vocab_size:,}; {device}, {str(dtype)[6:]}, {world_size} process{"es" * (world_size > 1)}; '
-        f'{samples_per_step * config.block_size:,} tokens a step')
+        f'{samples_per_step * T:,} tokens a step')
 
     # the folder of the run -----------------------------------------------------------------------------------------------
     with main_process_first(rank):
@@ -369,11 +377,12 @@ def main(config, given, at_exit):
     logged_at, logged_step = time.perf_counter(), step
 
     def micro_batch(number):
-        """The number-th of this process, counted from the step's first, on its way to the device."""
+        """The number-th of this process, counted from the step's first, on its way to the device: x, y, how many targets."""
         steps_ahead, number = divmod(number, accumulation)
         # micro-batches are laid out along the samples process after process: the same ones for any number of them
         first = samples_seen + steps_ahead * samples_per_step + (rank * accumulation + number) * config.batch_size
-        return to_device(*data.train.batch(first, config.batch_size, config.seed), device)
+        x, y = data.train.batch(first, config.batch_size, config.seed)
+        return *to_device(x, y, device), int((y >= 0).sum())
 
     def settle():
         """Read what the steps since the last time gave, and log it: only here, in evaluations and saves the loop waits for the
@@ -383,7 +392,7 @@ def main(config, given, at_exit):
             return
         values = torch.stack([tensor for *_, tensor in pending]).tolist()
         now = time.perf_counter()
-        speed = (step - logged_step) * samples_per_step * config.block_size / (now - logged_at)
+        speed = (step - logged_step) * samples_per_step * T / (now - logged_at)
         for (number, first_sample, lr, _), (loss, grad_norm, *losses) in zip(pending, values):
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             skips = 0 if finite else skips + 1
@@ -428,26 +437,29 @@ def main(config, given, at_exit):
         if done or stop:
             break
 
+        n_targets = data.train.count_targets(samples_seen, samples_per_step, config.seed)  # of all processes
         lr = learning_rate_at(step, config)
         for group in optimizer.param_groups:
             group['lr'] = lr * (group['peak_lr'] / config.learning_rate)
-        losses = []
+        losses, shares = [], []
         for micro_step in range(accumulation):
             if config.dropout > 0:  # masks follow from (seed, step, micro-batch), whatever was drawn before
                 number = step * config.gradient_accumulation_steps + rank * accumulation + micro_step
                 torch.manual_seed(bins.seed_of(config.seed, number))
             if exchanging:  # gradients are summed over the processes once a step, in the last backward
                 parallel.sync_in_backward(exchanging, micro_step == accumulation - 1)
-            loss = loss_of(model, *batch)
+            x, y, n = batch
+            loss = loss_of(model, x, y)
             batch = micro_batch(micro_step + 1)  # drawn and sent while the device computes
-            # the tree adds what all processes have, the other ways take the mean over them
-            share = loss / (config.gradient_accumulation_steps if tree else accumulation)
+            # of the mean over all targets of the step; the tree adds what the processes have, other ways take the mean of it
+            share = loss * (n / n_targets * (1 if tree else world_size))
             scaler.scale(share).backward()
             losses.append(loss.detach())
+            shares.append(share.detach())
             if tree:
-                tree.add(share.detach())
+                tree.add(shares[-1])
         losses = torch.stack(losses)
-        mean_loss = tree.finish() if tree else mean_of_processes(losses.mean())
+        mean_loss = tree.finish() if tree else mean_of_processes(torch.stack(shares).sum())
         scaler.unscale_(optimizer)
         grad_norm = parallel.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf))
         result = torch.stack((mean_loss, grad_norm))
@@ -510,17 +522,18 @@ def choose_model_config(config, given, checkpoint, resume):
     chosen = {key: getattr(config, key) for key in keys}
     if checkpoint is None:
         try:
-            GPTConfig(**chosen)
+            GPTConfig(**chosen | {'prefix_lm': False})  # the data decide about it
         except ValueError as error:
             raise UserError(str(error)) from None
         return chosen
     saved = {field.name: field.default for field in fields(GPTConfig)} | checkpoint.model_config
-    for key in given & set(keys) - set(FREE_KEYS):
+    for key in given & set(keys) - {*FREE_KEYS, 'prefix_lm'}:
         shorter = key == 'block_size' and not resume and chosen[key] < saved[key]  # a context can be cut
         require(shorter or chosen[key] == saved[key], f'{key} = {chosen[key]} but {checkpoint.path} has {key} = {saved[key]}: '
                                                       f'leave {key} out, or train from scratch')
     block_size = min(chosen['block_size'], saved['block_size']) if 'block_size' in given else saved['block_size']
-    return {key: saved[key] for key in keys} | {'block_size': block_size}
+    prefix_lm = (chosen if 'prefix_lm' in given else saved)['prefix_lm']  # weights can be taught it
+    return {key: saved[key] for key in keys} | {'block_size': block_size, 'prefix_lm': prefix_lm}
 
 
 def find_or_prepare(dataset):

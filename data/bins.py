@@ -1,6 +1,8 @@
 """Token bins: train.bin and val.bin, one long row of token ids each, with meta.json beside them. A row of more than 2 GB goes on
 in train_00001.bin, train_00002.bin, ...
 
+Sources and targets (data/pairs) are rows of equal length; from the ids in a row follows which of them are targets.
+
 Writing never leaves half a data set and never wraps an id. Reading maps the files and draws batches as a pure function of
 (seed, number of samples seen). nanoGPT's bins (uint16, no meta.json, perhaps a meta.pkl) are read too.
 """
@@ -17,7 +19,7 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -99,13 +101,14 @@ class Piece:
     text: str
     ends_document: bool = False  # `<|endoftext|>` follows, where the tokenizer has one
     state: dict | None = None  # with which the source goes on behind this piece, if it can
+    ids: np.ndarray | None = None  # of the text, where they are known already
 
 
-def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_tokens=None, expected_tokens=None):
+def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_tokens=None, expected_tokens=None, pairs=None):
     """Tokenize pieces into folder/train.bin and val.bin, with meta.json; returns meta. Memory stays bounded.
 
     pieces: an iterable, or a function that makes one and goes on behind the piece whose state it is given. source: what the text
-    is, for meta.json. total_bytes or expected_tokens: for the progress bar and the estimate. max_tokens: stop after so many.
+    is, for meta.json. pairs: of pieces that are rows of sources and targets, see `Pairs`. total_bytes or expected_tokens: for the progress bar and the estimate. max_tokens: stop after so many.
     Everything is written under temporary names and renamed at the end, val.bin last: only a whole data set has all three. Every
     64 MB of text what is there so far is committed: killed or interrupted and called again, it goes on from there.
     """
@@ -114,7 +117,7 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     held = lock(folder, str(folder))
     keep = False
     try:
-        made_by = hashlib.sha256(json.dumps([source, tokenizer.to_dict()]).encode()).hexdigest()
+        made_by = hashlib.sha256(json.dumps([source, tokenizer.to_dict(), pairs and asdict(pairs)]).encode()).hexdigest()
         done = read_progress(folder, made_by, np.dtype('u2' if tokenizer.vocab_size <= 2**16 else 'u4').itemsize)
         keep = done['pieces'] > 0  # what was committed outlives whatever stops this process
         if not keep:
@@ -176,7 +179,8 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
         meta = {'format': FORMAT, 'source': source, ('stream_sha256' if streamed else 'source_sha256'): sha256.hexdigest(),
                 'vocab_size': tokenizer.vocab_size, 'dtype': writers['train'].dtype.name,
                 **{f'{split}_tokens': writer.n_tokens for split, writer in writers.items()},
-                **{f'{split}_bytes': n_bytes[split] for split in writers}, 'tokenizer': tokenizer.to_dict()}
+                **{f'{split}_bytes': n_bytes[split] for split in writers}, 'pairs': pairs and asdict(pairs),
+                'tokenizer': tokenizer.to_dict()}
         for split, writer in writers.items():
             require(writer.n_tokens > 1, f'{source}: too little text, nothing is left for {split}.bin')
         write_synced(temporary(folder / 'meta.json'), json.dumps(meta, ensure_ascii=False))
@@ -243,7 +247,7 @@ def encoded(pieces, tokenizer, pool, size=2**24):
             group.append(piece)
             n += len(piece.text)
         if piece is None or n >= size:
-            yield from zip(group, pool.map(lambda piece: tokenizer.encode_to_numpy(piece.text), group))
+            yield from zip(group, pool.map(lambda p: tokenizer.encode_to_numpy(p.text) if p.ids is None else p.ids, group))
             group, n = [], 0
 
 
@@ -311,14 +315,40 @@ def read_pieces(path, size=PIECE_BYTES):
 
 # Reading ------------------------------------------------------------------------------------------------------------------
 
+@dataclass
+class Pairs:
+    """How bins hold documents of sources and targets: in rows of block_size ids, each with whole documents.
+
+    A document of n turns is `e source e target e ... source e target e`, e = `<|endoftext|>`, and the rest of a row is filled
+    with e. So two of them begin a document, and what stands behind the first, third, ... of a document is a source.
+    """
+    block_size: int
+    turns: int  # the most of a document
+    packing: bool  # several documents in a row
+    mask_prompt: bool  # only what belongs to a target, and the end of it, has a loss
+
+    def targets(self, x, y, eot):
+        """y (B, T), the ids that follow x, with -1 where there is no loss."""
+        ends = x == eot
+        begins = ends.copy()
+        begins[:, 1:] &= ends[:, :-1]
+        source = (ends.cumsum(1) + begins.cumsum(1)) % 2 == 0  # as in GPT.attention_mask
+        no_loss = source if self.mask_prompt else ends & (y == eot)  # what fills a row, and begins a document, is not learnt
+        no_loss[:, -1] = True  # the next row is another text
+        return np.where(no_loss, -1, y)
+
+
 class TokenBin:
     """The n_tokens ids of a split, cut into windows of block_size. The files are mapped: however large they are, that takes no
     time and no memory. Raises UserError if they cannot be used.
     """
 
-    def __init__(self, folder, split, dtype, vocab_size, block_size, n_tokens=None):
-        """n_tokens: how many there should be, in one or more files; None: as many as there are in one, as with nanoGPT's bins."""
+    def __init__(self, folder, split, dtype, vocab_size, block_size, n_tokens=None, pairs=None, eot=None):
+        """n_tokens: how many there should be, in one or more files; None: as many as there are in one, as with nanoGPT's bins.
+        pairs: of bins with sources and targets, which eot divides.
+        """
         folder = Path(folder)
+        self.pairs, self.eot = pairs, eot
         self.path, self.dtype, self.vocab_size, self.block_size = shard_path(folder, split, 0), dtype, vocab_size, block_size
         self.shards, self.ends = [], []  # of each file: its ids, and how many there are up to its end
         while not self.shards or n_tokens is not None and self.n_tokens < n_tokens:
@@ -341,6 +371,11 @@ class TokenBin:
         files = f' in {len(self.shards)} files' * (len(self.shards) > 1)
         require(n_tokens in (None, self.n_tokens), f'{self.path} has {self.n_tokens} tokens{files} where meta.json says '
                                                    f'{n_tokens}; prepare the data set again')
+        if pairs:
+            require(self.n_tokens % block_size == 0, f'{self.path} has {self.n_tokens} tokens, no multiple of the {block_size} of a '
+                                                     f'row; prepare the data set again')
+            self.n_windows = self.n_tokens // block_size
+            return
         require(self.n_tokens > block_size, f'{self.path} has {self.n_tokens} tokens: block_size = {block_size} needs at least '
                                             f'{block_size + 1}; lower --block_size or prepare more text')
         self.n_windows = -(-(self.n_tokens - 1) // block_size)  # of the whole split, the last one perhaps shorter
@@ -377,12 +412,12 @@ class TokenBin:
     def batch(self, first_sample, count, seed):
         """Samples first_sample .. first_sample + count - 1 of the endless, shuffled row of training samples.
 
-        Each epoch visits every block of block_size tokens once, in an order and with an offset that follow from
+        Each epoch visits every block of block_size tokens (every row of sources and targets) once, in an order and with an offset that follow from
         (seed, epoch) alone: no state, so that any batch can be drawn again. -> x, y (count, block_size) int64, y the
         tokens that follow x.
         """
         T = self.block_size
-        n_blocks = max(1, (self.n_tokens - 1 - T) // T)
+        n_blocks = self.n_windows if self.pairs else max(1, (self.n_tokens - 1 - T) // T)
         sample = np.arange(first_sample, first_sample + count, dtype=np.uint64)
         epoch, place = np.divmod(sample, np.uint64(n_blocks))
         block, offset = np.empty_like(place), np.empty_like(place)
@@ -390,17 +425,27 @@ class TokenBin:
             key = mix(mix(seed) ^ mix(e))
             here = epoch == e
             block[here] = permute(place[here], n_blocks, key)
-            offset[here] = mix(key) % np.uint64(min(T, self.n_tokens - n_blocks * T))
-        window = self.read((block * np.uint64(T) + offset).tolist(), T + 1)  # (count, T + 1)
-        return window[:, :-1], window[:, 1:]
+            offset[here] = 0 if self.pairs else mix(key) % np.uint64(min(T, self.n_tokens - n_blocks * T))
+        return self.inputs_and_targets((block * np.uint64(T) + offset).tolist())
+
+    def inputs_and_targets(self, starts):
+        window = self.read(starts, self.block_size + 1)  # (len(starts), T + 1)
+        x, y = window[:, :-1], window[:, 1:]
+        return x, self.pairs.targets(x, y, self.eot) if self.pairs else y
+
+    def count_targets(self, first_sample, count, seed):
+        """How many ids of these samples have a loss."""
+        if not self.pairs:
+            return count * self.block_size
+        return int((self.batch(first_sample, count, seed)[1] >= 0).sum())
 
     def windows(self, index):
         """Windows of the split laid end to end, by number. -> x, y (len(index), block_size) int64; y is -1 past the end."""
         T = self.block_size
         starts = np.asarray(index, dtype=np.int64) * T
-        window = self.read(starts.tolist(), T + 1)  # (len(index), T + 1)
+        x, y = self.inputs_and_targets(starts.tolist())
         following = starts[:, None] + np.arange(1, T + 1)
-        return window[:, :-1], np.where(following < self.n_tokens, window[:, 1:], -1)
+        return x, np.where(following < self.n_tokens, y, -1)
 
     def evaluation_windows(self, count):
         """Numbers of `count` windows, always the same ones, spread over the split by chance; -1: all."""
@@ -415,6 +460,7 @@ class Dataset:
     val: TokenBin
     tokenizer: Tokenizer
     token_bytes: np.ndarray  # (vocab_size,) the length of each token's text; `<|endoftext|>` is not in the text: 0
+    pairs: Pairs | None  # of sources and targets
 
     def fingerprint(self):
         """A sha256 by which a resumed run knows its data again: of the number of ids, and of each split's samples. Raises
@@ -439,18 +485,25 @@ def find_dataset(name):
 def open_dataset(folder, block_size):
     """Map both bins of a folder and read their tokenizer. Raises UserError, which names the file, if anything is wrong.
 
+    block_size: tokens of a batch; of sources and targets the whole row, which may be shorter.
     Without meta.json the bins are nanoGPT's: uint16, with the characters of meta.pkl, else GPT-2's vocabulary.
     """
     folder = Path(folder)
     meta = read_meta(folder)
     tokenizer = open_tokenizer(folder) or gpt2()
     dtype = np.dtype(meta['dtype'] if meta else 'uint16').newbyteorder('<')
-    train, val = (TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, meta and meta[f'{split}_tokens'])
-                  for split in ('train', 'val'))
+    pairs = Pairs(**meta['pairs']) if meta and meta.get('pairs') else None
+    if pairs:
+        require(pairs.block_size <= block_size, f'block_size = {block_size}: the rows of {folder} have {pairs.block_size} tokens: '
+                                                f'give --block_size={pairs.block_size}, or prepare it with '
+                                                f'--block_size={block_size}')
+        block_size = pairs.block_size
+    train, val = (TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, meta and meta[f'{split}_tokens'], pairs,
+                           tokenizer.eot) for split in ('train', 'val'))
     token_bytes = np.array([len(token) for token in tokenizer.token_bytes])
     if tokenizer.eot is not None:
         token_bytes[tokenizer.eot] = 0
-    return Dataset(train, val, tokenizer, token_bytes)
+    return Dataset(train, val, tokenizer, token_bytes, pairs)
 
 
 def read_meta(folder):
@@ -463,6 +516,7 @@ def read_meta(folder):
         require(meta['format'] == FORMAT, f'format {meta["format"]} is not {FORMAT}, the one this version reads')
         require(meta['dtype'] in ('uint16', 'uint32'), f'dtype = {meta["dtype"]!r} is neither uint16 nor uint32')
         meta['tokenizer'], meta['train_tokens'], meta['val_tokens']  # KeyError where one is missing
+        require(not meta.get('pairs') or set(meta['pairs']) == {field.name for field in fields(Pairs)}, 'pairs are not described')
         return meta
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f'{path}: {error}; prepare the data set again') from None

@@ -32,7 +32,18 @@ class Tokenizer:
 
     def encode(self, text):
         """text -> list of ids. `<|endoftext|>` in it is the special token, where there is one."""
-        return self.encode_to_numpy(text).tolist()
+        ids = []
+        for document in text.split(END_OF_TEXT) if self.eot is not None else [text]:
+            ids += [*self.encode_to_numpy(document).tolist(), self.eot]
+        return ids[:-1]
+
+    def encode_to_numpy(self, text):
+        """For data: `<|endoftext|>` in a text is ordinary text here, so that no document can end another."""
+        raise NotImplementedError
+
+    def add_end_of_text(self):
+        self.eot = len(self.token_bytes)
+        self.token_bytes.append(END_OF_TEXT.encode())
 
     def decode_bytes(self, ids):
         for id_ in ids:
@@ -59,9 +70,9 @@ class Tokenizer:
         try:
             match saved:
                 case {'kind': 'char', 'characters': str(characters)}:
-                    return CharTokenizer(characters)
+                    return CharTokenizer(characters, saved.get('end_of_text', False))
                 case {'kind': 'byte'}:
-                    return ByteTokenizer()
+                    return ByteTokenizer(saved.get('end_of_text', False))
                 case {'kind': 'gpt2' | 'bpe' as kind, 'pattern': str(pattern), 'tokens': list(tokens)}:
                     return BPETokenizer(kind, pattern, [base64.b64decode(token, validate=True) for token in tokens])
         except (TypeError, ValueError) as error:
@@ -70,40 +81,46 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each character, in the order of `characters`."""
+    """One id for each character, in the order of `characters`, and one for `<|endoftext|>` if asked for."""
     kind = 'char'
 
-    def __init__(self, characters):
+    def __init__(self, characters, end_of_text=False):
         self.characters = characters
         self.token_bytes = [c.encode('utf-8') for c in characters]
         codes = codepoints(characters)
         self._id_of = np.full(int(codes.max(initial=0)) + 1, -1, dtype=np.int64)  # by code point
         self._id_of[codes] = np.arange(len(codes))
         require(len(set(characters)) == len(characters) > 0, 'a character tokenizer needs characters, each of them once')
+        if end_of_text:
+            self.add_end_of_text()
 
     def encode_to_numpy(self, text):
         codes = codepoints(text)
         ids = np.where(codes < len(self._id_of), self._id_of[np.minimum(codes, len(self._id_of) - 1)], -1)
         if (ids < 0).any():
             position = int((ids < 0).argmax())
-            raise UserError(f'character {text[position]!r} at position {position} is not one of the {self.vocab_size} '
+            raise UserError(f'character {text[position]!r} at position {position} is not one of the {len(self.characters)} '
                             f'characters that this tokenizer knows; a byte or bpe tokenizer knows all')
         return ids.astype(np.uint32)
 
     def to_dict(self):
-        return {'kind': 'char', 'characters': self.characters}
+        return {'kind': 'char', 'characters': self.characters} | ({} if self.eot is None else {'end_of_text': True})
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8."""
+    """The 256 bytes of UTF-8, and `<|endoftext|>` if asked for."""
     kind = 'byte'
-    token_bytes = [bytes([b]) for b in range(256)]
+
+    def __init__(self, end_of_text=False):
+        self.token_bytes = [bytes([b]) for b in range(256)]
+        if end_of_text:
+            self.add_end_of_text()
 
     def encode_to_numpy(self, text):
         return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.uint32)
 
     def to_dict(self):
-        return {'kind': 'byte'}
+        return {'kind': 'byte'} | ({} if self.eot is None else {'end_of_text': True})
 
 
 class BPETokenizer(Tokenizer):
@@ -116,16 +133,12 @@ class BPETokenizer(Tokenizer):
         import tiktoken
 
         self.kind, self.pattern = kind, pattern
-        self.eot = len(tokens)
-        self.token_bytes = tokens + [END_OF_TEXT.encode()]
+        self.token_bytes = list(tokens)
+        self.add_end_of_text()
         self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
                                            special_tokens={END_OF_TEXT: self.eot})
 
-    def encode(self, text):
-        return self._encoding.encode(text, allowed_special={END_OF_TEXT})
-
     def encode_to_numpy(self, text):
-        """For data: `<|endoftext|>` in a text is ordinary text here, so that no document can end another."""
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def to_dict(self):
@@ -167,13 +180,13 @@ def from_huggingface(folder):
         raise UserError(f'{folder}: cannot read GPT-2\'s vocabulary from it: {error!r}') from None
 
 
-def train_char(texts):
+def train_char(texts, end_of_text=False):
     """A CharTokenizer of the characters that occur in texts, sorted."""
     characters = set()
     for text in texts:
         characters.update(text)
     require(characters, 'the text is empty')
-    return CharTokenizer(''.join(sorted(characters)))
+    return CharTokenizer(''.join(sorted(characters)), end_of_text)
 
 
 def train_bpe(texts, vocab_size, max_characters=16 * 2**20):
@@ -236,13 +249,15 @@ def train_bpe(texts, vocab_size, max_characters=16 * 2**20):
     return BPETokenizer('bpe', GPT2_PATTERN, tokens)
 
 
-def make(kind, texts, vocab_size):
-    """The tokenizer of a prepare script's --tokenizer: texts() iterates over the text it may be trained on."""
+def make(kind, texts, vocab_size, end_of_text=False):
+    """The tokenizer of a prepare script's --tokenizer: texts() iterates over the text it may be trained on. end_of_text: with
+    `<|endoftext|>`, which bpe and gpt2 have anyway.
+    """
     if kind == 'gpt2':
         return gpt2()
     if kind == 'byte':
-        return ByteTokenizer()
-    return train_char(texts()) if kind == 'char' else train_bpe(texts(), vocab_size)
+        return ByteTokenizer(end_of_text)
+    return train_char(texts(), end_of_text) if kind == 'char' else train_bpe(texts(), vocab_size)
 
 
 def read_prompt(start):
@@ -255,8 +270,10 @@ def read_prompt(start):
         require(False, f'start = {start!r}: cannot read that file: {getattr(error, "strerror", None) or error}')
 
 
-def encode_prompt(text, tokenizer):
-    """Token ids of a prompt. Raises UserError if it is empty or has an unknown character."""
+def encode_prompt(text, tokenizer, is_source=False):
+    """Token ids of a prompt; is_source: its target is to be written. Raises UserError if it is empty or has an unknown
+    character.
+    """
     try:
         text.encode('utf-8')
         ids = tokenizer.encode(text)
@@ -264,6 +281,9 @@ def encode_prompt(text, tokenizer):
         raise UserError('start: this is not UTF-8 text') from None
     except UserError as error:
         raise UserError(f'start: {error}') from None
+    if is_source:
+        require(text.strip(), 'start is empty: give a source')
+        return [tokenizer.eot, *ids, tokenizer.eot]  # data.bins.Pairs
     ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])
     require(ids, 'start is empty: give at least one character to continue')
     return ids

@@ -1,0 +1,178 @@
+"""Sources and targets: translations, questions and answers, chats, cut into tokens.
+
+    python data/pairs/prepare.py --input=ita.txt --dataset=en_it    # source TAB target, a pair on each line
+    python data/pairs/prepare.py --input=chats.jsonl --tokenizer=gpt2 --block_size=1024 --dataset=chat
+
+A file that ends in .jsonl has an object on each line: {"prompt": "...", "response": "..."}, or {"messages": [{"role": "user",
+"content": "..."}, {"role": "assistant", "content": "..."}, ...]} with a message of the role system first, if any. Only what is to
+be answered is learnt (mask_prompt).
+"""
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+from configurator import UserError, configure, require, user_errors
+
+
+@dataclass
+class Config:
+    input: str = ''  # a UTF-8 file of lines: source TAB target, or, if its name ends in .jsonl, JSON
+    tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
+    vocab_size: int = 4096  # of bpe
+    dataset: str = 'pairs'  # the bins go to data/<dataset>
+    block_size: int = 128  # tokens in a row; a pair that is longer is left out
+    packing: bool = True  # several pairs in a row, which do not see one another; False: one, and the rest is filled up
+    mask_prompt: bool = True  # no loss on sources
+    val_fraction: float = 0.05  # the share of the sources, chosen by their hash, that is kept for validation
+
+
+def read_documents(path):
+    """(line number, [source, target, source, target, ...]) for each line that is not blank. Raises UserError with its number."""
+    read = read_json if path.suffix in ('.jsonl', '.json') else read_tsv
+    with open(path, 'rb') as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode('utf-8-sig' if number == 1 else 'utf-8').strip('\r\n')
+                if text.strip():
+                    parts = read(text)
+                    require(all(part.strip() for part in parts), 'a side is empty')
+                    yield number, parts
+            except UnicodeDecodeError:
+                raise UserError(f'{path} line {number}: not UTF-8 text; convert the file to UTF-8') from None
+            except UserError as error:
+                raise UserError(f'{path} line {number}: {error}; mend or delete the line') from None
+
+
+def read_tsv(line):
+    """Further columns (of licences, say) are not read."""
+    source, tab, rest = line.partition('\t')
+    require(tab, 'there is no tab between a source and a target')
+    return [source.strip(), rest.partition('\t')[0].strip()]
+
+
+def read_json(line):
+    try:
+        example = json.loads(line)
+    except ValueError as error:
+        raise UserError(f'not JSON: {error}') from None
+    match example:
+        case {'prompt': str(prompt), 'response': str(response)}:
+            return [prompt, response]
+        case {'messages': list(messages)}:
+            return read_messages(messages)
+    raise UserError('give {"prompt": text, "response": text} or {"messages": [...]}')
+
+
+def read_messages(messages):
+    """A chat's messages -> [source, target, ...]. Messages that follow one another on one side are one, with a blank line between
+    them: a system's is part of the source behind it.
+    """
+    parts = []
+    for message in messages:
+        match message:
+            case {'role': 'system' | 'user' | 'assistant' as role, 'content': str(content)}:
+                side = int(role == 'assistant')
+            case {'role': role, 'content': str()}:
+                raise UserError(f'role {role!r} is none of system, user, assistant')
+            case _:
+                raise UserError('a message is {"role": text, "content": text}')
+        require(content.strip(), f'the content of a message ({role}) is empty')
+        require(parts or not side, 'the first message is the assistant\'s: there is nothing that it answers')
+        if len(parts) % 2 == side:
+            parts.append(content)
+        else:
+            parts[-1] += '\n\n' + content
+    require(parts and len(parts) % 2 == 0, 'the last message is not the assistant\'s')
+    return parts
+
+
+def hash_of(source):
+    """A number from 0 to 1 that decides the split: the same sources are in the same one, however the file grows."""
+    return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8]) / 2**64
+
+
+def pack(documents, size, packing, n_open=64):
+    """Rows of at most `size` ids out of documents (ids, text): each goes where it fills a row best, of the n_open that are begun.
+    -> (ids of the row, its text)
+    """
+    rows = []
+    for ids, text in documents:
+        fitting = [row for row in rows if len(row[0]) + len(ids) <= size]
+        if packing and fitting:
+            row = max(fitting, key=lambda row: len(row[0]))
+            row[0] += ids
+            row[1] += text
+        else:
+            rows.append([list(ids), text])
+        if len(rows) > n_open:
+            fullest = max(range(len(rows)), key=lambda i: len(rows[i][0]))
+            yield rows.pop(fullest)
+    yield from rows
+
+
+def main(config):
+    import numpy as np
+
+    from data import bins, tokenizer
+
+    require(config.input, 'name your pairs: python data/pairs/prepare.py --input=FILE, lines of source TAB target, or .jsonl')
+    require(re.fullmatch(r'\w[\w.-]*', config.dataset), f'dataset = {config.dataset!r}: give the name of a folder in data/')
+    require(0 < config.val_fraction < 1, f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
+    require(config.block_size >= 5, f'block_size = {config.block_size}: give at least 5, of which a pair takes 3 for itself')
+    path = Path(config.input).expanduser()
+    require(path.is_file(), f'--input={config.input}: there is no such file')
+
+    def texts():
+        for _, parts in read_documents(path):
+            yield from parts
+
+    require(next(texts(), None) is not None, f'--input={config.input}: there is no pair in it')
+    for _ in texts():  # whatever is wrong in the file is said before anything else is done
+        pass
+    tokens = tokenizer.make(config.tokenizer, texts, config.vocab_size, end_of_text=True)
+
+    kept, lengths, left_out, turns = [], [], [], 0
+    for number, parts in read_documents(path):
+        ids = [tokens.eot]
+        for part in parts:
+            ids += [*tokens.encode_to_numpy(part).tolist(), tokens.eot]
+        lengths.append(len(ids))
+        if len(ids) > config.block_size:
+            left_out.append(number)
+            continue
+        kept.append((hash_of(parts[0]), ids, ''.join(parts)))
+        turns = max(turns, len(parts) // 2)
+    median, most, longest = (int(np.quantile(lengths, share, method='higher')) for share in (0.5, 0.95, 1))
+    print(f'{len(lengths):,} pairs: half of them have up to {median} tokens, 95% up to {most}, the longest has {longest}')
+    if left_out:
+        lines = ', '.join(map(str, left_out[:10])) + ', ...' * (len(left_out) > 10)
+        message = (f'{len(left_out):,} pairs are longer than block_size = {config.block_size} and are left out: line'
+                   f'{"s" * (len(left_out) > 1)} {lines}; --block_size={longest} keeps all')
+        require(kept, f'{config.input}: no pair is left: {message}')
+        print(message)
+    boundary = max(config.val_fraction, min(where for where, *_ in kept))  # one source at least
+    splits = {'train': [(ids, text) for where, ids, text in kept if where > boundary],
+              'val': [(ids, text) for where, ids, text in kept if where <= boundary]}
+    require(splits['train'], f'{config.input}: no pair is left to train on, all have one source; give more of them')
+
+    def pieces():
+        for split, documents in splits.items():
+            for ids, text in pack(documents, config.block_size, config.packing):
+                ids += [tokens.eot] * (config.block_size - len(ids))
+                yield bins.Piece(split, text, ids=np.array(ids, dtype=np.uint32))
+
+    size = sum(len(text.encode('utf-8')) for _, _, text in kept)
+    layout = bins.Pairs(config.block_size, turns, config.packing, config.mask_prompt)
+    bins.write_dataset(Path(__file__).parents[1] / config.dataset, pieces(), tokens, config.input, size, pairs=layout)
+    print(f'{len(splits["train"]):,} pairs to train on, {len(splits["val"]):,} for validation')
+
+
+if __name__ == '__main__':
+    with user_errors():
+        main(configure(Config)[0])

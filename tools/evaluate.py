@@ -1,0 +1,298 @@
+"""What a checkpoint can do: translate or answer, predict a text, LAMBADA, HellaSwag. Nothing is downloaded.
+
+    python tools/evaluate.py --out_dir=out-translate --num_beams=4 --show=3
+    python tools/evaluate.py --init_from=gpt2 --task=text --input=book.txt
+    python tools/evaluate.py --init_from=gpt2 --task=lambada --input=lambada_test.jsonl
+    python tools/evaluate.py --init_from=gpt2 --task=hellaswag --input=hellaswag_val.jsonl
+"""
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
+from configurator import UserError, configure, require, user_errors
+
+
+@dataclass
+class Config:
+    # model
+    init_from: str = 'resume'  # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to weights
+    out_dir: str = 'out'  # the folder of a run
+    average_last: int = 1  # the mean weights of so many of its last checkpoints (2017: 5)
+    # task
+    task: Literal['auto', 'pairs', 'text', 'lambada', 'hellaswag'] = 'auto'  # auto: pairs if it was trained on them, else text
+    input: str = ''  # the file of lambada or hellaswag, or a text; of pairs and text otherwise the val split of --dataset
+    dataset: str = ''  # a folder in data/, or a path; empty: the one that the run was trained on
+    limit: int | None = None  # examples, from the first on; None: all
+    show: int = 0  # so many sources with their targets and answers are printed
+    # answers
+    num_beams: int = 1  # of beam search; 1: greedy
+    length_penalty: float = 0.6  # as in sample.py
+    # system
+    batch_size: int = 32  # examples at a time
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is native
+
+
+def check(config):
+    for key in ('batch_size', 'num_beams', 'average_last'):
+        require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
+    require(config.limit is None or config.limit >= 1, f'limit = {config.limit}: give at least 1, or None')
+    require(config.show >= 0, f'show = {config.show}: give 0 or more')
+    require(config.input or config.task not in ('lambada', 'hellaswag'), f'task = {config.task}: name its file with --input=PATH')
+    require(not config.input or config.task != 'pairs', 'task = pairs reads a data set: prepare the file with '
+                                                        'data/pairs/prepare.py, and name it with --dataset=NAME')
+    require(not config.input or Path(config.input).is_file(), f'input = {config.input!r}: there is no such file')
+
+
+if __name__ == '__main__':
+    with user_errors():
+        config, _ = configure(Config)
+        check(config)
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import checkpoint as ckpt
+from data import bins
+from data.tokenizer import END_OF_TEXT, encode_prompt
+from device import pick_device, pick_dtype
+from model import KVCache
+
+
+def batches(examples, size, length):
+    """Examples of about equal length together, the longest first, so that what does not fit is seen at once."""
+    ordered = sorted(range(len(examples)), key=lambda i: -length(examples[i]))
+    for start in tqdm(range(0, len(ordered), size), disable=None):
+        yield ordered[start:start + size]
+
+
+# Sources and targets ------------------------------------------------------------------------------------------------------
+
+def read_turns(split, tokenizer):
+    """[(what was said up to a source, its target)] of a split."""
+    turns = []
+    for number in range(split.n_windows):
+        row = split.read([number * split.block_size], split.block_size)[0]
+        document = []
+        for ids in np.split(row, np.flatnonzero(row == split.eot)):  # each begins with an end of text, but for what is before it
+            if len(ids) < 2:
+                document = []
+                continue
+            document.append(tokenizer.decode(ids[1:].tolist()))
+            if len(document) % 2 == 0:
+                turns.append((END_OF_TEXT.join(document[:-1]), document[-1]))
+    return turns
+
+
+def write_targets(model, tokenizer, turns, config):
+    """What the model answers to each turn: greedily, or by beam search."""
+    prompts, answers = [encode_prompt(source, tokenizer, is_source=True) for source, _ in turns], [''] * len(turns)
+    for which in batches(prompts, config.batch_size, len):
+        rows = [prompts[i] for i in which]
+        room = model.config.block_size - len(rows[0])
+        require(room > 0, f'a source has {len(rows[0])} tokens: there is no room for a target in block_size = '
+                          f'{model.config.block_size}')
+        if config.num_beams > 1:
+            found = model.beam_search(rows, room, config.num_beams, config.length_penalty, stop_tokens=[tokenizer.eot],
+                                      vocab_size=tokenizer.vocab_size)
+            new = [results[0][0] for results in found]
+        else:
+            found = model.generate(rows, room, temperature=0, stop_tokens=[tokenizer.eot], vocab_size=tokenizer.vocab_size)
+            new = [row[len(prompt):] for row, prompt in zip(found, rows)]
+        for i, ids in zip(which, new):
+            answers[i] = tokenizer.decode([id_ for id_ in ids if id_ != tokenizer.eot])
+    return answers
+
+
+def evaluate_pairs(model, tokenizer, split, config):
+    turns = read_turns(split, tokenizer)[:config.limit]
+    answers = write_targets(model, tokenizer, turns, config)
+    targets = [target for _, target in turns]
+    for (source, target), answer in list(zip(turns, answers))[:config.show]:
+        print(f'source: {source}\ntarget: {target}\nanswer: {answer}\n')
+    exact = sum(answer.strip() == target.strip() for answer, target in zip(answers, targets)) / len(targets)
+    line = f'{len(targets):,} targets, beam {config.num_beams}: exact match {exact:.2%}'
+    try:
+        import sacrebleu
+    except ImportError:
+        return line + '; for chrF and BLEU: pip install sacrebleu'
+    chrf, bleu = sacrebleu.corpus_chrf(answers, [targets]), sacrebleu.corpus_bleu(answers, [targets])
+    return line + f', chrF {chrf.score:.2f}, BLEU {bleu.score:.2f}'
+
+
+# Text ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate_text(model, tokenizer, split, config, device):
+    """Perplexity and bits per byte over windows of block_size laid end to end, as train.py evaluates."""
+    token_bytes = np.array([len(token) for token in tokenizer.token_bytes])
+    if tokenizer.eot is not None:
+        token_bytes[tokenizer.eot] = 0
+    nats = n_tokens = n_bytes = 0
+    windows = np.arange(split.n_windows)[:config.limit]
+    for start in tqdm(range(0, len(windows), config.batch_size), disable=None):
+        x, y = split.windows(windows[start:start + config.batch_size])
+        targets = y[y >= 0]
+        loss = model(torch.tensor(x, device=device), torch.tensor(y, device=device), return_logits=False)[1]
+        nats += loss.item() * len(targets)
+        n_tokens += len(targets)
+        n_bytes += int(token_bytes[targets].sum())
+    return (f'{n_tokens:,} tokens: loss {nats / n_tokens:.4f}, perplexity {math.exp(nats / n_tokens):.2f}, '
+            f'{nats / math.log(2) / n_bytes:.4f} bits per byte')
+
+
+class TextFile:
+    """A text file in the place of a split."""
+
+    def __init__(self, path, tokenizer, block_size):
+        ids = [tokenizer.encode_to_numpy(piece) for piece in bins.read_pieces(path)]
+        self.ids, self.block_size = np.concatenate([*ids, np.zeros(block_size + 1, np.int64)]).astype(np.int64), block_size
+        self.n_tokens = len(self.ids) - block_size - 1
+        require(self.n_tokens > 1, f'input = {str(path)!r}: there is too little text in it')
+        self.n_windows = -(-(self.n_tokens - 1) // block_size)
+
+    windows, inputs_and_targets, pairs = bins.TokenBin.windows, bins.TokenBin.inputs_and_targets, None
+
+    def read(self, starts, count):
+        return np.stack([self.ids[start:start + count] for start in starts])
+
+
+# Continuations ------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def score(model, context, endings, vocab_size, device):
+    """log p of each token of the endings of each context: a context is read once, whatever the number of its endings.
+
+    context: B lists of ids; endings: for each of them K lists. -> (log p (B K, longest), 0 behind an ending; whether each
+    ending is what the model would write greedily (B K,))
+    """
+    n_endings = [len(e) for e in endings]
+    flat = [ending for e in endings for ending in e]
+    longest = max(map(len, flat))
+    room = model.config.block_size - longest + 1  # an ending's last token is not read
+    require(room > 0, f'an ending has {longest} tokens: block_size = {model.config.block_size} has no room for it')
+    context, tokens, padding = model.left_padded([ids[-room:] for ids in context], 0)
+    cache = KVCache(model.config, len(context), tokens.size(1) + longest, device, model.cache_dtype(),
+                    padding if padding.any() else None)
+    first = model(tokens, cache=cache)[0][:, -1:]  # (B, 1, V)
+    which = torch.arange(len(context), device=device).repeat_interleave(torch.tensor(n_endings, device=device))  # (B K,)
+    ids = torch.zeros(len(flat), longest, dtype=torch.long)
+    for row, ending in zip(ids, flat):
+        row[:len(ending)] = torch.tensor(ending)
+    ids = ids.to(device)
+    logits = first[which]  # (B K, 1, V)
+    if longest > 1:
+        rest, _ = model(ids[:, :-1], ids[:, 1:], cache=cache.rows(which))
+        logits = torch.cat((logits, rest), dim=1)  # (B K, longest, V)
+    logits = logits[..., :vocab_size]
+    there = torch.arange(longest, device=device) < torch.tensor([len(ending) for ending in flat], device=device)[:, None]
+    logp = logits.log_softmax(dim=-1).gather(2, ids[..., None]).squeeze(2).where(there, 0.0)
+    greedy = ((logits.argmax(dim=-1) == ids) | ~there).all(dim=1)
+    return logp, greedy
+
+
+def read_jsonl(path, keys):
+    """The objects of a file of JSON lines, each with these keys: {key: type}. Raises UserError with the line."""
+    examples = []
+    with open(path, encoding='utf-8') as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                example = json.loads(line)
+            except ValueError as error:
+                raise UserError(f'{path} line {number}: not JSON: {error}') from None
+            for key, type_ in keys.items():
+                require(isinstance(example, dict) and isinstance(example.get(key), type_),
+                        f'{path} line {number}: there is no {key!r} that is {type_.__name__}')
+            examples.append(example)
+    require(examples, f'{path}: there is no example in it')
+    return examples
+
+
+def evaluate_lambada(model, tokenizer, config, device):
+    """The last word of a passage (Paperno et al. 2016), {"text": ...} on each line, as EleutherAI's evaluation harness does."""
+    examples = []
+    for example in read_jsonl(config.input, {'text': str})[:config.limit]:
+        context, _, word = example['text'].rstrip().rpartition(' ')
+        require(context and word, f'input = {config.input!r}: a text has no last word: {example["text"][:60]!r}')
+        examples.append((tokenizer.encode(context), tokenizer.encode(' ' + word)))
+    right, nats = 0, 0.0
+    for which in batches(examples, config.batch_size, lambda example: len(example[0])):
+        logp, greedy = score(model, [examples[i][0] for i in which], [[examples[i][1]] for i in which], tokenizer.vocab_size, device)
+        right += int(greedy.sum())
+        nats -= logp.double().sum().item()
+    return f'{len(examples):,} passages: accuracy {right / len(examples):.2%}, perplexity {math.exp(nats / len(examples)):.2f}'
+
+
+def evaluate_hellaswag(model, tokenizer, config, device):
+    """Which of four endings (Zellers et al. 2019), lines of hellaswag_val.jsonl, prepared and scored as EleutherAI's evaluation
+    harness does: accuracy by log p, and by log p for each character.
+    """
+    def clean(text):
+        return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
+
+    examples = []
+    for example in read_jsonl(config.input, {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list, 'label': int}):
+        context = clean(f'{example["activity_label"]}: {example["ctx_a"]} {example["ctx_b"].capitalize()}')
+        endings = [clean(ending) for ending in example['endings']]
+        examples.append((tokenizer.encode(context), [tokenizer.encode(' ' + ending) for ending in endings],
+                         [len(ending) for ending in endings], example['label']))
+    examples = examples[:config.limit]
+    right = right_per_character = 0
+    for which in batches(examples, config.batch_size, lambda example: len(example[0])):
+        context, endings, lengths, labels = zip(*(examples[i] for i in which))
+        sums = score(model, context, endings, tokenizer.vocab_size, device)[0].double().sum(dim=1).cpu()
+        for logp, length, label in zip(sums.split([len(e) for e in endings]), lengths, labels):
+            right += int(logp.argmax()) == label
+            right_per_character += int((logp / torch.tensor(length)).argmax()) == label
+    n = len(examples)
+    return f'{n:,} contexts: accuracy {right / n:.2%}, normalised by length {right_per_character / n:.2%}'
+
+
+def main(config):
+    device = pick_device(config.device)
+    where = config.out_dir if config.init_from == 'resume' else config.init_from
+    checkpoint = ckpt.load(where, prefer_best=True, mmap=True, average_last=config.average_last)
+    dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
+    tokenizer = checkpoint.get_tokenizer()
+    model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()
+    task = config.task
+    if task == 'auto':
+        task = 'pairs' if model.config.turns and not config.input else 'text'
+    require(task != 'pairs' or model.config.turns, f'task = pairs: {checkpoint.path} was trained on plain text')
+    val = None
+    if not config.input:
+        dataset = config.dataset or checkpoint.config.get('dataset', '')
+        folder = bins.find_dataset(dataset)
+        require(dataset and (folder / 'val.bin').exists(), f'dataset = {dataset!r}: there is no {folder / "val.bin"}: name a data '
+                                                           f'set with --dataset=NAME, or a text with --input=PATH')
+        data = bins.open_dataset(folder, model.config.block_size)
+        require(data.tokenizer.to_dict() == tokenizer.to_dict(), f'{folder} was made with another tokenizer than {checkpoint.path}')
+        require(task != 'pairs' or data.pairs, f'task = pairs: {folder} is plain text')
+        val = data.val
+    elif task == 'text':
+        val = TextFile(config.input, tokenizer, model.config.block_size)
+    print(f'{checkpoint.path}: step {checkpoint.step}; {device}, {str(dtype)[6:]}', file=sys.stderr)
+    if task == 'pairs':
+        line = evaluate_pairs(model, tokenizer, val, config)
+    elif task == 'text':
+        line = evaluate_text(model, tokenizer, val, config, device)
+    elif task == 'lambada':
+        line = evaluate_lambada(model, tokenizer, config, device)
+    else:
+        line = evaluate_hellaswag(model, tokenizer, config, device)
+    print(f'{task}: {line}')
+
+
+if __name__ == '__main__':
+    with user_errors():
+        main(config)
