@@ -15,7 +15,8 @@ from data import bins, tokenizer
 class Wide(tokenizer.ByteTokenizer):
     """Ids beyond uint16."""
 
-    token_bytes = [b'?'] * 70000
+    def __init__(self):
+        self.token_bytes = [b'?'] * 70000
 
     def encode_to_numpy(self, text):
         return super().encode_to_numpy(text) * 270

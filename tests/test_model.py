@@ -217,6 +217,7 @@ ARCHITECTURES = (
         {'ngram': 4, 'ngram_rows': 97},
         {'document_token': 3, 'ngram': 3, 'ngram_rows': 97, 'position': 'rope'},
         {'document_token': 3, 'attention': 'math'},
+        {'document_token': 3, 'turns': 2, 'ngram': 3, 'ngram_rows': 97},
     ]
     + [{'activation': a} for a in ('gelu', 'relu', 'relu2', 'swiglu')]
     + [{'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu', 'n_kv_head': 2, 'qk_norm': True, 'bias': False}]
@@ -299,6 +300,81 @@ def test_cached_and_padded_documents_are_read_as_if_they_stood_alone(options, st
             for row, text in enumerate((long, short)):
                 idx = torch.tensor([text[: len(text) - 3 + step]])
                 torch.testing.assert_close(logits[row, 0], model(idx)[0][0, 0], atol=1e-5, rtol=0)
+
+
+def who_sees_whom(ids, prefix_lm):
+    """The rule of sources and targets, written from its words: (T, T) of who (row) may look at whom (column). 3 is the token."""
+    places = []  # of each token: (document, part); a part begins with a 3; odd parts, counted from 1, are sources
+    document = part = 0
+    for t, token in enumerate(ids):
+        if token == 3 and (t == 0 or ids[t - 1] == 3):
+            document, part = document + 1, 1
+        elif token == 3:
+            part += 1
+        places.append((document, part))
+    return [
+        [
+            query[0] == key[0] and (j <= i or prefix_lm and query == key and query[1] % 2 == 1)
+            for j, key in enumerate(places)
+        ]
+        for i, query in enumerate(places)
+    ]
+
+
+TURNS = [[3, 5, 6, 7, 3, 8, 9, 3, 3, 4, 3, 8, 8, 3, 3, 3], [3, 5, 3, 8, 3, 6, 6, 6, 3, 9, 9, 3, 3, 5, 5, 3]]
+
+
+@pytest.mark.parametrize('prefix_lm', [False, True])
+def test_sources_see_themselves_targets_what_is_before_them_and_nobody_another_document(prefix_lm):
+    model = tiny(document_token=3, turns=2, prefix_lm=prefix_lm)
+    idx = torch.tensor(TURNS)
+    expected = torch.tensor([who_sees_whom(ids, prefix_lm) for ids in TURNS])[:, None]
+    assert torch.equal(model.attention_mask(idx, torch.arange(16)), expected)
+
+
+@pytest.mark.parametrize('options', [{}, {'attention': 'math'}, {'ngram': 3, 'ngram_rows': 97}, {'n_kv_head': 1}], ids=str)
+def test_a_source_is_read_both_ways_and_never_sees_its_target(options):
+    model = tiny(document_token=3, turns=1, prefix_lm=True, position='rope', **options)
+    ids = torch.tensor([[3, 5, 6, 7, 3, 8, 9, 4, 3]])  # the source is 3, 5, 6, 7
+
+    def states(ids):
+        return model(ids, ids)[0][0]
+
+    plain = states(ids)
+    for place, same in ((3, []), (1, []), (6, [0, 1, 2, 3, 4, 5]), (7, [0, 1, 2, 3, 4, 5, 6])):
+        changed = ids.clone()
+        changed[0, place] = 11
+        equal = [t for t in range(9) if torch.equal(states(changed)[t], plain[t])]
+        assert equal == same, f'the token at {place} was changed'
+
+
+@pytest.mark.parametrize('static', [False, True])
+@pytest.mark.parametrize('ngram', [1, 3])
+@pytest.mark.parametrize('prefix_lm', [False, True])
+def test_a_target_is_written_with_the_cache_as_without(prefix_lm, ngram, static):
+    model = tiny(document_token=3, turns=2, prefix_lm=prefix_lm, ngram=ngram, ngram_rows=97)
+    long, short = [3, 5, 6, 7, 3, 8, 9, 10, 11], [3, 4, 3, 9, 9, 10, 11]  # one source is 3 tokens long, the other 1
+    cache = KVCache(model.config, 2, 16, padding=torch.tensor([0, 2]), static=static)
+    steps = [model(torch.tensor([long[:5], [0, 0, *short[:3]]]), cache=cache)[0]]
+    steps += [model(torch.tensor([[long[t]], [short[t - 2]]]), cache=cache)[0] for t in range(5, 9)]
+    for row, text in enumerate((long, short)):
+        alone = model(torch.tensor([text]), torch.tensor([text]))[0][0]
+        torch.testing.assert_close(torch.cat(steps, dim=1)[row], alone[-5:], atol=1e-5, rtol=0)
+    prompts = [[3, *range(20, 20 + n), 3] for n in (1, 4, 9)]
+    with_cache = model.generate(prompts, 4, temperature=0)
+    assert with_cache == model.generate(prompts, 4, temperature=0, use_cache=False)
+    assert [row for p in prompts for row in model.generate([p], 4, temperature=0)] == with_cache
+    assert [found[0][0] for found in model.beam_search(prompts, 4, num_beams=1)] == [row[-4:] for row in with_cache]
+
+
+def test_documents_of_a_row_are_read_as_if_each_stood_alone():
+    model = tiny(document_token=3, turns=2, prefix_lm=True, position='none', ngram=3, ngram_rows=97)
+    first, second = [3, 5, 6, 3, 7, 3], [3, 8, 9, 3, 10, 3, 11, 3, 12, 3]
+    row = torch.tensor([first + second])
+    logits = model(row, row)[0][0]
+    for ids, part in ((first, logits[:6]), (second, logits[6:])):
+        torch.testing.assert_close(part, model(torch.tensor([ids]), torch.tensor([ids]))[0][0], atol=1e-5, rtol=0)
+
 
 
 @pytest.mark.parametrize('norm_position', ['pre', 'post'])

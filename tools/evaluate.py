@@ -153,16 +153,14 @@ class TextFile:
     """A text file in the place of a split."""
 
     def __init__(self, path, tokenizer, block_size):
-        ids = [tokenizer.encode_to_numpy(piece) for piece in bins.read_pieces(path)]
-        self.ids, self.block_size = np.concatenate([*ids, np.zeros(block_size + 1, np.int64)]).astype(np.int64), block_size
-        self.n_tokens = len(self.ids) - block_size - 1
-        require(self.n_tokens > 1, f'input = {str(path)!r}: there is too little text in it')
-        self.n_windows = -(-(self.n_tokens - 1) // block_size)
+        ids = np.concatenate([tokenizer.encode_to_numpy(piece) for piece in bins.read_pieces(path)] or [[]]).astype(np.int64)
+        require(len(ids) > 1, f'input = {str(path)!r}: there is too little text in it')
+        self.block_size, self.n_windows = block_size, -(-(len(ids) - 1) // block_size)
+        self.ids = np.concatenate((ids, np.full(block_size, -1)))
 
-    windows, inputs_and_targets, pairs = bins.TokenBin.windows, bins.TokenBin.inputs_and_targets, None
-
-    def read(self, starts, count):
-        return np.stack([self.ids[start:start + count] for start in starts])
+    def windows(self, index):
+        window = np.stack([self.ids[i * self.block_size:(i + 1) * self.block_size + 1] for i in index])
+        return window[:, :-1].clip(min=0), window[:, 1:]
 
 
 # Continuations ------------------------------------------------------------------------------------------------------------
@@ -200,7 +198,7 @@ def score(model, context, endings, vocab_size, device):
 
 
 def read_jsonl(path, keys):
-    """The objects of a file of JSON lines, each with these keys: {key: type}. Raises UserError with the line."""
+    """[(line number, object)] of a file of JSON lines, each with these keys: {key: type}. Raises UserError with the line."""
     examples = []
     with open(path, encoding='utf-8') as file:
         for number, line in enumerate(file, 1):
@@ -213,52 +211,71 @@ def read_jsonl(path, keys):
             for key, type_ in keys.items():
                 require(isinstance(example, dict) and isinstance(example.get(key), type_),
                         f'{path} line {number}: there is no {key!r} that is {type_.__name__}')
-            examples.append(example)
+            examples.append((number, example))
     require(examples, f'{path}: there is no example in it')
     return examples
 
 
-def evaluate_lambada(model, tokenizer, config, device):
-    """The last word of a passage (Paperno et al. 2016), {"text": ...} on each line, as EleutherAI's evaluation harness does."""
+def read_lambada(path):
+    """The last word of a passage (Paperno et al. 2016), {"text": ...} on each line, cut as EleutherAI's evaluation harness does.
+    -> [(context, [ending], 0)]
+    """
     examples = []
-    for example in read_jsonl(config.input, {'text': str})[:config.limit]:
+    for number, example in read_jsonl(path, {'text': str}):
         context, _, word = example['text'].rstrip().rpartition(' ')
-        require(context and word, f'input = {config.input!r}: a text has no last word: {example["text"][:60]!r}')
-        examples.append((tokenizer.encode(context), tokenizer.encode(' ' + word)))
-    right, nats = 0, 0.0
-    for which in batches(examples, config.batch_size, lambda example: len(example[0])):
-        logp, greedy = score(model, [examples[i][0] for i in which], [[examples[i][1]] for i in which], tokenizer.vocab_size, device)
-        right += int(greedy.sum())
-        nats -= logp.double().sum().item()
-    return f'{len(examples):,} passages: accuracy {right / len(examples):.2%}, perplexity {math.exp(nats / len(examples)):.2f}'
+        require(context and word, f'{path} line {number}: there is no last word in {example["text"][:60]!r}')
+        examples.append((context, [' ' + word], 0))
+    return examples
 
 
-def evaluate_hellaswag(model, tokenizer, config, device):
-    """Which of four endings (Zellers et al. 2019), lines of hellaswag_val.jsonl, prepared and scored as EleutherAI's evaluation
-    harness does: accuracy by log p, and by log p for each character.
+def read_hellaswag(path):
+    """Which of four endings (Zellers et al. 2019): lines of hellaswag_val.jsonl, prepared as EleutherAI's harness does.
+    -> [(context, endings, number of the right one)]
     """
     def clean(text):
         return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
     examples = []
-    for example in read_jsonl(config.input, {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list, 'label': int}):
-        context = clean(f'{example["activity_label"]}: {example["ctx_a"]} {example["ctx_b"].capitalize()}')
-        endings = [clean(ending) for ending in example['endings']]
-        examples.append((tokenizer.encode(context), [tokenizer.encode(' ' + ending) for ending in endings],
-                         [len(ending) for ending in endings], example['label']))
-    examples = examples[:config.limit]
-    right = right_per_character = 0
-    for which in batches(examples, config.batch_size, lambda example: len(example[0])):
-        context, endings, lengths, labels = zip(*(examples[i] for i in which))
-        sums = score(model, context, endings, tokenizer.vocab_size, device)[0].double().sum(dim=1).cpu()
-        for logp, length, label in zip(sums.split([len(e) for e in endings]), lengths, labels):
-            right += int(logp.argmax()) == label
-            right_per_character += int((logp / torch.tensor(length)).argmax()) == label
-    n = len(examples)
-    return f'{n:,} contexts: accuracy {right / n:.2%}, normalised by length {right_per_character / n:.2%}'
+    for number, e in read_jsonl(path, {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list, 'label': int}):
+        require(0 <= e['label'] < len(e['endings']), f'{path} line {number}: label = {e["label"]} is none of the endings')
+        context = clean(f'{e["activity_label"]}: {e["ctx_a"]} {e["ctx_b"].capitalize()}')
+        examples.append((context, [' ' + clean(ending) for ending in e['endings']], e['label']))
+    return examples
+
+
+def scores(model, tokenizer, examples, config, device):
+    """For each example (log p of each ending (K,), whether it is what the model would write (K,))"""
+    ids = [(tokenizer.encode(context), [tokenizer.encode(ending) for ending in endings]) for context, endings, _ in examples]
+    found = [None] * len(ids)
+    for which in batches(ids, config.batch_size, lambda example: len(example[0])):
+        context, endings = zip(*(ids[i] for i in which))
+        logp, greedy = score(model, context, endings, tokenizer.vocab_size, device)
+        parts = [len(e) for e in endings]
+        for i, *result in zip(which, logp.double().sum(dim=1).cpu().split(parts), greedy.cpu().split(parts)):
+            found[i] = result
+    return found
+
+
+def evaluate_lambada(found, examples):
+    nats, n = -sum(logp.item() for logp, _ in found), len(found)
+    return f'{n:,} passages: accuracy {sum(greedy.item() for _, greedy in found) / n:.2%}, perplexity {math.exp(nats / n):.2f}'
+
+
+def evaluate_hellaswag(found, examples):
+    """Accuracy by log p, and by log p for each character."""
+    n, right, by_length = len(found), 0, 0
+    for (logp, _), (_, endings, label) in zip(found, examples):
+        length = torch.tensor([len(ending) - 1 for ending in endings])  # without the space before it
+        right += int(logp.argmax()) == label
+        by_length += int((logp / length).argmax()) == label
+    return f'{n:,} contexts: accuracy {right / n:.2%}, normalised by length {by_length / n:.2%}'
+
+
+ENDINGS = {'lambada': (read_lambada, evaluate_lambada), 'hellaswag': (read_hellaswag, evaluate_hellaswag)}
 
 
 def main(config):
+    examples = ENDINGS[config.task][0](config.input)[:config.limit] if config.task in ENDINGS else []
     device = pick_device(config.device)
     where = config.out_dir if config.init_from == 'resume' else config.init_from
     checkpoint = ckpt.load(where, prefer_best=True, mmap=True, average_last=config.average_last)
@@ -286,10 +303,8 @@ def main(config):
         line = evaluate_pairs(model, tokenizer, val, config)
     elif task == 'text':
         line = evaluate_text(model, tokenizer, val, config, device)
-    elif task == 'lambada':
-        line = evaluate_lambada(model, tokenizer, config, device)
     else:
-        line = evaluate_hellaswag(model, tokenizer, config, device)
+        line = ENDINGS[task][1](scores(model, tokenizer, examples, config, device), examples)
     print(f'{task}: {line}')
 
 

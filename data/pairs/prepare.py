@@ -25,6 +25,7 @@ class Config:
     input: str = ''  # a UTF-8 file of lines: source TAB target, or, if its name ends in .jsonl, JSON
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
+    init_from: str = ''  # weights to be finetuned (a run's folder, a checkpoint): their tokenizer is taken instead
     dataset: str = 'pairs'  # the bins go to data/<dataset>
     block_size: int = 128  # tokens in a row; a pair that is longer is left out
     packing: bool = True  # several pairs in a row, which do not see one another; False: one, and the rest is filled up
@@ -117,28 +118,34 @@ def pack(documents, size, packing, n_open=64):
 
 
 def main(config):
-    import numpy as np
-
-    from data import bins, tokenizer
-
     require(config.input, 'name your pairs: python data/pairs/prepare.py --input=FILE, lines of source TAB target, or .jsonl')
     require(re.fullmatch(r'\w[\w.-]*', config.dataset), f'dataset = {config.dataset!r}: give the name of a folder in data/')
     require(0 < config.val_fraction < 1, f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     require(config.block_size >= 5, f'block_size = {config.block_size}: give at least 5, of which a pair takes 3 for itself')
     path = Path(config.input).expanduser()
     require(path.is_file(), f'--input={config.input}: there is no such file')
+    write(lambda: read_documents(path), config)
 
-    def texts():
-        for _, parts in read_documents(path):
-            yield from parts
 
-    require(next(texts(), None) is not None, f'--input={config.input}: there is no pair in it')
-    for _ in texts():  # whatever is wrong in the file is said before anything else is done
-        pass
-    tokens = tokenizer.make(config.tokenizer, texts, config.vocab_size, end_of_text=True)
+def write(documents, config):
+    """Bins out of documents(), as read_documents gives them. config.input is what they are called."""
+    import numpy as np
 
+    from data import bins, tokenizer
+
+    n_documents = sum(1 for _ in documents())  # whatever is wrong with one of them is said before anything else is done
+    require(n_documents, f'{config.input}: there is no pair in it')
+    if config.init_from:
+        from checkpoint import load
+
+        tokens = load(config.init_from, mmap=True).get_tokenizer()
+        require(tokens.eot is not None, f'init_from = {config.init_from!r}: its tokenizer ({tokens.kind}) has no <|endoftext|>, '
+                                        f'which divides sources from targets: take weights that were trained with bpe or gpt2')
+    else:
+        tokens = tokenizer.make(config.tokenizer, lambda: (part for _, parts in documents() for part in parts),
+                                config.vocab_size, end_of_text=True)
     kept, lengths, left_out, turns = [], [], [], 0
-    for number, parts in read_documents(path):
+    for number, parts in documents():
         ids = [tokens.eot]
         for part in parts:
             ids += [*tokens.encode_to_numpy(part).tolist(), tokens.eot]
@@ -149,21 +156,21 @@ def main(config):
         kept.append((hash_of(parts[0]), ids, ''.join(parts)))
         turns = max(turns, len(parts) // 2)
     median, most, longest = (int(np.quantile(lengths, share, method='higher')) for share in (0.5, 0.95, 1))
-    print(f'{len(lengths):,} pairs: half of them have up to {median} tokens, 95% up to {most}, the longest has {longest}')
+    print(f'{n_documents:,} pairs: half of them have up to {median} tokens, 95% up to {most}, the longest has {longest}')
     if left_out:
         lines = ', '.join(map(str, left_out[:10])) + ', ...' * (len(left_out) > 10)
-        message = (f'{len(left_out):,} pairs are longer than block_size = {config.block_size} and are left out: line'
-                   f'{"s" * (len(left_out) > 1)} {lines}; --block_size={longest} keeps all')
+        message = (f'{len(left_out):,} longer than block_size = {config.block_size} are left out (line{"s" * (len(left_out) > 1)} '
+                   f'{lines}); --block_size={longest} keeps all')
         require(kept, f'{config.input}: no pair is left: {message}')
         print(message)
     boundary = max(config.val_fraction, min(where for where, *_ in kept))  # one source at least
     splits = {'train': [(ids, text) for where, ids, text in kept if where > boundary],
               'val': [(ids, text) for where, ids, text in kept if where <= boundary]}
-    require(splits['train'], f'{config.input}: no pair is left to train on, all have one source; give more of them')
+    require(splits['train'], f'{config.input}: no pair is left to train on, since all have one source; give more of them')
 
     def pieces():
-        for split, documents in splits.items():
-            for ids, text in pack(documents, config.block_size, config.packing):
+        for split, pairs in splits.items():
+            for ids, text in pack(pairs, config.block_size, config.packing):
                 ids += [tokens.eot] * (config.block_size - len(ids))
                 yield bins.Piece(split, text, ids=np.array(ids, dtype=np.uint32))
 

@@ -22,6 +22,7 @@ class Config:
     input: str = ''  # a UTF-8 text file, or a folder of them
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
+    init_from: str = ''  # weights to be finetuned (a run's folder, a checkpoint): their tokenizer is taken instead
     dataset: str = 'text'  # the bins go to data/<dataset>
     val_fraction: float = 0.1  # the share of the text, at its end, that is kept for validation
 
@@ -62,7 +63,12 @@ def main(config):
     size = sum(path.stat().st_size for path in files)
     require(size > 0, f'--input={config.input}: there is no text in it')
     everything = lambda: (piece for path in files for piece in bins.read_pieces(path))  # noqa: E731
-    tokens = tokenizer.make(config.tokenizer, everything, config.vocab_size)
+    if config.init_from:
+        from checkpoint import load
+
+        tokens = load(config.init_from, mmap=True).get_tokenizer()
+    else:
+        tokens = tokenizer.make(config.tokenizer, everything, config.vocab_size)
 
     def texts():
         for path in files:

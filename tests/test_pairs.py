@@ -1,0 +1,220 @@
+"""Sources and targets, from a file to an answer: what is written, what is learnt, what is said about what cannot be."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY
+from torch.nn import functional as F
+
+import checkpoint as ckpt
+from data import bins
+from data.pairs.prepare import read_json
+from data.scan.prepare import commands
+from model import GPT, GPTConfig
+
+WORDS = 'the a red città naïve 日本 <|endoftext|> "quoted" don\'t jump x7 ß'.split()
+
+
+def some_pairs(n, seed=0):
+    rng = random.Random(seed)
+    phrase = lambda most: ' '.join(rng.choices(WORDS, k=rng.randint(1, most)))  # noqa: E731
+    pairs = [(phrase(6), phrase(9)) for _ in range(n)]
+    return pairs + [(source, phrase(5)) for source, _ in pairs[::7]]  # some sources have two targets
+
+
+def documents_of(data, split):
+    """[(row, [source, target, ...])] out of the raw file, by its own rules: 2 ends of text begin a document."""
+    ids = np.fromfile(data / f'{split}.bin', dtype=np.uint16)
+    meta = json.loads((data / 'meta.json').read_text())
+    made = bins.open_tokenizer(data)
+    rows = ids.reshape(-1, meta['pairs']['block_size']).tolist()
+    found = []
+    for number, row in enumerate(rows):
+        parts, document = [[]], []
+        assert row[0] == made.eot
+        for id_ in [*row[1:], made.eot]:
+            if id_ != made.eot:
+                parts[-1].append(id_)
+            elif parts[-1]:
+                document.append(made.decode(parts[-1]))
+                parts.append([])
+            elif document:
+                found.append((number, document))
+                document = []
+    return found
+
+
+@pytest.fixture(scope='module')
+def prepare(run, clone):
+    """prepare(lines or objects, '--key=value', ...) -> the folder of their bins."""
+
+    def prepare(lines, *arguments, name='tested', **options):
+        objects = not isinstance(lines[0], tuple)
+        path = clone / f'{name}.{"jsonl" if objects else "tsv"}'
+        text = (json.dumps(line, ensure_ascii=False) if objects else '\t'.join(line) for line in lines)
+        path.write_text(''.join(line + '\n' for line in text), encoding='utf-8')
+        prepare.result = run('data/pairs/prepare.py', f'--input={path}', f'--dataset={name}', *arguments, **options)
+        return clone / 'data' / name
+
+    return prepare
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'char', 'byte'])
+@pytest.mark.parametrize('packing', [True, False])
+def test_pairs_come_back_whole_and_no_source_is_in_both_splits(prepare, kind, packing):
+    pairs = some_pairs(80)
+    lines = [(*pair, 'licence')[: 2 + i % 2] for i, pair in enumerate(pairs)]  # some have a third column
+    data = prepare(lines, f'--tokenizer={kind}', '--vocab_size=300', '--block_size=160', f'--packing={packing}', '--val_fraction=0.2')
+    train, val = documents_of(data, 'train'), documents_of(data, 'val')
+    assert Counter((source, target) for _, (source, target) in train + val) == Counter(pairs)
+    assert not {source for _, (source, _) in train} & {source for _, (source, _) in val}
+    assert 0.05 * len(pairs) < len(val) < 0.4 * len(pairs)
+    in_a_row = Counter(row for row, _ in train).values()
+    meta = json.loads((data / 'meta.json').read_text())
+    if packing:  # little is wasted
+        n_ids = sum(len(bins.open_tokenizer(data).encode_to_numpy(text)) for _, pair in train for text in pair) + 3 * len(train)
+        assert n_ids > 0.85 * meta['train_tokens'] and max(in_a_row) > 1
+    else:
+        assert set(in_a_row) == {1} and meta['train_tokens'] == 160 * len(train)
+
+
+def test_a_source_stays_in_its_split_when_the_file_grows(prepare):
+    pairs = some_pairs(150)
+    small = prepare(pairs[:80], '--tokenizer=byte', '--block_size=256', '--val_fraction=0.3')
+    before = {source for _, (source, _) in documents_of(small, 'val')}
+    large = prepare(pairs, '--tokenizer=byte', '--block_size=256', '--val_fraction=0.3')
+    assert before == {source for _, (source, _) in documents_of(large, 'val')} & {source for source, _ in pairs[:80]}
+
+
+@pytest.mark.parametrize('mask_prompt', [True, False])
+@pytest.mark.parametrize('packing', [True, False])
+def test_only_targets_have_a_loss(prepare, packing, mask_prompt):
+    pairs = some_pairs(40)
+    folder = prepare(pairs, '--tokenizer=byte', '--block_size=192', f'--packing={packing}', f'--mask_prompt={mask_prompt}')
+    data = bins.open_dataset(folder, 192)
+    x, y = data.train.batch(0, data.train.n_windows, seed=1)
+    learnt = Counter()
+    for row, following in zip(x.tolist(), y.tolist()):
+        assert all(b in (-1, a) for a, b in zip(row[1:], following)) and following[-1] == -1
+        learnt.update(id_ for id_ in following if id_ >= 0)
+    expected = Counter()  # all that is to be written: targets and their ends, without mask_prompt sources and their ends too
+    for _, (source, target) in documents_of(folder, 'train'):
+        expected.update([*target.encode(), 256] + ([*source.encode(), 256] if not mask_prompt else []))
+    assert learnt == expected
+    assert data.train.count_targets(0, len(x), seed=1) == sum(expected.values())
+
+    model = GPT(GPTConfig(block_size=192, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    logits, loss = model(torch.tensor(x), torch.tensor(y))
+    logits.retain_grad()
+    loss.backward()
+    assert (logits.grad[torch.tensor(y) < 0] == 0).all() and (logits.grad[torch.tensor(y) >= 0].abs().sum(dim=-1) > 0).all()
+
+
+def test_a_packed_pair_has_the_loss_that_it_has_alone(prepare):
+    pairs = some_pairs(30)
+    folders = [prepare(pairs, '--tokenizer=byte', '--block_size=256', f'--packing={p}', name=f'packed-{p}') for p in (True, False)]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=257, n_layer=2, n_head=2, n_embd=16, position='none', ngram=3, ngram_rows=97,
+                          document_token=256, turns=1, prefix_lm=True))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    sums = []
+    for folder in folders:
+        split = bins.open_dataset(folder, 256).train
+        x, y = (torch.tensor(part) for part in split.windows(range(split.n_windows)))
+        sums.append(model(x, y)[1].item() * (y >= 0).sum().item())
+    assert len(x) == len(documents_of(folders[1], 'train')) and sums[0] == pytest.approx(sums[1], rel=1e-5)
+
+
+def test_chats_become_turns():
+    def parts(*messages):
+        return read_json(json.dumps({'messages': [{'role': role, 'content': text} for role, text in messages]}))
+
+    assert parts(('user', 'a'), ('assistant', 'b')) == ['a', 'b']
+    assert parts(('system', 's'), ('user', 'a'), ('assistant', 'b'), ('user', 'c'), ('assistant', 'd')) == ['s\n\na', 'b', 'c', 'd']
+    assert parts(('user', 'a'), ('user', 'b'), ('assistant', 'c'), ('assistant', 'd')) == ['a\n\nb', 'c\n\nd']
+    assert read_json('{"prompt": "a", "response": "b", "id": 3}') == ['a', 'b']
+
+
+def test_long_pairs_are_counted_and_named_and_none_is_cut(prepare):
+    pairs = some_pairs(20)
+    pairs[3] = ('x' * 100, 'y')
+    pairs[11] = ('x', 'y' * 90)
+    data = prepare(pairs, '--tokenizer=byte', '--block_size=90')
+    said = prepare.result.stdout
+    assert '2 longer than block_size = 90 are left out (lines 4, 12); --block_size=104 keeps all' in said
+    kept = [tuple(pair) for split in ('train', 'val') for _, pair in documents_of(data, split)]
+    assert Counter(kept) == Counter(pair for i, pair in enumerate(pairs) if i not in (3, 11))
+
+
+MESSAGES = '{"messages": [{"role": "user", "content": "a"}, %s]}'
+
+
+@pytest.mark.parametrize(
+    'lines, suffix, says',
+    [
+        (['a\tb', 'no tab'], 'tsv', 'line 2: there is no tab'),
+        (['a\tb', 'a\t '], 'tsv', 'line 2: a side is empty'),
+        (['\tb'], 'tsv', 'line 1: a side is empty'),
+        ([b'a\tb', b'\xff\tb'], 'tsv', 'line 2: not UTF-8'),
+        (['{"prompt": "a", "response": "b"}', '', '{"prompt": '], 'jsonl', 'line 3: not JSON'),
+        (['{"prompt": "a"}'], 'jsonl', 'line 1: give {"prompt": text, "response": text}'),
+        (['{"prompt": "a", "response": " "}'], 'jsonl', 'line 1: a side is empty'),
+        ([MESSAGES % '{"role": "bot", "content": "b"}'], 'jsonl', "line 1: role 'bot' is none of system, user, assistant"),
+        ([MESSAGES % '{"role": "user", "content": "b"}'], 'jsonl', "line 1: the last message is not the assistant's"),
+        ([MESSAGES % '{"role": "assistant", "content": ""}'], 'jsonl', 'line 1: the content of a message (assistant) is empty'),
+        (['{"messages": [{"role": "assistant", "content": "a"}]}'], 'jsonl', 'nothing that it answers'),
+        (['{"messages": [{"role": "user"}]}'], 'jsonl', 'line 1: a message is {"role": text, "content": text}'),
+        (['{"messages": []}'], 'jsonl', 'line 1: the last message'),
+        (['', ' '], 'tsv', 'there is no pair in it'),
+        ([f'{"a" * 99}\tb', f'{"c" * 40}\td'], 'tsv', 'no pair is left: 2 longer than block_size = 20'),
+        (['a\tb', 'a\tc'], 'tsv', 'no pair is left to train on'),
+    ],
+)
+def test_a_bad_pair_is_one_sentence_with_its_line(refused, clone, tmp_path, lines, suffix, says):
+    path = tmp_path / f'bad.{suffix}'
+    path.write_bytes(b'\n'.join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    refused('data/pairs/prepare.py', f'--input={path}', '--tokenizer=byte', '--block_size=20', '--dataset=bad', says=(str(path), says))
+    assert not (clone / 'data' / 'bad' / 'train.bin').exists()
+
+
+def test_other_mistakes_with_pairs_are_one_sentence(refused, run, prepare, char_data, trained, clone, tmp_path):
+    data = prepare(some_pairs(20), '--tokenizer=byte', '--block_size=100')
+    train = ('train.py', f'--out_dir={tmp_path}/out', *TINY)
+    refused(*train, f'--dataset={data}', says=('block_size = 32: the rows of', 'have 100 tokens: give --block_size=100'))
+    refused(*train, f'--dataset={char_data}', '--prefix_lm', says=('prefix_lm = True', 'has no sources and targets'))
+    refused('tools/evaluate.py', f'--out_dir={trained}', '--task=pairs', says='was trained on plain text')
+    refused('tools/evaluate.py', f'--out_dir={trained}', '--task=lambada', says='name its file with --input=PATH')
+    refused('data/pairs/prepare.py', says='name your pairs')
+    refused('data/pairs/prepare.py', '--input=nowhere', says='--input=nowhere: there is no such file')
+    assert not (tmp_path / 'out').exists()
+
+
+def losses(out_dir):
+    lines = [json.loads(line) for line in (out_dir / 'log.jsonl').read_text().splitlines()]
+    return [line[key] for line in lines for key in ('loss', 'grad_norm') if key in line]
+
+
+def test_a_step_weighs_every_target_alike_however_it_is_cut(run, prepare, clone, tmp_path):
+    """Micro-batches, of one process or of two, have very different numbers of targets."""
+    rng = random.Random(1)
+    pairs = [('q' * rng.randint(1, 30), 'a' * rng.choice((1, 2, 60))) for _ in range(60)]
+    data = prepare(pairs, '--tokenizer=byte', '--block_size=100', '--packing=False')
+    common = (f'--dataset={data}', *TINY, '--block_size=100', '--max_iters=5', '--lr_decay_iters=5', '--dtype=float32')
+    run('train.py', *common, f'--out_dir={tmp_path}/8', '--batch_size=8')
+    run('train.py', *common, f'--out_dir={tmp_path}/2', '--batch_size=2', '--gradient_accumulation_steps=4')
+    arguments = [*common, f'--out_dir={tmp_path}/two', '--batch_size=1', '--gradient_accumulation_steps=8']
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
+    subprocess.run([*torchrun, *arguments], cwd=clone, check=True, capture_output=True, timeout=200)
+    whole = losses(tmp_path / '8')
+    assert len(whole) == 10
+    assert losses(tmp_path / '2') == pytest.approx(whole, abs=2e-5) and losses(tmp_path / 'two') == pytest.approx(whole, abs=2e-5)
