@@ -38,7 +38,7 @@ def gpt2(tmp_path_factory, text):
 @torch.no_grad()
 def log_p(model, context, ending):
     """log p of each token of an ending, from one plain forward pass."""
-    logp = model(torch.tensor([context + ending])).logits[0].log_softmax(dim=-1)
+    logp = model(torch.tensor([(context + ending)[:-1]])).logits[0].log_softmax(dim=-1)
     return [logp[len(context) + i - 1, token].item() for i, token in enumerate(ending)]
 
 
@@ -50,15 +50,15 @@ def test_endings_are_scored_as_transformers_does(gpt2):
         greedy = theirs.generate(torch.tensor([contexts[2]]), attention_mask=torch.ones(1, 3), max_new_tokens=4, do_sample=False,
                                  eos_token_id=None, pad_token_id=0)[0, 3:].tolist()
     endings = [[[1], [2, 3, 4, 5, 6]], [[7, 8]], [greedy, greedy[:2], [*greedy[:3], greedy[3] + 1]]]
-    logp, same = evaluate.score(ours, contexts, endings, 390, torch.device('cpu'))
+    logp, same = evaluate.score(ours, contexts, endings, 395, torch.device('cpu'))
     assert same.tolist() == [False, False, False, True, True, False]
     expected = [(context, ending) for context, some in zip(contexts, endings) for ending in some]
     for row, (context, ending) in zip(logp.tolist(), expected):
-        full = theirs(torch.tensor([context + ending])).logits[0, :, :390].log_softmax(dim=-1)  # of the first 390 ids
+        full = theirs(torch.tensor([context + ending])).logits[0, :, :395].log_softmax(dim=-1)  # of the first 395 ids
         plain = [full[len(context) + i - 1, token].item() for i, token in enumerate(ending)]
         assert row == pytest.approx(plain + [0.0] * (len(row) - len(ending)), abs=1e-4)
     long = list(range(100))  # longer than the context: only the end of it is read
-    (row,), _ = evaluate.score(ours, [long], [[[1, 2, 3]]], 400, torch.device('cpu'))
+    (row,), _ = evaluate.score(ours, [long], [[[1, 2, 3]]], theirs.config.vocab_size, torch.device('cpu'))
     assert row.tolist() == pytest.approx(log_p(theirs, long[-62:], [1, 2, 3]), abs=1e-4)
 
 
