@@ -312,8 +312,8 @@ def attend_fused(q, k, v, mask=None, dropout=0.0):
 def attend_written_out(q, k, v, mask=None, dropout=0.0):
     """The same as attend_fused, step by step (Vaswani et al. 2017, equation 1)."""
     B, nh, T, hs = q.shape
-    k = k.repeat_interleave(nh // k.size(1), dim=1)  # (B, nh, S, hs): each group of query heads shares one key head
-    v = v.repeat_interleave(nh // v.size(1), dim=1)  # (B, nh, S, hs)
+    if k.size(1) != nh:  # each group of query heads shares one key head
+        k, v = (x.repeat_interleave(nh // x.size(1), dim=1) for x in (k, v))  # (B, nh, S, hs)
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
     if mask is None and T > 1:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
@@ -667,7 +667,7 @@ class GPT(nn.Module):
         device = self.lm_head.weight.device
         if writes_out(c, c.block_size, torch.bfloat16 if half else torch.float32, device):
             # the softmax, and where autocast takes it in fp32 (not on a CPU) a copy for the product
-            attention += c.n_head * c.block_size * (n if device.type == 'cpu' else 4 + n * half)
+            attention += c.n_head * c.block_size * (n if device.type == 'cpu' else 4 + n * half) + 2 * n * C * (kv != C)
         mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)  # its input, before and after the activation
         block = attention + mlp + 2 * 4 * C + 2 * C * (c.dropout > 0)  # the inputs of both norms, the masks of both dropouts
         kept = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block
