@@ -660,14 +660,16 @@ class GPT(nn.Module):
         c, n = self.config, 2 if half else 4
         C, kv = c.n_embd, (c.n_kv_head or c.n_head) * c.n_embd // c.n_head
         hidden = self.transformer.h[0].mlp.c_proj.in_features
-        attention = n * (C + (C + 2 * kv) + C)  # its input, q k v, its output
-        attention += n * (C + kv) * (c.position == 'rope') + (4 + n) * (C + kv) * c.qk_norm  # q and k again
+        device = self.lm_head.weight.device
+        written_out = writes_out(c, c.block_size, torch.bfloat16 if half else torch.float32, device)
+        attention = n * (C + (3 * C if written_out else C + 2 * kv) + C)  # its input, q k v, its output
+        attention += (4 + n) * (C + kv) * c.qk_norm
+        if written_out:  # the softmax, and where autocast takes it in fp32, not on a CPU, a copy for the product
+            attention += c.n_head * c.block_size * (n if device.type == 'cpu' else 4 + n * half)
+        else:
+            attention += n * (C + kv) * (c.position == 'rope')  # q and k again
         if c.document_token is not None:
             attention += c.block_size * n  # the mask as numbers
-        device = self.lm_head.weight.device
-        if writes_out(c, c.block_size, torch.bfloat16 if half else torch.float32, device):
-            # the softmax, and where autocast takes it in fp32 (not on a CPU) a copy for the product
-            attention += c.n_head * c.block_size * (n if device.type == 'cpu' else 4 + n * half) + 2 * n * C * (kv != C)
         mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)  # its input, before and after the activation
         block = attention + mlp + 2 * 4 * C + 2 * C * (c.dropout > 0)  # the inputs of both norms, the masks of both dropouts
         kept = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block

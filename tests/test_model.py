@@ -748,11 +748,12 @@ def forward_keeps(model, idx, half=False):
 @pytest.mark.parametrize('half', [False, True])
 @pytest.mark.parametrize('options', [{}, {'bias': False, 'n_layer': 5}, {'n_kv_head': 1}, {'activation': 'swiglu'},
                                      {'activation': 'relu'}, {'position': 'rope'}, {'tie_weights': False},
+                                     {'block_size': 512}, {'position': 'rope', 'qk_norm': True, 'n_kv_head': 2},
                                      {'ngram': 4, 'ngram_rows': 50}], ids=str)
 def test_the_estimate_of_activations_is_what_autograd_keeps(options, half):
     model = GPT(GPTConfig(**{'n_layer': 3, 'n_head': 4, 'n_embd': 128, 'vocab_size': 200, 'block_size': 128} | options))
-    _, kept = forward_keeps(model, torch.randint(200, (4, 128)), half)
-    logits = 4 * 128 * 200 * 4  # their log-softmax
+    _, kept = forward_keeps(model, torch.randint(200, (4, model.config.block_size)), half)
+    logits = 4 * model.config.block_size * 200 * 4  # their log-softmax
     assert model.activation_bytes(4, half) == pytest.approx(kept - logits, rel=0.06)
 
 
