@@ -285,10 +285,11 @@ def main(config):
     model = checkpoint.build_model(dropout=0.0).eval()
     require(model.config.norm_position == 'pre', f'{checkpoint.path}: norm_position = {model.config.norm_position!r}: only '
                                                  f'pre-norm models can be taken apart; name another')
+    require(not model.config.prefix_lm, f'{checkpoint.path}: prefix_lm = True: the page draws only what looks back; name another')
     model.requires_grad_(False).float()
     require(all(p.isfinite().all() for p in model.parameters()), f'{checkpoint.path}: its weights are not finite; name another')
     longest = min(LONGEST, model.config.block_size)
-    ids = encode_prompt(start, tokenizer)
+    ids = encode_prompt(start, tokenizer, model.config.turns > 0)
     cut = f'the last {longest} of ' if len(ids) > longest else ''
     ckpt.warn(f'{checkpoint.path}: step {checkpoint.step}, {model.get_num_params(False):,} parameters; computing what it does '
               f'with {cut}{len(ids)} tokens')
@@ -301,7 +302,7 @@ def main(config):
         arrays |= history
 
     def page_of(prompt, **more):
-        ids = encode_prompt(prompt, tokenizer)
+        ids = encode_prompt(prompt, tokenizer, model.config.turns > 0)
         text_facts, text_arrays = collect_text(model, tokenizer, ids[-longest:])
         text_facts |= {'left_out': len(ids[:-longest])} | more
         return build_page(facts | text_facts, arrays | text_arrays)

@@ -206,7 +206,7 @@ from processes import (
 # of GPTConfig: may differ from those of the weights
 FREE_KEYS = ('dropout', 'label_smoothing', 'attention', 'activation_checkpointing')
 DATA_KEYS = ('vocab_size', 'document_token', 'turns')  # of GPTConfig: follow from the data
-SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare')  # prepared here if they are missing
+SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan')  # prepared here if they are missing
 
 
 def main(config, given, at_exit):
@@ -545,9 +545,9 @@ def find_or_prepare(dataset):
     script = root / 'data' / dataset / 'prepare.py'
     known = ', '.join(sorted(path.parent.name for path in root.glob('data/*/prepare.py')))
     require(script.exists(), f'dataset = {dataset!r}: there is no {folder / "train.bin"} and no {dataset} among {known}; for '
-                             f'your own text: python data/text/prepare.py --input=PATH --dataset={dataset}; if it was moved: '
-                             f'--dataset=PATH')
-    command = f'python data/{dataset}/prepare.py' + (' --input=PATH' if dataset == 'text' else '')
+                             f'your own text: python data/text/prepare.py --input=PATH --dataset={dataset}, for sources and '
+                             f'targets data/pairs/prepare.py; if it was moved: --dataset=PATH')
+    command = f'python data/{dataset}/prepare.py' + ' --input=PATH' * (dataset in ('text', 'pairs'))
     require(dataset in SMALL_DATASETS, f'dataset = {dataset!r}: there is no {folder / "train.bin"}; make it with: {command}'
                                        f' (or start small: python train.py config/quickstart.py)')
     print(f'{folder / "train.bin"} is missing: running {command}', flush=True)

@@ -218,3 +218,69 @@ def test_a_step_weighs_every_target_alike_however_it_is_cut(run, prepare, clone,
     whole = losses(tmp_path / '8')
     assert len(whole) == 10
     assert losses(tmp_path / '2') == pytest.approx(whole, abs=2e-5) and losses(tmp_path / 'two') == pytest.approx(whole, abs=2e-5)
+
+
+@pytest.fixture(scope='module')
+def chatty(run, prepare, tmp_path_factory):
+    """(folder of a run, its data) of chats of two turns, hardly trained."""
+    lines = [{'messages': [{'role': role, 'content': f'{word} {i}'} for word, role in
+                           (('hello', 'user'), ('hi', 'assistant'), ('and', 'user'), ('so', 'assistant'))]} for i in range(60)]
+    data = prepare(lines, '--tokenizer=byte', '--block_size=64', name='chatty')
+    out = tmp_path_factory.mktemp('chatty') / 'out'
+    run('train.py', f'--dataset={data}', f'--out_dir={out}', *TINY, '--block_size=64', '--prefix_lm', '--max_iters=30')
+    return out, data
+
+
+def test_an_answer_is_written_alone_and_a_chat_remembers_as_many_turns_as_were_trained_on(run, chatty):
+    out, data = chatty
+    model, made = ckpt.load_model(out)
+    assert (model.config.turns, model.config.prefix_lm, model.config.document_token) == (2, True, 256)
+    e, texts, answers = made.eot, ['hello 3', 'and 4', 'hello 5'], []
+    for i, text in enumerate(texts):
+        history = [part for pair in list(zip(texts, answers))[max(0, i - 1):i] for part in pair]  # one turn before this one
+        ids = [e]
+        for part in [*history, text]:
+            ids += [*made.encode_to_numpy(part).tolist(), e]
+        room = min(10, 64 - len(ids))
+        written = model.generate([ids], room, temperature=0, stop_tokens=[e])[0][len(ids):]
+        answers.append(made.decode([id_ for id_ in written if id_ != e]))
+    options = (f'--out_dir={out}', '--temperature=0', '--dtype=float32', '--max_new_tokens=10')
+    shown = run('sample.py', *options, '--interactive', input='\n'.join(texts) + '\n').stdout
+    assert shown == ''.join(f'{answer}\n{"-" * 15}\n' for answer in answers)
+    alone = run('sample.py', *options, '--num_samples=1', f'--start={texts[0]}').stdout
+    assert alone == f'{texts[0]}\n{answers[0]}\n{"-" * 15}\n'
+    beams = run('sample.py', *options, '--num_samples=1', '--num_beams=2', f'--start={texts[0]}').stdout
+    assert beams.startswith(f'{texts[0]}\n') and '<|endoftext|>' not in beams and 'score' in beams
+    too_long = run('sample.py', *options, f'--start={"x" * 70}', code=2)
+    assert 'start has 72 tokens: a source and its target have 64 together' in too_long.stderr
+
+
+def test_finetuning_on_fifty_chats_teaches_their_form(run, prepare, tmp_path, text):
+    """Weights that have read plain text answer in the form of 50 chats, to questions that they have not seen."""
+    (tmp_path / 'text.txt').write_text(text[:60000], encoding='utf-8')
+    run('data/text/prepare.py', f'--input={tmp_path}/text.txt', '--vocab_size=300', '--dataset=before')
+    small = ('--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=64', '--position=rope', '--batch_size=8', '--eval_iters=4',
+             '--gradient_accumulation_steps=1', '--warmup_iters=2', '--optimizer=muon', '--learning_rate=5e-3', '--log_interval=20')
+    run('train.py', '--dataset=before', f'--out_dir={tmp_path}/base', *small, '--block_size=64', '--max_iters=40')
+    rng = random.Random(0)
+    words = sorted({word for word in re.findall('[a-z]{4,9}', text)})
+    questions = rng.sample(words, 58)
+    lines = [{'messages': [{'role': 'user', 'content': f'What is {word}?'}, {'role': 'assistant', 'content': f'{word.upper()}: a word.'}]}
+             for word in questions[:50]]
+    data = prepare(lines, f'--init_from={tmp_path}/base', '--block_size=64', name='chats')
+    assert bins.open_tokenizer(data).to_dict() == ckpt.load(tmp_path / 'base').tokenizer
+    run('train.py', f'--init_from={tmp_path}/base', f'--dataset={data}', f'--out_dir={tmp_path}/chat', *small[5:], '--max_iters=120')
+    start = json.dumps([f'What is {word}?' for word in questions[50:]])
+    shown = run('sample.py', f'--out_dir={tmp_path}/chat', f'--start={start}', '--num_samples=1', '--temperature=0').stdout
+    answers = [part.strip().split('\n')[-1] for part in shown.split('-' * 15)[:-1]]
+    assert len(answers) == 8 and all(re.fullmatch(r'[A-Z]+: a word\.', answer) for answer in answers), answers
+
+
+def test_weights_whose_tokenizer_cannot_divide_pairs_are_refused(refused, trained, tmp_path):
+    (tmp_path / 'a.tsv').write_text('a\tb\n')
+    refused('data/pairs/prepare.py', f'--input={tmp_path}/a.tsv', f'--init_from={trained}', says=('(char) has no <|endoftext|>'))
+
+
+def test_other_programs_know_what_is_read_both_ways(run, refused, chatty):
+    refused('explain.py', f'--out_dir={chatty[0]}', '--start=a', says='prefix_lm = True')
+    assert 'parameters' in run('tools/plan.py', 'config/scan.py', '--gpus=1').stdout
