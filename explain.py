@@ -55,7 +55,7 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
-from data.tokenizer import encode_prompt, read_prompt
+from data.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 from files import write_text
 
 LONGEST = 256  # tokens of a text
@@ -289,7 +289,11 @@ def main(config):
     model.requires_grad_(False).float()
     require(all(p.isfinite().all() for p in model.parameters()), f'{checkpoint.path}: its weights are not finite; name another')
     longest = min(LONGEST, model.config.block_size)
-    ids = encode_prompt(start, tokenizer, model.config.turns > 0)
+
+    def encode(text):  # of sources and targets: with `<|endoftext|>` between them
+        return encode_turns(text.split(END_OF_TEXT), tokenizer) if model.config.turns else encode_prompt(text, tokenizer)
+
+    ids = encode(start)
     cut = f'the last {longest} of ' if len(ids) > longest else ''
     ckpt.warn(f'{checkpoint.path}: step {checkpoint.step}, {model.get_num_params(False):,} parameters; computing what it does '
               f'with {cut}{len(ids)} tokens')
@@ -302,7 +306,7 @@ def main(config):
         arrays |= history
 
     def page_of(prompt, **more):
-        ids = encode_prompt(prompt, tokenizer, model.config.turns > 0)
+        ids = encode(prompt)
         text_facts, text_arrays = collect_text(model, tokenizer, ids[-longest:])
         text_facts |= {'left_out': len(ids[:-longest])} | more
         return build_page(facts | text_facts, arrays | text_arrays)

@@ -67,7 +67,7 @@ import sys
 import time
 
 import checkpoint as ckpt
-from data.tokenizer import END_OF_TEXT, encode_prompt, read_prompt
+from data.tokenizer import encode_prompt, encode_turns, read_prompt
 from device import pick_device, pick_dtype
 
 
@@ -164,12 +164,8 @@ def main(config):
 
 
 def answer(model, tokenizer, config):
-    """Continue what is typed, or answer it, line by line, until Ctrl-D. Of a chat the model sees as many turns as it was trained
-    on, the oldest of which go while there is less room behind them than for max_new_tokens, or half of block_size.
-    """
-    config.num_samples, turns, block_size = 1, model.config.turns, model.config.block_size
-    room = min(config.max_new_tokens, block_size // 2)
-    chat = []  # source, target, source, target, ...
+    """Continue what is typed, or answer it, line by line, until Ctrl-D."""
+    config.num_samples, chat = 1, []  # source, target, source, target, ...
     while True:
         try:
             start = input('> ' if sys.stdin.isatty() else '')
@@ -177,30 +173,43 @@ def answer(model, tokenizer, config):
             return
         try:
             prompts = encoded([start], model, tokenizer, config)
-            if turns:
-                chat = chat[max(0, len(chat) - 2 * (turns - 1)):]
-                while chat and len(ids := encode_prompt(END_OF_TEXT.join([*chat, start]), tokenizer, True)) > block_size - room:
-                    chat = chat[2:]
-                prompts = [ids] if chat else prompts
-            chat += [start, write(model, tokenizer, [start if not turns else ''], prompts, config)]
+            if model.config.turns:
+                chat, prompts[0] = remembered(chat, start, model, tokenizer, config)
+                text = write(model, tokenizer, [''], prompts, config)
+                chat += [start, text] if text.strip() else []
+            else:
+                write(model, tokenizer, [start], prompts, config)
         except UserError as error:  # a character that the tokenizer does not know, nothing at all
             print(error, file=sys.stderr)
         config.seed += 1  # the same prompt again: another text
 
 
+def remembered(chat, start, model, tokenizer, config):
+    """(what of a chat stays before start, the ids of both): as many turns as the model was trained on, the oldest of which go
+    while they leave less room than for max_new_tokens, or half of block_size.
+    """
+    block_size = model.config.block_size
+    longest = block_size - min(config.max_new_tokens, block_size // 2)
+    chat = chat[max(0, len(chat) - 2 * (model.config.turns - 1)):]
+    while len(ids := encode_turns([*chat, start], tokenizer)) > longest and chat:
+        chat = chat[2:]
+    return chat, ids
+
+
 def encoded(starts, model, tokenizer, config):
     """The prompts' token ids, cut to what the model can read. Raises UserError."""
     block_size = model.config.block_size
-    prompts = [encode_prompt(start, tokenizer, model.config.turns > 0) for start in starts]
+    turns = model.config.turns
+    prompts = [encode_turns([start], tokenizer) if turns else encode_prompt(start, tokenizer) for start in starts]
     for prompt in prompts:
-        if model.config.turns:
-            require(len(prompt) < block_size, f'start has {len(prompt)} tokens: a source and its target have {block_size} together '
-                                              f'(block_size)')
+        if turns:
+            require(len(prompt) < block_size, f'start has {len(prompt)} tokens: a source and its target have block_size = '
+                                              f'{block_size} together')
         elif len(prompt) > block_size:
             print(f'the prompt has {len(prompt)} tokens: only the last {block_size} are taken', file=sys.stderr)
     prompts = [prompt[-block_size:] for prompt in prompts]
     room = block_size - max(map(len, prompts))
-    require(config.num_beams == 1 or model.config.turns or config.max_new_tokens <= room,
+    require(config.num_beams == 1 or turns or config.max_new_tokens <= room,
             f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} behind the prompt (block_size = '
             f'{block_size})')
     return prompts

@@ -108,9 +108,10 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     """Tokenize pieces into folder/train.bin and val.bin, with meta.json; returns meta. Memory stays bounded.
 
     pieces: an iterable, or a function that makes one and goes on behind the piece whose state it is given. source: what the text
-    is, for meta.json. pairs: of pieces that are rows of sources and targets, see `Pairs`. total_bytes or expected_tokens: for the progress bar and the estimate. max_tokens: stop after so many.
-    Everything is written under temporary names and renamed at the end, val.bin last: only a whole data set has all three. Every
-    64 MB of text what is there so far is committed: killed or interrupted and called again, it goes on from there.
+    is, for meta.json. pairs: of pieces that are rows of sources and targets, see `Pairs`. total_bytes or expected_tokens: for the
+    progress bar and the estimate. max_tokens: stop after so many. Everything is written under temporary names and renamed at the
+    end, val.bin last: only a whole data set has all three. Every 64 MB of text what is there so far is committed: killed or
+    interrupted and called again, it goes on from there.
     """
     require(max_tokens is None or max_tokens > 0, f'max_tokens = {max_tokens}: give more than 0')
     folder = Path(folder)
@@ -372,8 +373,8 @@ class TokenBin:
         require(n_tokens in (None, self.n_tokens), f'{self.path} has {self.n_tokens} tokens{files} where meta.json says '
                                                    f'{n_tokens}; prepare the data set again')
         if pairs:
-            require(self.n_tokens % block_size == 0, f'{self.path} has {self.n_tokens} tokens, no multiple of the {block_size} of a '
-                                                     f'row; prepare the data set again')
+            whole = self.n_tokens % block_size == 0
+            require(whole, f'{self.path} has {self.n_tokens} tokens, no multiple of the {block_size} of a row; prepare it again')
             self.n_windows = self.n_tokens // block_size
             return
         require(self.n_tokens > block_size, f'{self.path} has {self.n_tokens} tokens: block_size = {block_size} needs at least '
@@ -412,9 +413,9 @@ class TokenBin:
     def batch(self, first_sample, count, seed):
         """Samples first_sample .. first_sample + count - 1 of the endless, shuffled row of training samples.
 
-        Each epoch visits every block of block_size tokens (every row of sources and targets) once, in an order and with an offset that follow from
-        (seed, epoch) alone: no state, so that any batch can be drawn again. -> x, y (count, block_size) int64, y the
-        tokens that follow x.
+        Each epoch visits every block of block_size tokens once, in an order and with an offset that follow from (seed, epoch)
+        alone: no state, so that any batch can be drawn again. The blocks of sources and targets are their rows, without an
+        offset. -> x, y (count, block_size) int64, y the tokens that follow x, -1 where there is no loss.
         """
         T = self.block_size
         n_blocks = self.n_windows if self.pairs else max(1, (self.n_tokens - 1 - T) // T)
@@ -429,6 +430,7 @@ class TokenBin:
         return self.inputs_and_targets((block * np.uint64(T) + offset).tolist())
 
     def inputs_and_targets(self, starts):
+        """x, y (len(starts), block_size) from each of these positions on."""
         window = self.read(starts, self.block_size + 1)  # (len(starts), T + 1)
         x, y = window[:, :-1], window[:, 1:]
         return x, self.pairs.targets(x, y, self.eot) if self.pairs else y
@@ -494,9 +496,9 @@ def open_dataset(folder, block_size):
     dtype = np.dtype(meta['dtype'] if meta else 'uint16').newbyteorder('<')
     pairs = Pairs(**meta['pairs']) if meta and meta.get('pairs') else None
     if pairs:
-        require(pairs.block_size <= block_size, f'block_size = {block_size}: the rows of {folder} have {pairs.block_size} tokens: '
-                                                f'give --block_size={pairs.block_size}, or prepare it with '
-                                                f'--block_size={block_size}')
+        T = pairs.block_size
+        require(T <= block_size, f'block_size = {block_size}: the rows of {folder} have {T} tokens: give --block_size={T}, or '
+                                 f'prepare it with --block_size={block_size}')
         block_size = pairs.block_size
     train, val = (TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, meta and meta[f'{split}_tokens'], pairs,
                            tokenizer.eot) for split in ('train', 'val'))

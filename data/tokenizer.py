@@ -270,23 +270,32 @@ def read_prompt(start):
         require(False, f'start = {start!r}: cannot read that file: {getattr(error, "strerror", None) or error}')
 
 
-def encode_prompt(text, tokenizer, is_source=False):
-    """Token ids of a prompt; is_source: its target is to be written. Raises UserError if it is empty or has an unknown
-    character.
+def encode_prompt(text, tokenizer):
+    """Token ids of a prompt. Raises UserError if it is empty or has an unknown character."""
+    ids = encode_start(text, tokenizer.encode) or ([tokenizer.eot] if tokenizer.eot is not None else [])
+    require(ids, 'start is empty: give at least one character to continue')
+    return ids
+
+
+def encode_turns(texts, tokenizer):
+    """Token ids of a source, or of source, target, source, ..., as they stand in data.bins.Pairs: what answers the last one
+    follows. Raises UserError as encode_prompt.
     """
+    ids = [tokenizer.eot]
+    for text in texts:
+        require(text.strip(), 'start is empty: give a source')
+        ids += [*encode_start(text, tokenizer.encode_to_numpy), tokenizer.eot]
+    return ids
+
+
+def encode_start(text, encode):
     try:
         text.encode('utf-8')
-        ids = tokenizer.encode(text)
+        return [int(id_) for id_ in encode(text)]
     except UnicodeEncodeError:
         raise UserError('start: this is not UTF-8 text') from None
     except UserError as error:
         raise UserError(f'start: {error}') from None
-    if is_source:
-        require(text.strip(), 'start is empty: give a source')
-        return [tokenizer.eot, *ids, tokenizer.eot]  # data.bins.Pairs
-    ids = ids or ([tokenizer.eot] if tokenizer.eot is not None else [])
-    require(ids, 'start is empty: give at least one character to continue')
-    return ids
 
 
 def codepoints(text):

@@ -64,7 +64,7 @@ def test_endings_are_scored_as_transformers_does(gpt2):
 
 def test_lambada_and_hellaswag_are_what_transformers_gives(run, gpt2, tmp_path):
     folder, model, made = gpt2
-    passages = ['the loss of a model is the mean', 'def main(config, given): return 0', 'A run that was killed goes on from its save']
+    passages = ['the loss of a model is the mean', 'def main(config, given): return 0', 'A killed run goes on from its save']
     (tmp_path / 'lambada.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in passages))
     nats = -sum(sum(log_p(model, made.encode(text.rpartition(' ')[0]).ids, made.encode(' ' + text.rpartition(' ')[2]).ids))
                 for text in passages)

@@ -1,7 +1,6 @@
 """Sources and targets, from a file to an answer: what is written, what is learnt, what is said about what cannot be."""
 
 import json
-import math
 import random
 import re
 import subprocess
@@ -11,14 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import TINY
-from torch.nn import functional as F
 
 import checkpoint as ckpt
 from data import bins
 from data.pairs.prepare import read_json
-from data.scan.prepare import commands
 from model import GPT, GPTConfig
 
 WORDS = 'the a red città naïve 日本 <|endoftext|> "quoted" don\'t jump x7 ß'.split()
@@ -73,7 +69,8 @@ def prepare(run, clone):
 def test_pairs_come_back_whole_and_no_source_is_in_both_splits(prepare, kind, packing):
     pairs = some_pairs(80)
     lines = [(*pair, 'licence')[: 2 + i % 2] for i, pair in enumerate(pairs)]  # some have a third column
-    data = prepare(lines, f'--tokenizer={kind}', '--vocab_size=300', '--block_size=160', f'--packing={packing}', '--val_fraction=0.2')
+    options = ('--vocab_size=300', '--block_size=160', f'--packing={packing}', '--val_fraction=0.2')
+    data = prepare(lines, f'--tokenizer={kind}', *options)
     train, val = documents_of(data, 'train'), documents_of(data, 'val')
     assert Counter((source, target) for _, (source, target) in train + val) == Counter(pairs)
     assert not {source for _, (source, _) in train} & {source for _, (source, _) in val}
@@ -121,7 +118,8 @@ def test_only_targets_have_a_loss(prepare, packing, mask_prompt):
 
 def test_a_packed_pair_has_the_loss_that_it_has_alone(prepare):
     pairs = some_pairs(30)
-    folders = [prepare(pairs, '--tokenizer=byte', '--block_size=256', f'--packing={p}', name=f'packed-{p}') for p in (True, False)]
+    options = ('--tokenizer=byte', '--block_size=256')
+    folders = [prepare(pairs, *options, f'--packing={p}', name=f'packed-{p}') for p in (True, False)]
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=257, n_layer=2, n_head=2, n_embd=16, position='none', ngram=3, ngram_rows=97,
                           document_token=256, turns=1, prefix_lm=True))
@@ -140,7 +138,8 @@ def test_chats_become_turns():
         return read_json(json.dumps({'messages': [{'role': role, 'content': text} for role, text in messages]}))
 
     assert parts(('user', 'a'), ('assistant', 'b')) == ['a', 'b']
-    assert parts(('system', 's'), ('user', 'a'), ('assistant', 'b'), ('user', 'c'), ('assistant', 'd')) == ['s\n\na', 'b', 'c', 'd']
+    answered = (('user', 'a'), ('assistant', 'b'), ('user', 'c'), ('assistant', 'd'))
+    assert parts(('system', 's'), *answered) == ['s\n\na', 'b', 'c', 'd']
     assert parts(('user', 'a'), ('user', 'b'), ('assistant', 'c'), ('assistant', 'd')) == ['a\n\nb', 'c\n\nd']
     assert read_json('{"prompt": "a", "response": "b", "id": 3}') == ['a', 'b']
 
@@ -151,7 +150,7 @@ def test_long_pairs_are_counted_and_named_and_none_is_cut(prepare):
     pairs[11] = ('x', 'y' * 90)
     data = prepare(pairs, '--tokenizer=byte', '--block_size=90')
     said = prepare.result.stdout
-    assert '2 longer than block_size = 90 are left out (lines 4, 12); --block_size=104 keeps all' in said
+    assert '2 longer than block_size = 90 left out (lines 4, 12); --block_size=104 keeps all' in said
     kept = [tuple(pair) for split in ('train', 'val') for _, pair in documents_of(data, split)]
     assert Counter(kept) == Counter(pair for i, pair in enumerate(pairs) if i not in (3, 11))
 
@@ -183,7 +182,8 @@ MESSAGES = '{"messages": [{"role": "user", "content": "a"}, %s]}'
 def test_a_bad_pair_is_one_sentence_with_its_line(refused, clone, tmp_path, lines, suffix, says):
     path = tmp_path / f'bad.{suffix}'
     path.write_bytes(b'\n'.join(line if isinstance(line, bytes) else line.encode() for line in lines))
-    refused('data/pairs/prepare.py', f'--input={path}', '--tokenizer=byte', '--block_size=20', '--dataset=bad', says=(str(path), says))
+    options = ('--tokenizer=byte', '--block_size=20', '--dataset=bad')
+    refused('data/pairs/prepare.py', f'--input={path}', *options, says=(str(path), says))
     assert not (clone / 'data' / 'bad' / 'train.bin').exists()
 
 
@@ -227,7 +227,8 @@ def chatty(run, prepare, tmp_path_factory):
                            (('hello', 'user'), ('hi', 'assistant'), ('and', 'user'), ('so', 'assistant'))]} for i in range(60)]
     data = prepare(lines, '--tokenizer=byte', '--block_size=64', name='chatty')
     out = tmp_path_factory.mktemp('chatty') / 'out'
-    run('train.py', f'--dataset={data}', f'--out_dir={out}', *TINY, '--block_size=64', '--prefix_lm', '--max_iters=30')
+    options = ('--block_size=64', '--prefix_lm', '--max_iters=80', '--optimizer=muon', '--muon_learning_rate=0.05')
+    run('train.py', f'--dataset={data}', f'--out_dir={out}', *TINY, *options)
     return out, data
 
 
@@ -244,6 +245,7 @@ def test_an_answer_is_written_alone_and_a_chat_remembers_as_many_turns_as_were_t
         room = min(10, 64 - len(ids))
         written = model.generate([ids], room, temperature=0, stop_tokens=[e])[0][len(ids):]
         answers.append(made.decode([id_ for id_ in written if id_ != e]))
+    assert all(answers)
     options = (f'--out_dir={out}', '--temperature=0', '--dtype=float32', '--max_new_tokens=10')
     shown = run('sample.py', *options, '--interactive', input='\n'.join(texts) + '\n').stdout
     assert shown == ''.join(f'{answer}\n{"-" * 15}\n' for answer in answers)
@@ -252,7 +254,7 @@ def test_an_answer_is_written_alone_and_a_chat_remembers_as_many_turns_as_were_t
     beams = run('sample.py', *options, '--num_samples=1', '--num_beams=2', f'--start={texts[0]}').stdout
     assert beams.startswith(f'{texts[0]}\n') and '<|endoftext|>' not in beams and 'score' in beams
     too_long = run('sample.py', *options, f'--start={"x" * 70}', code=2)
-    assert 'start has 72 tokens: a source and its target have 64 together' in too_long.stderr
+    assert 'start has 72 tokens: a source and its target have block_size = 64 together' in too_long.stderr
 
 
 def test_finetuning_on_fifty_chats_teaches_their_form(run, prepare, tmp_path, text):
@@ -260,16 +262,17 @@ def test_finetuning_on_fifty_chats_teaches_their_form(run, prepare, tmp_path, te
     (tmp_path / 'text.txt').write_text(text[:60000], encoding='utf-8')
     run('data/text/prepare.py', f'--input={tmp_path}/text.txt', '--vocab_size=300', '--dataset=before')
     small = ('--device=cpu', '--n_layer=2', '--n_head=2', '--n_embd=64', '--position=rope', '--batch_size=8', '--eval_iters=4',
-             '--gradient_accumulation_steps=1', '--warmup_iters=2', '--optimizer=muon', '--learning_rate=5e-3', '--log_interval=20')
+             '--gradient_accumulation_steps=1', '--warmup_iters=2', '--optimizer=muon', '--learning_rate=5e-3')
     run('train.py', '--dataset=before', f'--out_dir={tmp_path}/base', *small, '--block_size=64', '--max_iters=40')
     rng = random.Random(0)
     words = sorted({word for word in re.findall('[a-z]{4,9}', text)})
     questions = rng.sample(words, 58)
-    lines = [{'messages': [{'role': 'user', 'content': f'What is {word}?'}, {'role': 'assistant', 'content': f'{word.upper()}: a word.'}]}
-             for word in questions[:50]]
+    lines = [{'messages': [{'role': 'user', 'content': f'What is {word}?'},
+                           {'role': 'assistant', 'content': f'{word.upper()}: a word.'}]} for word in questions[:50]]
     data = prepare(lines, f'--init_from={tmp_path}/base', '--block_size=64', name='chats')
     assert bins.open_tokenizer(data).to_dict() == ckpt.load(tmp_path / 'base').tokenizer
-    run('train.py', f'--init_from={tmp_path}/base', f'--dataset={data}', f'--out_dir={tmp_path}/chat', *small[5:], '--max_iters=120')
+    chat = ('--max_iters=120', f'--out_dir={tmp_path}/chat', *small[5:])
+    run('train.py', f'--init_from={tmp_path}/base', f'--dataset={data}', *chat)
     start = json.dumps([f'What is {word}?' for word in questions[50:]])
     shown = run('sample.py', f'--out_dir={tmp_path}/chat', f'--start={start}', '--num_samples=1', '--temperature=0').stdout
     answers = [part.strip().split('\n')[-1] for part in shown.split('-' * 15)[:-1]]

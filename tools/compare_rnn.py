@@ -241,8 +241,9 @@ def main(config):
     print('| --- ' * (6 + len(config.lengths)) + '|')
     for name, result in results.items():
         last = result['points'][-1]
-        print(f'| {name} | {result["parameters"]:,} | {result["learning_rate"]:g} | {last["val_loss"]:.4f} | {last["seconds"]:.1f} | '
-              f'{result["gradient"][far]:.2e} | ' + ' | '.join(f'{1000 * s:.1f} ms' for s in result['step_seconds']) + ' |')
+        print(f'| {name} | {result["parameters"]:,} | {result["learning_rate"]:g} | {last["val_loss"]:.4f} | '
+              f'{last["seconds"]:.1f} | {result["gradient"][far]:.2e} | '
+              + ' | '.join(f'{1000 * seconds:.1f} ms' for seconds in result['step_seconds']) + ' |')
     drawn = plot(results, config, out_dir / 'compare.png')
     print(f'{out_dir / "compare.json"}' + (f', {out_dir / "compare.png"}' if drawn else '; for a plot: pip install matplotlib'))
 

@@ -57,12 +57,11 @@ if __name__ == '__main__':
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import checkpoint as ckpt
 from data import bins
-from data.tokenizer import END_OF_TEXT, encode_prompt
+from data.tokenizer import encode_turns
 from device import pick_device, pick_dtype
 from model import KVCache
 
@@ -77,7 +76,7 @@ def batches(examples, size, length):
 # Sources and targets ------------------------------------------------------------------------------------------------------
 
 def read_turns(split, tokenizer):
-    """[(what was said up to a source, its target)] of a split."""
+    """[([source], its target)] of a split, in chats ([source, target, ..., source], its target)."""
     turns = []
     for number in range(split.n_windows):
         row = split.read([number * split.block_size], split.block_size)[0]
@@ -88,13 +87,13 @@ def read_turns(split, tokenizer):
                 continue
             document.append(tokenizer.decode(ids[1:].tolist()))
             if len(document) % 2 == 0:
-                turns.append((END_OF_TEXT.join(document[:-1]), document[-1]))
+                turns.append((document[:-1], document[-1]))
     return turns
 
 
 def write_targets(model, tokenizer, turns, config):
     """What the model answers to each turn: greedily, or by beam search."""
-    prompts, answers = [encode_prompt(source, tokenizer, is_source=True) for source, _ in turns], [''] * len(turns)
+    prompts, answers = [encode_turns(source, tokenizer) for source, _ in turns], [''] * len(turns)
     for which in batches(prompts, config.batch_size, len):
         rows = [prompts[i] for i in which]
         room = model.config.block_size - len(rows[0])
@@ -117,7 +116,7 @@ def evaluate_pairs(model, tokenizer, split, config):
     answers = write_targets(model, tokenizer, turns, config)
     targets = [target for _, target in turns]
     for (source, target), answer in list(zip(turns, answers))[:config.show]:
-        print(f'source: {source}\ntarget: {target}\nanswer: {answer}\n')
+        print(f'source: {" | ".join(source)}\ntarget: {target}\nanswer: {answer}\n')
     exact = sum(answer.strip() == target.strip() for answer, target in zip(answers, targets)) / len(targets)
     line = f'{len(targets):,} targets, beam {config.num_beams}: exact match {exact:.2%}'
     try:
@@ -290,10 +289,11 @@ def main(config):
     if not config.input:
         dataset = config.dataset or checkpoint.config.get('dataset', '')
         folder = bins.find_dataset(dataset)
-        require(dataset and (folder / 'val.bin').exists(), f'dataset = {dataset!r}: there is no {folder / "val.bin"}: name a data '
-                                                           f'set with --dataset=NAME, or a text with --input=PATH')
+        require(dataset and (folder / 'val.bin').exists(), f'dataset = {dataset!r}: there is no {folder / "val.bin"}: name a '
+                                                           f'data set with --dataset=NAME, or a text with --input=PATH')
         data = bins.open_dataset(folder, model.config.block_size)
-        require(data.tokenizer.to_dict() == tokenizer.to_dict(), f'{folder} was made with another tokenizer than {checkpoint.path}')
+        same = data.tokenizer.to_dict() == tokenizer.to_dict()
+        require(same, f'{folder} was made with another tokenizer than {checkpoint.path}: name another data set')
         require(task != 'pairs' or data.pairs, f'task = pairs: {folder} is plain text')
         val = data.val
     elif task == 'text':

@@ -159,8 +159,8 @@ def write(documents, config):
     print(f'{n_documents:,} pairs: half of them have up to {median} tokens, 95% up to {most}, the longest has {longest}')
     if left_out:
         lines = ', '.join(map(str, left_out[:10])) + ', ...' * (len(left_out) > 10)
-        message = (f'{len(left_out):,} longer than block_size = {config.block_size} are left out (line{"s" * (len(left_out) > 1)} '
-                   f'{lines}); --block_size={longest} keeps all')
+        message = (f'{len(left_out):,} longer than block_size = {config.block_size} left out '
+                   f'(line{"s" * (len(left_out) > 1)} {lines}); --block_size={longest} keeps all')
         require(kept, f'{config.input}: no pair is left: {message}')
         print(message)
     boundary = max(config.val_fraction, min(where for where, *_ in kept))  # one source at least
