@@ -10,12 +10,12 @@ dataset = 'scan'  # prepared when it is missing
 batch_size = 16
 block_size = 128
 gradient_accumulation_steps = 1
-max_iters = 400
+max_iters = 800
 
 # 3 million parameters; a source is read both ways
 prefix_lm = True
 n_layer = 4
-n_head = 4
+n_head = 8
 n_embd = 256
 position = 'rope'
 norm = 'rmsnorm'
@@ -29,13 +29,13 @@ muon_learning_rate = 0.02
 muon_momentum = 0.9
 learning_rate = 0.005
 beta1 = 0.8
-weight_decay = 0.0
+weight_decay = 1.0  # much, since a rule is to be learnt, not a list: it decides how many unseen commands are carried out
 grad_clip = 0.0
 warmup_iters = 0
 schedule = 'wsd'  # constant, then down to 0 over the second half
 decay_fraction = 0.5
 min_lr = 0.0
 
-eval_interval = 100
+eval_interval = 200
 eval_iters = 20
 log_interval = 10

@@ -287,3 +287,33 @@ def test_weights_whose_tokenizer_cannot_divide_pairs_are_refused(refused, traine
 def test_other_programs_know_what_is_read_both_ways(run, refused, chatty):
     refused('explain.py', f'--out_dir={chatty[0]}', '--start=a', says='prefix_lm = True')
     assert 'parameters' in run('tools/plan.py', 'config/scan.py', '--gpus=1').stdout
+
+
+def test_commands_are_learnt_and_carried_out_that_were_never_seen(run, prepare):
+    """Of 1,000 of SCAN's commands (walk, look, run, jump, left, right, twice, thrice, and, after) 9 in 10 are trained on."""
+    simple = [pair for pair in commands() if not {'turn', 'around', 'opposite'} & set(pair[0].split())]
+    data = prepare(random.Random(0).sample(simple, 1000), '--vocab_size=300', '--val_fraction=0.1', name='some-scan')
+    small = ('--n_layer=2', '--n_embd=128', '--n_head=4', '--max_iters=300', '--eval_interval=1000', '--eval_iters=1')
+    run('train.py', 'config/scan.py', f'--dataset={data}', '--out_dir=out-some-scan', '--device=cpu', *small)
+    said = run('tools/evaluate.py', '--out_dir=out-some-scan', '--show=5').stdout
+    n, exact, chrf = re.search(r'pairs: (\d+) targets, beam 1: exact match ([\d.]+)%, chrF ([\d.]+)', said).groups()
+    assert 80 < int(n) < 120 and float(exact) >= 99 and float(chrf) >= 99
+    beam = run('tools/evaluate.py', '--out_dir=out-some-scan', '--num_beams=3', '--limit=20', '--batch_size=7').stdout
+    assert 'pairs: 20 targets, beam 3: exact match 100.00%' in beam
+    meanings = dict(simple)
+    shown = re.findall(r'source: (.*)\ntarget: (.*)\nanswer: (.*)\n', said)
+    assert len(shown) == 5 and all(meanings[source] == target for source, target, _ in shown)
+    command = 'jump left thrice after walk'
+    said = run('sample.py', '--out_dir=out-some-scan', f'--start={command}', '--num_samples=1', '--temperature=0').stdout
+    assert said == f'{command}\n{meanings[command]}\n{"-" * 15}\n'
+
+
+def test_scan_is_the_language_of_the_paper():
+    pairs = dict(commands())
+    assert len(commands()) == len(pairs) == 20910  # Lake & Baroni 2018, section 2
+    assert pairs['jump'] == 'JUMP' and pairs['turn left'] == 'LTURN'  # their examples, figure 1
+    assert pairs['jump left'] == 'LTURN JUMP' and pairs['jump around right'] == ' '.join(['RTURN JUMP'] * 4)
+    assert pairs['turn left twice'] == 'LTURN LTURN' and pairs['jump thrice'] == 'JUMP JUMP JUMP'
+    assert pairs['jump opposite left and walk thrice'] == 'LTURN LTURN JUMP WALK WALK WALK'
+    assert pairs['jump opposite left after walk around left'] == ' '.join(['LTURN WALK'] * 4) + ' LTURN LTURN JUMP'
+    assert max(len(actions.split()) for actions in pairs.values()) == 48

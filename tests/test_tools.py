@@ -183,3 +183,36 @@ def test_the_memory_of_a_step_is_what_pytorch_allocates(vocab_size, options, acc
     allocated.sort(key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in allocated))
     assert sum(memory.parts(model, config, half=False).values()) == pytest.approx(peak, rel=0.15)
+
+
+def test_an_lstm_and_a_gpt_of_one_size_are_compared_on_the_same_tokens(run, char_data, tmp_path):
+    out = tmp_path / 'compare'
+    small = ('--n_embd=32', '--block_size=32', '--batch_size=4', '--max_iters=40', '--eval_iters=2', '--lengths=[16, 64]')
+    said = run('tools/compare_rnn.py', f'--dataset={char_data}', f'--out_dir={out}', *small, '--gpt_learning_rate=[1e-5, 1e-2]').stdout
+    results = json.loads((out / 'compare.json').read_text())['results']
+    gpt, lstm = results['GPT'], results['LSTM']
+    assert lstm['parameters'] == pytest.approx(gpt['parameters'], rel=0.05) and f'{gpt["parameters"]:,}' in said
+    assert gpt['learning_rate'] == 1e-2 and set(gpt['losses_of_rates']) == {'1e-05', '0.01'}  # the better of both is shown
+    for result in (gpt, lstm):
+        points = result['points']
+        assert [point['tokens'] for point in points] == [step * 4 * 32 for step in range(0, 41, 2)]
+        assert points[-1]['val_loss'] < points[0]['val_loss'] - 0.3 and points[-1]['seconds'] > points[1]['seconds'] > 0
+        assert len(result['gradient']) == 32 and result['gradient'][0] == 1 and len(result['step_seconds']) == 2
+    assert gpt['points'][0]['val_loss'] == pytest.approx(lstm['points'][0]['val_loss'], abs=0.3)  # of nothing learnt
+
+
+def test_the_gradient_that_arrives_is_that_of_the_formula():
+    """Against the same model with its embeddings as inputs of their own."""
+    import compare_rnn
+
+    torch.manual_seed(0)
+    model = compare_rnn.LSTM(20, 1, 8, 0.0)
+    idx = torch.randint(20, (3, 6))
+    window = type('', (), {'evaluation_windows': lambda self, n: range(3), 'windows': lambda self, index: (idx, idx.roll(-1, 1))})()
+    config = type('', (), {'batch_size': 2})
+    got = compare_rnn.gradient_by_distance(model, window, config, torch.device('cpu'))
+    x = model.wte(idx).detach().requires_grad_()
+    logits = model.lstm(x)[0][:, -1] @ model.wte.weight.T
+    torch.nn.functional.cross_entropy(logits, idx[:, 0]).backward()
+    norms = x.grad.norm(dim=2).flip(1)
+    assert got == pytest.approx((norms / norms[:, :1]).mean(dim=0).tolist(), rel=1e-4)
