@@ -187,6 +187,7 @@ import checkpoint as ckpt
 import memory
 import parallel
 from data import bins
+from data.tokenizer import END_OF_TEXT
 from device import autocast, compile_or_not, describe, make_deterministic, peak_flops, pick_device, pick_dtype, total_memory
 from model import GPT, GPTConfig
 from optimizer import learning_rate_at, load_state, make_optimizer, state_bytes, step_if
@@ -488,7 +489,7 @@ def main(config, given, at_exit):
             f'python train.py --init_from=resume --out_dir={config.out_dir}')
         return 128 + stop
     if not config.eval_only:
-        say(f'done; now: python sample.py --out_dir={config.out_dir}')
+        say(f'done; now: python sample.py --out_dir={config.out_dir}{" --interactive" * bool(data.pairs)}')
     return 0
 
 
@@ -691,11 +692,22 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
         log.write({'step': step, 'train_loss': train_loss, 'val_loss': val_loss, 'val_bits_per_byte': bits,
                    'seconds': round(seconds, 3)})
         if config.sample_every_eval and not sharded:
-            prompt = [data.tokenizer.eot] if data.tokenizer.eot is not None else data.val.read([0], 1)[0].tolist()
-            tokens = raw_model.generate([prompt], 100, temperature=0.8, seed=config.seed, slide=max(1, config.block_size // 8),
-                                        vocab_size=data.tokenizer.vocab_size)[0]
-            say('\n'.join('  | ' + line for line in data.tokenizer.decode(tokens[1:]).splitlines()))
+            say('\n'.join('  | ' + line for line in sample(raw_model, data, config.seed).splitlines()))
     return val_loss
+
+
+def sample(model, data, seed):
+    """A text as the model writes it; of sources and targets a source of the val split and what the model answers."""
+    eot, block_size = data.tokenizer.eot, model.config.block_size
+    options = {'seed': seed, 'vocab_size': data.tokenizer.vocab_size}
+    if data.pairs:
+        row = data.val.read([0], data.val.block_size)[0].tolist()
+        source = row[:row.index(eot, 1) + 1]
+        tokens = model.generate([source], min(100, block_size - len(source)), temperature=0, stop_tokens=[eot], **options)[0]
+        return data.tokenizer.decode(tokens[1:]).replace(END_OF_TEXT, '\n')
+    prompt = [eot] if eot is not None else data.val.read([0], 1)[0].tolist()
+    tokens = model.generate([prompt], 100, temperature=0.8, slide=max(1, block_size // 8), **options)[0]
+    return data.tokenizer.decode(tokens[1:])
 
 
 def leave_out(loss, grad_norm, losses, step, samples_seen, skips, scaler, config, say):

@@ -39,3 +39,4 @@ min_lr = 0.0
 eval_interval = 200
 eval_iters = 20
 log_interval = 10
+sample_every_eval = True  # a command of the val split, and what the model makes of it

@@ -1,4 +1,4 @@
-# English to Italian, from pairs of your own: `I love you very much` -> `Ti amo molto`. Under ten minutes on 2 CPU cores for 30,000
+# English to Italian, from pairs of your own: `I love you very much` -> `Ti amo molto`. Some minutes on 2 CPU cores for 30,000
 # pairs.
 #   python data/pairs/prepare.py --input=ita.txt --dataset=en_it      # ita-eng.zip of https://www.manythings.org/anki/
 #   python train.py config/translate_en_it.py
@@ -43,3 +43,4 @@ min_lr = 0.0
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
+sample_every_eval = True  # a source of the val split, and what the model makes of it

@@ -15,6 +15,7 @@ from conftest import TINY
 import checkpoint as ckpt
 from data import bins
 from data.pairs.prepare import read_json
+from data.scan.prepare import commands
 from model import GPT, GPTConfig
 
 WORDS = 'the a red città naïve 日本 <|endoftext|> "quoted" don\'t jump x7 ß'.split()
@@ -294,13 +295,16 @@ def test_commands_are_learnt_and_carried_out_that_were_never_seen(run, prepare):
     simple = [pair for pair in commands() if not {'turn', 'around', 'opposite'} & set(pair[0].split())]
     data = prepare(random.Random(0).sample(simple, 1000), '--vocab_size=300', '--val_fraction=0.1', name='some-scan')
     small = ('--n_layer=2', '--n_embd=128', '--n_head=4', '--max_iters=300', '--eval_interval=1000', '--eval_iters=1')
-    run('train.py', 'config/scan.py', f'--dataset={data}', '--out_dir=out-some-scan', '--device=cpu', *small)
+    meanings = dict(simple)
+    trained = run('train.py', 'config/scan.py', f'--dataset={data}', '--out_dir=out-some-scan', '--device=cpu', *small).stdout
+    assert trained.endswith('sample.py --out_dir=out-some-scan --interactive\n')
+    source, answer = re.findall(r'^  \| (.*)$', trained, re.MULTILINE)[-2:]  # shown at the last evaluation
+    assert meanings[source] == answer
     said = run('tools/evaluate.py', '--out_dir=out-some-scan', '--show=5').stdout
     n, exact, chrf = re.search(r'pairs: (\d+) targets, beam 1: exact match ([\d.]+)%, chrF ([\d.]+)', said).groups()
     assert 80 < int(n) < 120 and float(exact) >= 99 and float(chrf) >= 99
     beam = run('tools/evaluate.py', '--out_dir=out-some-scan', '--num_beams=3', '--limit=20', '--batch_size=7').stdout
     assert 'pairs: 20 targets, beam 3: exact match 100.00%' in beam
-    meanings = dict(simple)
     shown = re.findall(r'source: (.*)\ntarget: (.*)\nanswer: (.*)\n', said)
     assert len(shown) == 5 and all(meanings[source] == target for source, target, _ in shown)
     command = 'jump left thrice after walk'

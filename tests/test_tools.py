@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,7 +189,8 @@ def test_the_memory_of_a_step_is_what_pytorch_allocates(vocab_size, options, acc
 def test_an_lstm_and_a_gpt_of_one_size_are_compared_on_the_same_tokens(run, char_data, tmp_path):
     out = tmp_path / 'compare'
     small = ('--n_embd=32', '--block_size=32', '--batch_size=4', '--max_iters=40', '--eval_iters=2', '--lengths=[16, 64]')
-    said = run('tools/compare_rnn.py', f'--dataset={char_data}', f'--out_dir={out}', *small, '--gpt_learning_rate=[1e-5, 1e-2]').stdout
+    command = ('tools/compare_rnn.py', f'--dataset={char_data}', f'--out_dir={out}', '--gpt_learning_rate=[1e-5, 1e-2]', *small)
+    said = run(*command).stdout
     results = json.loads((out / 'compare.json').read_text())['results']
     gpt, lstm = results['GPT'], results['LSTM']
     assert lstm['parameters'] == pytest.approx(gpt['parameters'], rel=0.05) and f'{gpt["parameters"]:,}' in said
@@ -208,9 +210,8 @@ def test_the_gradient_that_arrives_is_that_of_the_formula():
     torch.manual_seed(0)
     model = compare_rnn.LSTM(20, 1, 8, 0.0)
     idx = torch.randint(20, (3, 6))
-    window = type('', (), {'evaluation_windows': lambda self, n: range(3), 'windows': lambda self, index: (idx, idx.roll(-1, 1))})()
-    config = type('', (), {'batch_size': 2})
-    got = compare_rnn.gradient_by_distance(model, window, config, torch.device('cpu'))
+    split = SimpleNamespace(evaluation_windows=lambda n: range(3), windows=lambda index: (idx, idx.roll(-1, 1)))
+    got = compare_rnn.gradient_by_distance(model, split, SimpleNamespace(batch_size=2), torch.device('cpu'))
     x = model.wte(idx).detach().requires_grad_()
     logits = model.lstm(x)[0][:, -1] @ model.wte.weight.T
     torch.nn.functional.cross_entropy(logits, idx[:, 0]).backward()
