@@ -160,8 +160,12 @@ class KVCache:
     def rows(self, which, spare=None):
         """A cache of these rows, which (B',), each perhaps several times. spare: one of as many rows, whose memory it gets."""
         new, which = copy.copy(self), torch.as_tensor(which, device=self.k.device)
-        new.k = torch.index_select(self.k, 1, which, out=spare and spare.k)
-        new.v = torch.index_select(self.v, 1, which, out=spare and spare.v)
+        if spare is None:
+            new.k, new.v = self.k[:, which], self.v[:, which]
+        else:
+            new.k, new.v = spare.k, spare.v
+            for old, copied in ((self.k, new.k), (self.v, new.v)):
+                copied[..., :self.length, :] = old[:, which, :, :self.length]
         new.tokens = self.tokens[which]
         new.padding = None if self.padding is None else self.padding[which]
         return new
@@ -294,7 +298,8 @@ class CausalSelfAttention(nn.Module):
 
 def writes_out(config, T, dtype, device):
     """Whether T tokens attend by attend_written_out: where it is asked for, and in training in bfloat16 on a CPU, where up to 256
-    tokens it takes two thirds of the time of the fused kernel (measured with PyTorch 2.13; in float32 it takes 1.3 times).
+    tokens it takes two thirds of the time of the fused kernel (measured with PyTorch 2.13; in float32 it takes 1.3 times). It
+    rounds the scores to bfloat16 too, which the losses do not show.
     """
     faster = device.type == 'cpu' and dtype == torch.bfloat16 and T <= 256 and torch.is_grad_enabled()
     return config.attention == 'math' or faster
@@ -824,11 +829,11 @@ class GPT(nn.Module):
                 beam, token = which // V, which % V
                 written = torch.cat((written.gather(1, beam[..., None].expand_as(written)), token[..., None]), dim=2)
                 ended = torch.isin(token, stops) if length < max_new_tokens else torch.ones_like(token, dtype=torch.bool)
-                for b, result in enumerate(results):
-                    scores[b, K - len(result):] = -math.inf
-                    for k in (ended[b] & scores[b].isfinite()).nonzero().flatten().tolist():
-                        score = scores[b, k].item() / ((5 + length) / 6) ** length_penalty
-                        result.append((written[b, k].tolist(), score))
+                places = torch.tensor([K - len(result) for result in results], device=tokens.device)[:, None]
+                scores = scores.masked_fill(torch.arange(K, device=tokens.device) >= places, -math.inf)
+                found = (ended & scores.isfinite()).nonzero(as_tuple=True)  # one look at the device for all prompts
+                for b, ids, score in zip(found[0].tolist(), written[found].tolist(), scores[found].tolist()):
+                    results[b].append((ids, score / ((5 + length) / 6) ** length_penalty))
                 scores = scores.masked_fill(ended, -math.inf)
                 if length == max_new_tokens or not scores.isfinite().any():
                     break

@@ -171,6 +171,9 @@ def answer(model, tokenizer, config):
             start = input('> ' if sys.stdin.isatty() else '')
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError:
+            print('this is not UTF-8 text', file=sys.stderr)
+            continue
         try:
             prompts = encoded([start], model, tokenizer, config)
             if model.config.turns:
@@ -221,6 +224,8 @@ def write(model, tokenizer, shown, prompts, config):
     """
     if model.config.turns:  # a document does not go on behind the window
         room = model.config.block_size - max(map(len, prompts))
+        if room < config.max_new_tokens and len(set(map(len, prompts))) > 1:  # the longest would cut what the others write
+            return [write(model, tokenizer, [start], [ids], config) for start, ids in zip(shown, prompts)][0]
         config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
     if config.num_beams > 1:
         return show_beams(model, tokenizer, shown, prompts, config)

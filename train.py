@@ -249,14 +249,21 @@ def main(config, given, at_exit):
     with main_process_first(rank):
         folder = find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
-    T = data.train.block_size  # shorter than the model's, perhaps, where sources and targets are learnt
+    T = data.train.block_size  # of sources and targets the length of a row, to which weights with a longer context are finetuned
+    if checkpoint is None and T < config.block_size:
+        fail(f'block_size = {config.block_size}: the rows of {folder} have {T} tokens: give --block_size={T}, or prepare it with '
+             f'--block_size={config.block_size}')
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
                    'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint(), 'job': ckpt.job()}
     if checkpoint is not None and not resume and 'doc_mask' not in given:
         config.doc_mask = checkpoint.model_config['document_token'] is not None
     if model_config['prefix_lm'] and not data.pairs:
-        fail(f'prefix_lm = True: {folder} has no sources and targets: leave it out, or prepare some with data/pairs/prepare.py')
+        fail(f'prefix_lm = True: {folder} has no sources and targets: give --prefix_lm=False, or prepare some with '
+             f'data/pairs/prepare.py')
     if data.pairs and (data.pairs.packing or model_config['prefix_lm']):
+        if 'doc_mask' in given and not config.doc_mask:
+            fail(f'doc_mask = False: the pairs of a row must not see one another: leave it out, or prepare {folder} with '
+                 f'--packing=False and give --prefix_lm=False')
         config.doc_mask = True
     document_token = data.tokenizer.eot if config.doc_mask else None
     if config.doc_mask and document_token is None:

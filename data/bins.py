@@ -497,8 +497,8 @@ def open_dataset(folder, block_size):
     pairs = Pairs(**meta['pairs']) if meta and meta.get('pairs') else None
     if pairs:
         T = pairs.block_size
-        require(T <= block_size, f'block_size = {block_size}: the rows of {folder} have {T} tokens: give --block_size={T}, or '
-                                 f'prepare it with --block_size={block_size}')
+        require(T <= block_size, f'block_size = {block_size}: the rows of {folder} have {T} tokens: prepare it with '
+                                 f'--block_size={block_size}, or train a model with --block_size={T}')
         block_size = pairs.block_size
     train, val = (TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, meta and meta[f'{split}_tokens'], pairs,
                            tokenizer.eot) for split in ('train', 'val'))

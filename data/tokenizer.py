@@ -284,7 +284,7 @@ def encode_turns(texts, tokenizer):
     ids = [tokenizer.eot]
     for text in texts:
         require(text.strip(), 'start is empty: give a source')
-        ids += [*encode_start(text, tokenizer.encode_to_numpy), tokenizer.eot]
+        ids += [*encode_start(text.strip(), tokenizer.encode_to_numpy), tokenizer.eot]
     return ids
 
 

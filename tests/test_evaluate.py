@@ -45,6 +45,7 @@ def log_p(model, context, ending):
 def test_endings_are_scored_as_transformers_does(gpt2):
     folder, theirs, _ = gpt2
     ours = ckpt.load(folder).build_model(dropout=0.0).eval()
+    size = theirs.config.vocab_size
     contexts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
     with torch.no_grad():
         greedy = theirs.generate(torch.tensor([contexts[2]]), attention_mask=torch.ones(1, 3), max_new_tokens=4, do_sample=False,
@@ -57,8 +58,10 @@ def test_endings_are_scored_as_transformers_does(gpt2):
         full = theirs(torch.tensor([context + ending])).logits[0, :, :395].log_softmax(dim=-1)  # of the first 395 ids
         plain = [full[len(context) + i - 1, token].item() for i, token in enumerate(ending)]
         assert row == pytest.approx(plain + [0.0] * (len(row) - len(ending)), abs=1e-4)
+    (beside, _), _ = evaluate.score(ours, [list(range(62)), [5]], [[[1]], [list(range(20))]], size, torch.device('cpu'))
+    assert beside[0].item() == pytest.approx(log_p(theirs, list(range(62)), [1])[0], abs=1e-4)  # all of it is read
     long = list(range(100))  # longer than the context: only the end of it is read
-    (row,), _ = evaluate.score(ours, [long], [[[1, 2, 3]]], theirs.config.vocab_size, torch.device('cpu'))
+    (row,), _ = evaluate.score(ours, [long], [[[1, 2, 3]]], size, torch.device('cpu'))
     assert row.tolist() == pytest.approx(log_p(theirs, long[-62:], [1, 2, 3]), abs=1e-4)
 
 
@@ -99,6 +102,19 @@ def test_the_loss_of_a_text_is_the_one_of_train(run, trained, char_data, text, t
     (tmp_path / 'val.txt').write_text(text.encode()[n_train:].decode(), encoding='utf-8')  # the end of the text, as it was split
     assert characters.encode(text)
     assert expected in run('tools/evaluate.py', *out, f'--input={tmp_path}/val.txt').stdout
+
+
+def test_hellaswag_as_hugging_face_has_it_and_without_labels(run, refused, gpt2, tmp_path):
+    example = {'activity_label': 'A', 'ctx_a': 'b', 'ctx_b': 'c', 'endings': ['d', 'e'], 'label': '1'}
+    command = ('tools/evaluate.py', f'--init_from={gpt2[0]}', '--task=hellaswag', f'--input={tmp_path}/x.jsonl')
+    for label, says in (('1', None), ('', 'take hellaswag_val.jsonl'), (2, 'label = ')):
+        (tmp_path / 'x.jsonl').write_text(json.dumps(example | {'label': label}) + '\n')
+        if says:
+            refused(*command, says=says)
+        else:
+            assert '1 contexts' in run(*command).stdout
+    (tmp_path / 'x.jsonl').write_bytes(json.dumps(example).encode()[:-1] + b', "x": "\xe9"}\n')
+    refused(*command, says='line 1: not JSON')
 
 
 @pytest.mark.parametrize(

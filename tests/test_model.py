@@ -367,6 +367,17 @@ def test_a_target_is_written_with_the_cache_as_without(prefix_lm, ngram, static)
     assert [found[0][0] for found in model.beam_search(prompts, 4, num_beams=1)] == [row[-4:] for row in with_cache]
 
 
+def test_what_is_not_yet_divided_and_what_has_no_beginning():
+    model = tiny(document_token=3, turns=1, prefix_lm=True)
+    ids = torch.tensor([[3, 5, 6, 7]])  # a source of which the end is not there: the rest of a buffer is not part of it
+    expected = model(ids, ids)[0][:, -1:]
+    got = model(ids, cache=KVCache(model.config, 1, 16, static=True))[0]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    ids = torch.tensor([[5, 6, 7, 8]])  # no source: it is read from left to right
+    causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    assert torch.equal(model.attention_mask(ids, torch.arange(4)), causal)
+
+
 def test_documents_of_a_row_are_read_as_if_each_stood_alone():
     model = tiny(document_token=3, turns=2, prefix_lm=True, position='none', ngram=3, ngram_rows=97)
     first, second = [3, 5, 6, 3, 7, 3], [3, 8, 9, 3, 10, 3, 11, 3, 12, 3]
@@ -721,6 +732,7 @@ def test_crop_block_size_keeps_the_logits_of_short_contexts():
         ({'position': 'rope', 'n_embd': 36}, 'rope'),
         ({'dropout': 1.0}, 'dropout = 1.0'),
         ({'logit_softcap': -1.0}, 'logit_softcap'),
+        ({'prefix_lm': True}, 'prefix_lm = True needs sources and targets'),
     ],
 )
 def test_an_architecture_that_cannot_be_is_named(options, words):

@@ -6,17 +6,20 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import checkpoint as ckpt
 from data import bins
 from data.pairs.prepare import read_json
 from data.scan.prepare import commands
 from model import GPT, GPTConfig
+
+sys.path.insert(0, str(ROOT / 'tools'))
 
 WORDS = 'the a red città naïve 日本 <|endoftext|> "quoted" don\'t jump x7 ß'.split()
 
@@ -134,6 +137,16 @@ def test_a_packed_pair_has_the_loss_that_it_has_alone(prepare):
     assert len(x) == len(documents_of(folders[1], 'train')) and sums[0] == pytest.approx(sums[1], rel=1e-5)
 
 
+def test_files_of_windows_are_read_alike(prepare, run, clone):
+    pairs = some_pairs(30)
+    plain = prepare(pairs, '--tokenizer=char', '--block_size=256')
+    expected = [documents_of(plain, split) for split in ('train', 'val')]
+    text = '\r\n'.join(f' {source}\t{target} ' for source, target in pairs)
+    (clone / 'windows.tsv').write_bytes(b'\xef\xbb\xbf' + text.encode() + b'\r\n\r\n')
+    run('data/pairs/prepare.py', '--input=windows.tsv', '--dataset=windows', '--tokenizer=char', '--block_size=256')
+    assert [documents_of(clone / 'data' / 'windows', split) for split in ('train', 'val')] == expected
+
+
 def test_chats_become_turns():
     def parts(*messages):
         return read_json(json.dumps({'messages': [{'role': role, 'content': text} for role, text in messages]}))
@@ -167,6 +180,7 @@ MESSAGES = '{"messages": [{"role": "user", "content": "a"}, %s]}'
         (['\tb'], 'tsv', 'line 1: a side is empty'),
         ([b'a\tb', b'\xff\tb'], 'tsv', 'line 2: not UTF-8'),
         (['{"prompt": "a", "response": "b"}', '', '{"prompt": '], 'jsonl', 'line 3: not JSON'),
+        (['{"prompt": "a", "response": "b \\ud83d"}'], 'jsonl', 'line 1: not UTF-8'),
         (['{"prompt": "a"}'], 'jsonl', 'line 1: give {"prompt": text, "response": text}'),
         (['{"prompt": "a", "response": " "}'], 'jsonl', 'line 1: a side is empty'),
         ([MESSAGES % '{"role": "bot", "content": "b"}'], 'jsonl', "line 1: role 'bot' is none of system, user, assistant"),
@@ -191,8 +205,12 @@ def test_a_bad_pair_is_one_sentence_with_its_line(refused, clone, tmp_path, line
 def test_other_mistakes_with_pairs_are_one_sentence(refused, run, prepare, char_data, trained, clone, tmp_path):
     data = prepare(some_pairs(20), '--tokenizer=byte', '--block_size=100')
     train = ('train.py', f'--out_dir={tmp_path}/out', *TINY)
-    refused(*train, f'--dataset={data}', says=('block_size = 32: the rows of', 'have 100 tokens: give --block_size=100'))
+    refused(*train, f'--dataset={data}', says=('block_size = 32: the rows of', 'have 100 tokens', '--block_size=100'))
+    refused(*train, f'--dataset={data}', '--block_size=128', says=('block_size = 128', 'have 100 tokens: give --block_size=100'))
+    fits = (f'--dataset={data}', '--block_size=100')
+    refused(*train, *fits, '--doc_mask=False', says=('doc_mask = False', '--packing=False'))
     refused(*train, f'--dataset={char_data}', '--prefix_lm', says=('prefix_lm = True', 'has no sources and targets'))
+    refused('tools/compare_rnn.py', f'--dataset={data}', f'--out_dir={tmp_path}/out', says='has sources and targets')
     refused('tools/evaluate.py', f'--out_dir={trained}', '--task=pairs', says='was trained on plain text')
     refused('tools/evaluate.py', f'--out_dir={trained}', '--task=lambada', says='name its file with --input=PATH')
     refused('data/pairs/prepare.py', says='name your pairs')
@@ -274,10 +292,40 @@ def test_finetuning_on_fifty_chats_teaches_their_form(run, prepare, tmp_path, te
     assert bins.open_tokenizer(data).to_dict() == ckpt.load(tmp_path / 'base').tokenizer
     chat = ('--max_iters=120', f'--out_dir={tmp_path}/chat', *small[5:])
     run('train.py', f'--init_from={tmp_path}/base', f'--dataset={data}', *chat)
+    tuned = ckpt.load(tmp_path / 'chat').model_config
+    assert tuned['document_token'] == bins.open_tokenizer(data).eot and tuned['turns'] == 1  # packed chats do not see one another
     start = json.dumps([f'What is {word}?' for word in questions[50:]])
     shown = run('sample.py', f'--out_dir={tmp_path}/chat', f'--start={start}', '--num_samples=1', '--temperature=0').stdout
     answers = [part.strip().split('\n')[-1] for part in shown.split('-' * 15)[:-1]]
     assert len(answers) == 8 and all(re.fullmatch(r'[A-Z]+: a word\.', answer) for answer in answers), answers
+
+
+def test_what_is_answered_does_not_depend_on_what_else_is_asked(run, chatty):
+    """A long prompt ends where the context does; a short one beside it has more room."""
+    import evaluate
+
+    model, made = ckpt.load_model(chatty[0])
+    long, short = ('hello ' * 9).strip(), 'hello 3'
+    with torch.no_grad():
+        model.lm_head.weight[made.eot] = 0  # so that it goes on
+    for num_beams in (1, 2):
+        options = [SimpleNamespace(batch_size=size, num_beams=num_beams, length_penalty=0.6) for size in (1, 2, 3)]
+        turns = [([short], ''), ([long], ''), ([long[1:]], '')]
+        alone, *together = [evaluate.write_targets(model, made, turns, option) for option in options]
+        assert all(answers == alone for answers in together) and len(alone[0]) > 30 > len(alone[1])
+    sample = ('sample.py', f'--out_dir={chatty[0]}', '--num_samples=1', '--temperature=0')
+    plain = [run(*sample, f'--start={start}').stdout for start in (short, long)]
+    assert run(*sample, f'--start={json.dumps([short, long])}').stdout == ''.join(plain)
+
+
+def test_every_turn_of_a_chat_is_evaluated(chatty):
+    import evaluate
+
+    split = bins.open_dataset(chatty[1], 64).val
+    expected = []
+    for _, (a, b, c, d) in documents_of(chatty[1], 'val'):
+        expected += [([a], b), ([a, b, c], d)]
+    assert evaluate.read_turns(split, bins.open_tokenizer(chatty[1])) == expected and len(expected) > 2
 
 
 def test_weights_whose_tokenizer_cannot_divide_pairs_are_refused(refused, trained, tmp_path):
@@ -285,8 +333,13 @@ def test_weights_whose_tokenizer_cannot_divide_pairs_are_refused(refused, traine
     refused('data/pairs/prepare.py', f'--input={tmp_path}/a.tsv', f'--init_from={trained}', says=('(char) has no <|endoftext|>'))
 
 
-def test_other_programs_know_what_is_read_both_ways(run, refused, chatty):
+def test_other_programs_know_what_is_read_both_ways(run, refused, chatty, tmp_path):
     refused('explain.py', f'--out_dir={chatty[0]}', '--start=a', says='prefix_lm = True')
+    tuned = ('train.py', f'--init_from={chatty[0]}', f'--out_dir={tmp_path}/out', '--max_iters=1', '--device=cpu')
+    run('data/text/prepare.py', f'--input={ROOT}/model.py', f'--init_from={chatty[0]}', '--dataset=plain')
+    refused(*tuned, '--dataset=plain', says=('prefix_lm = True', 'give --prefix_lm=False'))
+    run(*tuned, '--dataset=plain', '--prefix_lm=False', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=1')
+    assert not ckpt.load(tmp_path / 'out').model_config['prefix_lm']
     assert 'parameters' in run('tools/plan.py', 'config/scan.py', '--gpus=1').stdout
 
 

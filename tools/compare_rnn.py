@@ -52,6 +52,8 @@ if __name__ == '__main__':
         config, _ = configure(Config)
         for key in ('n_layer', 'block_size', 'batch_size', 'max_iters', 'eval_iters', 'n_embd'):
             require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
+        require(config.n_embd % 32 == 0, f'n_embd = {config.n_embd}: give a multiple of 32, the size of a head')
+        require(0 <= config.dropout < 1, f'dropout = {config.dropout}: give at least 0 and less than 1')
         for key in ('gpt_learning_rate', 'lstm_learning_rate', 'lengths'):
             require(getattr(config, key) and min(getattr(config, key)) > 0, f'{key} = {getattr(config, key)}: give more than 0')
 
@@ -103,7 +105,7 @@ def build(name, config, vocab_size):
     torch.manual_seed(config.seed)
     # the plain architecture of today's models, without the n-grams and the optimizer of plainGPT's own recipe
     gpt = GPT(GPTConfig(block_size=max(config.block_size, *config.lengths), vocab_size=vocab_size, n_layer=config.n_layer,
-                        n_head=max(1, config.n_embd // 32), n_embd=config.n_embd, dropout=config.dropout, bias=False,
+                        n_head=config.n_embd // 32, n_embd=config.n_embd, dropout=config.dropout, bias=False,
                         position='rope', norm='rmsnorm'))
     return gpt if name == 'GPT' else lstm_like(gpt, config, vocab_size)
 
@@ -115,13 +117,16 @@ def to(device, *arrays):
 @torch.no_grad()
 def evaluate(model, split, config, device, dtype):
     model.eval()
-    losses = []
-    for windows in bins.np.array_split(split.evaluation_windows(config.eval_iters * config.batch_size), config.eval_iters):
-        x, y = to(device, *split.windows(windows))
+    nats = n_tokens = 0
+    windows = split.evaluation_windows(config.eval_iters * config.batch_size)
+    for start in range(0, len(windows), config.batch_size):
+        x, y = split.windows(windows[start:start + config.batch_size])
+        n = int((y >= 0).sum())
         with autocast(device, dtype):
-            losses.append(model(x, y)[1].item())
+            nats += model(*to(device, x, y))[1].item() * n
+        n_tokens += n
     model.train()
-    return statistics.mean(losses)
+    return nats / n_tokens
 
 
 def train(name, rate, data, config, device, dtype):
@@ -224,6 +229,7 @@ def main(config):
     require((folder / 'val.bin').exists(), f'dataset = {config.dataset!r}: there is no {folder / "val.bin"}: prepare it, for '
                                            f'example with python data/{config.dataset}/prepare.py')
     data = bins.open_dataset(folder, config.block_size)
+    require(not data.pairs, f'dataset = {config.dataset!r} has sources and targets: name plain text')
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     results = {}

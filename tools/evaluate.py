@@ -57,6 +57,7 @@ if __name__ == '__main__':
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import checkpoint as ckpt
@@ -94,20 +95,27 @@ def read_turns(split, tokenizer):
 def write_targets(model, tokenizer, turns, config):
     """What the model answers to each turn: greedily, or by beam search."""
     prompts, answers = [encode_turns(source, tokenizer) for source, _ in turns], [''] * len(turns)
-    for which in batches(prompts, config.batch_size, len):
+    block_size, eot, bar = model.config.block_size, tokenizer.eot, tqdm(total=len(turns), disable=None)
+    waiting = sorted(range(len(turns)), key=lambda i: -len(prompts[i]))
+    while waiting:
+        which, waiting = waiting[:config.batch_size], waiting[config.batch_size:]
         rows = [prompts[i] for i in which]
-        room = model.config.block_size - len(rows[0])
-        require(room > 0, f'a source has {len(rows[0])} tokens: there is no room for a target in block_size = '
-                          f'{model.config.block_size}')
+        room = block_size - len(rows[0])
+        require(room > 0, f'a source has {len(rows[0])} tokens: there is no room for a target in block_size = {block_size}')
         if config.num_beams > 1:
-            found = model.beam_search(rows, room, config.num_beams, config.length_penalty, stop_tokens=[tokenizer.eot],
+            found = model.beam_search(rows, room, config.num_beams, config.length_penalty, stop_tokens=[eot],
                                       vocab_size=tokenizer.vocab_size)
-            new = [results[0][0] for results in found]
+            found = [[ids for ids, _ in results] for results in found]
         else:
-            found = model.generate(rows, room, temperature=0, stop_tokens=[tokenizer.eot], vocab_size=tokenizer.vocab_size)
-            new = [row[len(prompt):] for row, prompt in zip(found, rows)]
-        for i, ids in zip(which, new):
-            answers[i] = tokenizer.decode([id_ for id_ in ids if id_ != tokenizer.eot])
+            found = model.generate(rows, room, temperature=0, stop_tokens=[eot], vocab_size=tokenizer.vocab_size)
+            found = [[row[len(prompt):]] for row, prompt in zip(found, rows)]
+        # the longest prompt of a batch ends what all of them write: those that had more room go on in the next one
+        cut = [i for i, ids in zip(which, found) if len(prompts[i]) < len(rows[0]) and any(eot not in new for new in ids)]
+        waiting = cut + waiting
+        for i, ids in zip(which, found):
+            answers[i] = tokenizer.decode([id_ for id_ in ids[0] if id_ != eot])
+        bar.update(len(which) - len(cut))
+    bar.close()
     return answers
 
 
@@ -174,9 +182,14 @@ def score(model, context, endings, vocab_size, device):
     n_endings = [len(e) for e in endings]
     flat = [ending for e in endings for ending in e]
     longest = max(map(len, flat))
-    room = model.config.block_size - longest + 1  # an ending's last token is not read
-    require(room > 0, f'an ending has {longest} tokens: block_size = {model.config.block_size} has no room for it')
-    context, tokens, padding = model.left_padded([ids[-room:] for ids in context], 0)
+    block_size = model.config.block_size
+    require(longest <= block_size, f'an ending has {longest} tokens: block_size = {block_size} has no room for it')
+    context = [ids[-(block_size - max(map(len, e)) + 1):] for ids, e in zip(context, endings)]  # an ending's last is not read
+    context, tokens, padding = model.left_padded(context, 0)
+    if tokens.size(1) + longest - 1 > block_size:  # a long context beside another one's long ending
+        alone = [score(model, [ids], [e], vocab_size, device) for ids, e in zip(context, endings)]
+        wide = [F.pad(logp, (0, longest - logp.size(1))) for logp, _ in alone]
+        return torch.cat(wide), torch.cat([greedy for _, greedy in alone])
     cache = KVCache(model.config, len(context), tokens.size(1) + longest, device, model.cache_dtype(),
                     padding if padding.any() else None)
     first = model(tokens, cache=cache)[0][:, -1:]  # (B, 1, V)
@@ -199,7 +212,7 @@ def score(model, context, endings, vocab_size, device):
 def read_jsonl(path, keys):
     """[(line number, object)] of a file of JSON lines, each with these keys: {key: type}. Raises UserError with the line."""
     examples = []
-    with open(path, encoding='utf-8') as file:
+    with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -235,10 +248,13 @@ def read_hellaswag(path):
         return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
 
     examples = []
-    for number, e in read_jsonl(path, {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list, 'label': int}):
-        require(0 <= e['label'] < len(e['endings']), f'{path} line {number}: label = {e["label"]} is none of the endings')
+    for number, e in read_jsonl(path, {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list}):
+        require(all(isinstance(ending, str) for ending in e['endings']), f'{path} line {number}: endings must be texts')
+        label = str(e.get('label'))  # a number, and text in Hugging Face's copy
+        require(label in map(str, range(len(e['endings']))), f'{path} line {number}: label = {label!r} is none of the endings; a '
+                                                             f'test split has none: take hellaswag_val.jsonl')
         context = clean(f'{e["activity_label"]}: {e["ctx_a"]} {e["ctx_b"].capitalize()}')
-        examples.append((context, [' ' + clean(ending) for ending in e['endings']], e['label']))
+        examples.append((context, [' ' + clean(ending) for ending in e['endings']], int(label)))
     return examples
 
 

@@ -41,10 +41,11 @@ def read_documents(path):
             try:
                 text = line.decode('utf-8-sig' if number == 1 else 'utf-8').strip('\r\n')
                 if text.strip():
-                    parts = read(text)
-                    require(all(part.strip() for part in parts), 'a side is empty')
+                    parts = [part.strip() for part in read(text)]
+                    require(all(parts), 'a side is empty')
+                    ''.join(parts).encode('utf-8')  # JSON can name half a character
                     yield number, parts
-            except UnicodeDecodeError:
+            except UnicodeError:
                 raise UserError(f'{path} line {number}: not UTF-8 text; convert the file to UTF-8') from None
             except UserError as error:
                 raise UserError(f'{path} line {number}: {error}; mend or delete the line') from None
@@ -52,9 +53,9 @@ def read_documents(path):
 
 def read_tsv(line):
     """Further columns (of licences, say) are not read."""
-    source, tab, rest = line.partition('\t')
-    require(tab, 'there is no tab between a source and a target')
-    return [source.strip(), rest.partition('\t')[0].strip()]
+    columns = line.split('\t')
+    require(len(columns) > 1, 'there is no tab between a source and a target')
+    return columns[:2]
 
 
 def read_json(line):
@@ -100,21 +101,21 @@ def hash_of(source):
 
 def pack(documents, size, packing, n_open=64):
     """Rows of at most `size` ids out of documents (ids, text): each goes where it fills a row best, of the n_open that are begun.
-    -> (ids of the row, its text)
+    -> [(ids, text)] for each row
     """
-    rows = []
+    rows = []  # [ids in it, documents]
     for ids, text in documents:
-        fitting = [row for row in rows if len(row[0]) + len(ids) <= size]
-        if packing and fitting:
-            row = max(fitting, key=lambda row: len(row[0]))
-            row[0] += ids
-            row[1] += text
-        else:
-            rows.append([list(ids), text])
+        fitting = [row for row in rows if row[0] + len(ids) <= size] if packing else []
+        row = max(fitting, key=lambda row: row[0], default=None)
+        if row is None:
+            row = [0, []]
+            rows.append(row)
+        row[0] += len(ids)
+        row[1].append((ids, text))
         if len(rows) > n_open:
-            fullest = max(range(len(rows)), key=lambda i: len(rows[i][0]))
-            yield rows.pop(fullest)
-    yield from rows
+            yield rows.pop(max(range(len(rows)), key=lambda i: rows[i][0]))[1]
+    for _, documents in rows:
+        yield documents
 
 
 def main(config):
@@ -130,6 +131,7 @@ def main(config):
 def write(documents, config):
     """Bins out of documents(), as read_documents gives them. config.input is what they are called."""
     import numpy as np
+    from tqdm import tqdm
 
     from data import bins, tokenizer
 
@@ -145,10 +147,9 @@ def write(documents, config):
         tokens = tokenizer.make(config.tokenizer, lambda: (part for _, parts in documents() for part in parts),
                                 config.vocab_size, end_of_text=True)
     kept, lengths, left_out, turns = [], [], [], 0
-    for number, parts in documents():
-        ids = [tokens.eot]
-        for part in parts:
-            ids += [*tokens.encode_to_numpy(part).tolist(), tokens.eot]
+    end = np.array([tokens.eot], dtype=np.uint32)
+    for number, parts in tqdm(documents(), total=n_documents, desc='tokenize', unit='pair', delay=1):
+        ids = np.concatenate([end, *(ids for part in parts for ids in (tokens.encode_to_numpy(part), end))])
         lengths.append(len(ids))
         if len(ids) > config.block_size:
             left_out.append(number)
@@ -170,9 +171,11 @@ def write(documents, config):
 
     def pieces():
         for split, pairs in splits.items():
-            for ids, text in pack(pairs, config.block_size, config.packing):
-                ids += [tokens.eot] * (config.block_size - len(ids))
-                yield bins.Piece(split, text, ids=np.array(ids, dtype=np.uint32))
+            for row in pack(pairs, config.block_size, config.packing):
+                ids = np.full(config.block_size, tokens.eot, dtype=np.uint32)
+                whole = np.concatenate([ids for ids, _ in row])
+                ids[:len(whole)] = whole
+                yield bins.Piece(split, ''.join(text for _, text in row), ids=ids)
 
     size = sum(len(text.encode('utf-8')) for _, _, text in kept)
     layout = bins.Pairs(config.block_size, turns, config.packing, config.mask_prompt)
