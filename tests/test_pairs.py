@@ -347,7 +347,8 @@ def test_commands_are_learnt_and_carried_out_that_were_never_seen(run, prepare):
     """Of 1,000 of SCAN's commands (walk, look, run, jump, left, right, twice, thrice, and, after) 9 in 10 are trained on."""
     simple = [pair for pair in commands() if not {'turn', 'around', 'opposite'} & set(pair[0].split())]
     data = prepare(random.Random(0).sample(simple, 1000), '--vocab_size=300', '--val_fraction=0.1', name='some-scan')
-    small = ('--n_layer=2', '--n_embd=128', '--n_head=4', '--max_iters=300', '--eval_interval=1000', '--eval_iters=1')
+    small = ('--n_layer=2', '--n_embd=128', '--n_head=4', '--max_iters=300', '--eval_interval=1000', '--eval_iters=1',
+             '--weight_decay=1')
     meanings = dict(simple)
     trained = run('train.py', 'config/scan.py', f'--dataset={data}', '--out_dir=out-some-scan', '--device=cpu', *small).stdout
     assert trained.endswith('sample.py --out_dir=out-some-scan --interactive\n')
