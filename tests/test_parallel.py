@@ -13,12 +13,14 @@ import torch
 from conftest import TINY
 
 import checkpoint as ckpt
+from device import has_bfloat16
 from model import GPT, GPTConfig
 from parallel import choose, draw, joins
 
-# micro-batches to divide, dropout, and a number of rows that 4 processes do not share evenly
+# micro-batches to divide, dropout, and a number of rows that 4 processes do not share evenly; rates at which training does not
+# amplify what sums in another order differ by
 RUN = (*TINY, '--gradient_accumulation_steps=8', '--dropout=0.1', '--dtype=float32', '--n_embd=36', '--max_iters=8',
-       '--lr_decay_iters=8')
+       '--lr_decay_iters=8', '--learning_rate=1e-3', '--muon_learning_rate=2e-3')
 
 
 @pytest.fixture
@@ -47,12 +49,14 @@ def test_shards_of_muon_train_as_one_process_and_others_go_on_from_them(run, tor
     assert 'sample.py does' in said  # no process has all of the model
     whole, parts = losses(tmp_path / 'whole'), losses(tmp_path / 'parts')
     assert [step for step, *_ in parts] == list(range(8))
+    # where Muon multiplies in bfloat16, a last bit of fp32 may become one of its 8 bits
+    tolerance = 1e-4 if has_bfloat16('cpu') else 1e-5
     for (_, loss, norm), (_, expected, expected_norm) in zip(parts, whole):
-        assert loss == pytest.approx(expected, abs=1e-5) and norm == pytest.approx(expected_norm, abs=1e-4)
+        assert loss == pytest.approx(expected, abs=tolerance) and norm == pytest.approx(expected_norm, abs=10 * tolerance)
     one, many = ckpt.load(tmp_path / 'whole'), ckpt.load(tmp_path / 'parts')
     for name, weight in one.model.items():
         torch.testing.assert_close(many.model[name], weight, atol=1e-4, rtol=0)
-    assert many.val_loss == pytest.approx(one.val_loss, abs=1e-5)
+    assert many.val_loss == pytest.approx(one.val_loss, abs=tolerance)
 
 
 def test_in_one_order_the_sums_are_equal_to_the_last_bit(run, torchrun, char_data, tmp_path):

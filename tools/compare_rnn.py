@@ -36,7 +36,7 @@ class Config:
     max_iters: int = 600
     warmup_iters: int = 20
     gpt_learning_rate: list[float] = field(default_factory=lambda: [2e-3, 4e-3, 8e-3])  # each is tried
-    lstm_learning_rate: list[float] = field(default_factory=lambda: [1.6e-2, 3.2e-2, 6.4e-2])
+    lstm_learning_rate: list[float] = field(default_factory=lambda: [3.2e-2, 6.4e-2, 1.28e-1])
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     eval_iters: int = 20  # batches of an evaluation; there are 20 of these in a run
