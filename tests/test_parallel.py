@@ -55,7 +55,7 @@ def test_shards_of_muon_train_as_one_process_and_others_go_on_from_them(run, tor
         assert loss == pytest.approx(expected, abs=tolerance) and norm == pytest.approx(expected_norm, abs=10 * tolerance)
     one, many = ckpt.load(tmp_path / 'whole'), ckpt.load(tmp_path / 'parts')
     for name, weight in one.model.items():
-        torch.testing.assert_close(many.model[name], weight, atol=1e-4, rtol=0)
+        torch.testing.assert_close(many.model[name], weight, atol=10 * tolerance, rtol=0)
     assert many.val_loss == pytest.approx(one.val_loss, abs=tolerance)
 
 
