@@ -206,7 +206,7 @@ from processes import (
 
 # of GPTConfig: may differ from those of the weights
 FREE_KEYS = ('dropout', 'label_smoothing', 'attention', 'activation_checkpointing')
-DATA_KEYS = ('vocab_size', 'document_token', 'turns')  # of GPTConfig: follow from the data
+DATA_KEYS = ('vocab_size', 'document_token', 'turns', 'prefix_lm')  # of GPTConfig: follow from the data
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan')  # prepared here if they are missing
 
 
@@ -250,32 +250,15 @@ def main(config, given, at_exit):
         folder = find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
     T = data.train.block_size  # of sources and targets the length of a row, to which weights with a longer context are finetuned
-    if checkpoint is None and T < config.block_size:
-        fail(f'block_size = {config.block_size}: the rows of {folder} have {T} tokens: give --block_size={T}, or prepare it with '
-             f'--block_size={config.block_size}')
     environment = {'torch': str(torch.__version__), 'threads': torch.get_num_threads(), 'world_size': world_size,
                    'device': describe(device), 'dtype': str(dtype)[6:], 'data': data.fingerprint(), 'job': ckpt.job()}
-    if checkpoint is not None and not resume and 'doc_mask' not in given:
-        config.doc_mask = checkpoint.model_config['document_token'] is not None
-    if model_config['prefix_lm'] and not data.pairs:
-        fail(f'prefix_lm = True: {folder} has no sources and targets: give --prefix_lm=False, or prepare some with '
-             f'data/pairs/prepare.py')
-    if data.pairs and (data.pairs.packing or model_config['prefix_lm']):
-        if 'doc_mask' in given and not config.doc_mask:
-            fail(f'doc_mask = False: the pairs of a row must not see one another: leave it out, or prepare {folder} with '
-                 f'--packing=False and give --prefix_lm=False')
-        config.doc_mask = True
-    document_token = data.tokenizer.eot if config.doc_mask else None
-    if config.doc_mask and document_token is None:
-        fail(f'doc_mask = True: {folder} has no <|endoftext|> between documents ({data.tokenizer.kind}): leave it out')
-    from_data = {'document_token': document_token, 'turns': data.pairs.turns if data.pairs else 0}
+    from_data = choose_from_data(config, given, checkpoint, resume, data, folder)
     if checkpoint is None:
         with torch.device('meta'):  # without memory as yet
-            raw_model = GPT(GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size, **from_data))
+            raw_model = GPT(GPTConfig(**model_config, **from_data, vocab_size=data.tokenizer.vocab_size))
     else:
         check_tokenizers(checkpoint, data.tokenizer, folder)
-        raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS}, **from_data,
-                                           prefix_lm=model_config['prefix_lm'])
+        raw_model = checkpoint.build_model(**{key: getattr(config, key) for key in FREE_KEYS}, **from_data)
         raw_model.crop_block_size(model_config['block_size'])
     for key in model_config:
         setattr(config, key, getattr(raw_model.config, key))  # what the run really has is what is saved and printed
@@ -530,18 +513,44 @@ def choose_model_config(config, given, checkpoint, resume):
     chosen = {key: getattr(config, key) for key in keys}
     if checkpoint is None:
         try:
-            GPTConfig(**chosen | {'prefix_lm': False})  # the data decide about it
+            GPTConfig(**chosen)
         except ValueError as error:
             raise UserError(str(error)) from None
         return chosen
     saved = {field.name: field.default for field in fields(GPTConfig)} | checkpoint.model_config
-    for key in given & set(keys) - {*FREE_KEYS, 'prefix_lm'}:
+    for key in given & set(keys) - set(FREE_KEYS):
         shorter = key == 'block_size' and not resume and chosen[key] < saved[key]  # a context can be cut
         require(shorter or chosen[key] == saved[key], f'{key} = {chosen[key]} but {checkpoint.path} has {key} = {saved[key]}: '
                                                       f'leave {key} out, or train from scratch')
     block_size = min(chosen['block_size'], saved['block_size']) if 'block_size' in given else saved['block_size']
-    prefix_lm = (chosen if 'prefix_lm' in given else saved)['prefix_lm']  # weights can be taught it
-    return {key: saved[key] for key in keys} | {'block_size': block_size, 'prefix_lm': prefix_lm}
+    return {key: saved[key] for key in keys} | {'block_size': block_size}
+
+
+def choose_from_data(config, given, checkpoint, resume, data, folder):
+    """The fields of GPTConfig that say how documents are read, but for vocab_size; config.doc_mask and prefix_lm become what they
+    are, and are those of the weights where nothing else is given. Raises UserError where they do not fit the data.
+    """
+    T = data.train.block_size
+    if checkpoint is None and T < config.block_size:
+        fail(f'block_size = {config.block_size}: the rows of {folder} have {T} tokens: give --block_size={T}, or prepare it with '
+             f'--block_size={config.block_size}')
+    if checkpoint is not None and not resume:
+        saved = {'doc_mask': checkpoint.model_config.get('document_token') is not None,
+                 'prefix_lm': checkpoint.model_config.get('prefix_lm', False)}
+        for key in saved.keys() - given:
+            setattr(config, key, saved[key])
+    if config.prefix_lm and not data.pairs:
+        fail(f'prefix_lm = True: {folder} has no sources and targets: give --prefix_lm=False, or prepare some with '
+             f'data/pairs/prepare.py')
+    if data.pairs and (data.pairs.packing or config.prefix_lm):
+        if 'doc_mask' in given and not config.doc_mask:
+            fail(f'doc_mask = False: the pairs of a row must not see one another: leave it out, or prepare {folder} with '
+                 f'--packing=False and give --prefix_lm=False')
+        config.doc_mask = True
+    document_token = data.tokenizer.eot if config.doc_mask else None
+    if config.doc_mask and document_token is None:
+        fail(f'doc_mask = True: {folder} has no <|endoftext|> between documents ({data.tokenizer.kind}): leave it out')
+    return {'document_token': document_token, 'turns': data.pairs.turns if data.pairs else 0, 'prefix_lm': config.prefix_lm}
 
 
 def find_or_prepare(dataset):
@@ -646,15 +655,14 @@ def to_device(x, y, device):
 
 
 @torch.no_grad()
-def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals):
-    """(loss in nats per token, bits per byte) over windows of a split that are the same at every evaluation; -1: all.
+def evaluate(loss_of, split, windows, batch_size, token_bytes, signals):
+    """(loss in nats per token, bits per byte, how many tokens) over windows of a split, given by their numbers.
 
-    (None, None) where a signal to any process asks for a stop: it is then in the signals of every process.
+    (None, None, None) where a signal to any process asks for a stop: it is then in the signals of every process.
 
     Bits per byte = total nats / (ln 2 * bytes of the targets' text) compares models with different tokenizers.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    windows = split.evaluation_windows(n_windows)
     index, longest = windows[rank::world_size], len(windows[::world_size])
     losses, n_tokens, n_bytes = [], 0, 0
     for at in range(0, longest, batch_size):  # equally often in every process: FSDP's compute together
@@ -672,9 +680,9 @@ def evaluate(loss_of, split, n_windows, batch_size, token_bytes, signals):
     *shares, stops = zip(*gather((nats, n_tokens, n_bytes, signals.stop)))
     if any(stops):
         signals.stop = max(stops)
-        return None, None
+        return None, None, None
     nats, n_tokens, n_bytes = map(sum, shares)
-    return nats / n_tokens, nats / math.log(2) / n_bytes
+    return nats / n_tokens, nats / math.log(2) / n_bytes, n_tokens
 
 
 def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
@@ -685,8 +693,9 @@ def run_evaluation(loss_of, raw_model, data, config, step, log, say, signals):
     start = time.perf_counter()
     n_windows = config.eval_iters * config.batch_size if config.eval_iters > 0 else data.val.n_windows
     sharded = parallel.is_shard(raw_model.lm_head.weight)  # asked now: a forward pass leaves the head gathered
-    val_loss, bits = evaluate(loss_of, data.val, n_windows, config.batch_size, data.token_bytes, signals)
-    train_loss, _ = evaluate(loss_of, data.train, n_windows, config.batch_size, data.token_bytes, signals)
+    (val_loss, bits, _), (train_loss, *_) = (
+        evaluate(loss_of, split, split.evaluation_windows(n_windows), config.batch_size, data.token_bytes, signals)
+        for split in (data.val, data.train))  # windows that are the same at every evaluation
     if val_loss is None or train_loss is None:
         return None
     if not math.isfinite(val_loss):
@@ -708,8 +717,7 @@ def sample(model, data, seed):
     eot, block_size = data.tokenizer.eot, model.config.block_size
     options = {'seed': seed, 'vocab_size': data.tokenizer.vocab_size}
     if data.pairs:
-        row = data.val.read([0], data.val.block_size)[0].tolist()
-        source = row[:row.index(eot, 1) + 1]
+        source = [eot, *data.val.documents(0)[0][0], eot]
         tokens = model.generate([source], min(100, block_size - len(source)), temperature=0, stop_tokens=[eot], **options)[0]
         return data.tokenizer.decode(tokens[1:]).replace(END_OF_TEXT, '\n')
     prompt = [eot] if eot is not None else data.val.read([0], 1)[0].tolist()

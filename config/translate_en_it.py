@@ -5,9 +5,10 @@
 #   python tools/evaluate.py --out_dir=out-translate --num_beams=4
 #   python sample.py --out_dir=out-translate --start="I love you very much" --num_beams=4 --num_samples=1
 
+depth = 4  # 4 blocks of 256 by plainGPT's recipe (turn_dial in train.py); keys below it override what it sets
+
 out_dir = 'out-translate'
 dataset = 'en_it'
-
 # several pairs in a row of 128, 2,048 tokens a step
 batch_size = 16
 block_size = 128
@@ -16,29 +17,9 @@ max_iters = 1500
 
 # of 2017: the source is read both ways, and the target sees all of it; here one stack of blocks does both
 prefix_lm = True
-n_layer = 4
-n_head = 4
-n_embd = 256
 ngram = 2
-position = 'rope'
-norm = 'rmsnorm'
-activation = 'relu2'
-qk_norm = True
-zero_init = True
-tie_weights = False
-
-optimizer = 'muon'
-muon_learning_rate = 0.02
-muon_momentum = 0.9
 learning_rate = 0.005
 embedding_learning_rate = 0.02
-beta1 = 0.8
-weight_decay = 0.0
-grad_clip = 0.0
-warmup_iters = 0
-schedule = 'wsd'  # constant, then down to 0 over the second half
-decay_fraction = 0.5
-min_lr = 0.0
 
 eval_interval = 250
 eval_iters = 20

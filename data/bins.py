@@ -441,6 +441,17 @@ class TokenBin:
             return count * self.block_size
         return int((self.batch(first_sample, count, seed)[1] >= 0).sum())
 
+    def documents(self, number):
+        """Of sources and targets: the documents of a row, each [ids of a source, of its target, ...]."""
+        row, documents = self.read([number * self.block_size], self.block_size)[0], []
+        for part in np.split(row, np.flatnonzero(row == self.eot))[1:]:  # each begins with an end of text
+            if len(part) == 1:
+                documents.append([])
+            else:
+                documents = documents or [[]]
+                documents[-1].append(part[1:].tolist())
+        return [document for document in documents if document]
+
     def windows(self, index):
         """Windows of the split laid end to end, by number. -> x, y (len(index), block_size) int64; y is -1 past the end."""
         T = self.block_size
@@ -461,7 +472,7 @@ class Dataset:
     train: TokenBin
     val: TokenBin
     tokenizer: Tokenizer
-    token_bytes: np.ndarray  # (vocab_size,) the length of each token's text; `<|endoftext|>` is not in the text: 0
+    token_bytes: np.ndarray  # (vocab_size,) Tokenizer.text_bytes
     pairs: Pairs | None  # of sources and targets
 
     def fingerprint(self):
@@ -474,6 +485,12 @@ class Dataset:
             for ids in split.samples():
                 sha256.update(ids.astype(split.dtype))
         return sha256.hexdigest()
+
+
+def own_folder(dataset):
+    """data/<dataset>, into which a prepare script writes what the user calls so. Raises UserError."""
+    require(re.fullmatch(r'\w[\w.-]*', dataset), f'dataset = {dataset!r}: give the name of a folder in data/')
+    return Path(__file__).parent / dataset
 
 
 def find_dataset(name):
@@ -502,10 +519,7 @@ def open_dataset(folder, block_size):
         block_size = pairs.block_size
     train, val = (TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, meta and meta[f'{split}_tokens'], pairs,
                            tokenizer.eot) for split in ('train', 'val'))
-    token_bytes = np.array([len(token) for token in tokenizer.token_bytes])
-    if tokenizer.eot is not None:
-        token_bytes[tokenizer.eot] = 0
-    return Dataset(train, val, tokenizer, token_bytes, pairs)
+    return Dataset(train, val, tokenizer, tokenizer.text_bytes(), pairs)
 
 
 def read_meta(folder):

@@ -45,6 +45,13 @@ class Tokenizer:
         self.eot = len(self.token_bytes)
         self.token_bytes.append(END_OF_TEXT.encode())
 
+    def text_bytes(self):
+        """How many bytes of text each token is: `<|endoftext|>` is not in the text, so 0. (vocab_size,)"""
+        n_bytes = np.array([len(token) for token in self.token_bytes])
+        if self.eot is not None:
+            n_bytes[self.eot] = 0
+        return n_bytes
+
     def decode_bytes(self, ids):
         for id_ in ids:
             require(0 <= id_ < self.vocab_size, f'token id {id_} is not below vocab_size = {self.vocab_size}')

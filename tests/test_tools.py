@@ -210,7 +210,7 @@ def test_the_gradient_that_arrives_is_that_of_the_formula():
     torch.manual_seed(0)
     model = compare_rnn.LSTM(20, 1, 8, 0.0)
     idx = torch.randint(20, (3, 6))
-    split = SimpleNamespace(evaluation_windows=lambda n: range(3), windows=lambda index: (idx, idx.roll(-1, 1)))
+    split = SimpleNamespace(evaluation_windows=lambda n: range(3), windows=lambda index: (idx.numpy(), idx.roll(-1, 1).numpy()))
     got = compare_rnn.gradient_by_distance(model, split, SimpleNamespace(batch_size=2), torch.device('cpu'))
     x = model.wte(idx).detach().requires_grad_()
     logits = model.lstm(x)[0][:, -1] @ model.wte.weight.T

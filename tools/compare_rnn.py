@@ -62,10 +62,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import train
 from data import bins
 from device import autocast, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from optimizer import adamw
+from processes import Signals
 
 
 class LSTM(nn.Module):
@@ -110,26 +112,19 @@ def build(name, config, vocab_size):
     return gpt if name == 'GPT' else lstm_like(gpt, config, vocab_size)
 
 
-def to(device, *arrays):
-    return [torch.as_tensor(array).contiguous().to(device) for array in arrays]
-
-
-@torch.no_grad()
-def evaluate(model, split, config, device, dtype):
-    model.eval()
-    nats = n_tokens = 0
-    windows = split.evaluation_windows(config.eval_iters * config.batch_size)
-    for start in range(0, len(windows), config.batch_size):
-        x, y = split.windows(windows[start:start + config.batch_size])
-        n = int((y >= 0).sum())
+def evaluate(model, data, config, device, dtype):
+    def loss_of(x, y):
         with autocast(device, dtype):
-            nats += model(*to(device, x, y))[1].item() * n
-        n_tokens += n
+            return model(*train.to_device(x, y, device))[1]
+
+    model.eval()
+    windows = data.val.evaluation_windows(config.eval_iters * config.batch_size)
+    loss, *_ = train.evaluate(loss_of, data.val, windows, config.batch_size, data.token_bytes, Signals(catch=False))
     model.train()
-    return nats / n_tokens
+    return loss
 
 
-def train(name, rate, data, config, device, dtype):
+def train_at(rate, name, data, config, device, dtype):
     """-> (model, [{'tokens', 'seconds' of training alone, 'val_loss'}])"""
     model = build(name, config, data.tokenizer.vocab_size).to(device)
     optimizer = adamw(model.parameters(), config.weight_decay, rate, (0.9, 0.95))
@@ -137,14 +132,14 @@ def train(name, rate, data, config, device, dtype):
     for step in tqdm(range(config.max_iters + 1), desc=f'{name}, learning rate {rate:g}', disable=None):
         if step % every == 0 or step == config.max_iters:
             tokens = step * config.batch_size * config.block_size
-            points.append({'tokens': tokens, 'seconds': seconds, 'val_loss': evaluate(model, data.val, config, device, dtype)})
+            points.append({'tokens': tokens, 'seconds': seconds, 'val_loss': evaluate(model, data, config, device, dtype)})
         if step == config.max_iters:
             return model, points
         start = time.perf_counter()
         decay = 0.1 + 0.45 * (1 + math.cos(math.pi * step / config.max_iters))
         for group in optimizer.param_groups:
             group['lr'] = rate * min(1.0, (step + 1) / (config.warmup_iters + 1)) * decay
-        x, y = to(device, *data.train.batch(step * config.batch_size, config.batch_size, config.seed))
+        x, y = train.to_device(*data.train.batch(step * config.batch_size, config.batch_size, config.seed), device)
         with autocast(device, dtype):
             loss = model(x, y)[1]
         loss.backward()
@@ -162,7 +157,7 @@ def gradient_by_distance(model, split, config, device):
     embedding = model.transformer.wte if isinstance(model, GPT) else model.wte
     hook = embedding.register_forward_hook(lambda module, inputs, output: kept.append(output) or output.retain_grad())
     model.eval()
-    x, y = to(device, *split.windows(split.evaluation_windows(2 * config.batch_size)))
+    x, y = train.to_device(*split.windows(split.evaluation_windows(2 * config.batch_size)), device)
     y = y.clone()
     y[:, :-1] = -1
     whole = y[:, -1] >= 0  # the last window of a split may be shorter
@@ -234,7 +229,7 @@ def main(config):
     out_dir.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, rates in (('GPT', config.gpt_learning_rate), ('LSTM', config.lstm_learning_rate)):
-        runs = [(rate, *train(name, rate, data, config, device, dtype)) for rate in rates]
+        runs = [(rate, *train_at(rate, name, data, config, device, dtype)) for rate in rates]
         rate, model, points = min(runs, key=lambda run: run[2][-1]['val_loss'])
         results[name] = {'parameters': count(model), 'learning_rate': rate, 'points': points,
                          'losses_of_rates': {str(rate): points[-1]['val_loss'] for rate, _, points in runs},

@@ -61,35 +61,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import checkpoint as ckpt
+import train
 from data import bins
 from data.tokenizer import encode_turns
 from device import pick_device, pick_dtype
 from model import KVCache
-
-
-def batches(examples, size, length):
-    """Examples of about equal length together, the longest first, so that what does not fit is seen at once."""
-    ordered = sorted(range(len(examples)), key=lambda i: -length(examples[i]))
-    for start in tqdm(range(0, len(ordered), size), disable=None):
-        yield ordered[start:start + size]
-
+from processes import Signals
 
 # Sources and targets ------------------------------------------------------------------------------------------------------
 
 def read_turns(split, tokenizer):
     """[([source], its target)] of a split, in chats ([source, target, ..., source], its target)."""
-    turns = []
-    for number in range(split.n_windows):
-        row = split.read([number * split.block_size], split.block_size)[0]
-        document = []
-        for ids in np.split(row, np.flatnonzero(row == split.eot)):  # each begins with an end of text, but for what is before it
-            if len(ids) < 2:
-                document = []
-                continue
-            document.append(tokenizer.decode(ids[1:].tolist()))
-            if len(document) % 2 == 0:
-                turns.append((document[:-1], document[-1]))
-    return turns
+    documents = [document for number in range(split.n_windows) for document in split.documents(number)]
+    texts = [[tokenizer.decode(ids) for ids in document] for document in documents]
+    return [(text[:i], text[i]) for text in texts for i in range(1, len(text), 2)]
 
 
 def write_targets(model, tokenizer, turns, config):
@@ -137,23 +122,15 @@ def evaluate_pairs(model, tokenizer, split, config):
 
 # Text ---------------------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def evaluate_text(model, tokenizer, split, config, device):
     """Perplexity and bits per byte over windows of block_size laid end to end, as train.py evaluates."""
-    token_bytes = np.array([len(token) for token in tokenizer.token_bytes])
-    if tokenizer.eot is not None:
-        token_bytes[tokenizer.eot] = 0
-    nats = n_tokens = n_bytes = 0
+    def loss_of(x, y):
+        return model(*train.to_device(x, y, device), return_logits=False)[1]
+
     windows = np.arange(split.n_windows)[:config.limit]
-    for start in tqdm(range(0, len(windows), config.batch_size), disable=None):
-        x, y = split.windows(windows[start:start + config.batch_size])
-        targets = y[y >= 0]
-        loss = model(torch.tensor(x, device=device), torch.tensor(y, device=device), return_logits=False)[1]
-        nats += loss.item() * len(targets)
-        n_tokens += len(targets)
-        n_bytes += int(token_bytes[targets].sum())
-    return (f'{n_tokens:,} tokens: loss {nats / n_tokens:.4f}, perplexity {math.exp(nats / n_tokens):.2f}, '
-            f'{nats / math.log(2) / n_bytes:.4f} bits per byte')
+    signals = Signals(catch=False)
+    loss, bits, n_tokens = train.evaluate(loss_of, split, windows, config.batch_size, tokenizer.text_bytes(), signals)
+    return f'{n_tokens:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte'
 
 
 class TextFile:
@@ -262,7 +239,9 @@ def scores(model, tokenizer, examples, config, device):
     """For each example (log p of each ending (K,), whether it is what the model would write (K,))"""
     ids = [(tokenizer.encode(context), [tokenizer.encode(ending) for ending in endings]) for context, endings, _ in examples]
     found = [None] * len(ids)
-    for which in batches(ids, config.batch_size, lambda example: len(example[0])):
+    ordered = sorted(range(len(ids)), key=lambda i: -len(ids[i][0]))  # about as long together
+    for start in tqdm(range(0, len(ids), config.batch_size), disable=None):
+        which = ordered[start:start + config.batch_size]
         context, endings = zip(*(ids[i] for i in which))
         logp, greedy = score(model, context, endings, tokenizer.vocab_size, device)
         parts = [len(e) for e in endings]

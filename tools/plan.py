@@ -58,8 +58,7 @@ def main(config):
         vocab_size = tokenizer.vocab_size if tokenizer else 50257
     shape = train.choose_model_config(config, given=(), checkpoint=None, resume=False)
     with torch.device('meta'):
-        model = GPT(GPTConfig(**shape, vocab_size=vocab_size, turns=int(config.prefix_lm),
-                              document_token=0 if config.doc_mask or config.prefix_lm else None))
+        model = GPT(GPTConfig(**shape, vocab_size=vocab_size, document_token=0 if config.doc_mask or config.prefix_lm else None))
 
     # the model
     tables = model.transformer.ngram.tables.weight.numel() if config.ngram > 1 else 0

@@ -9,7 +9,6 @@ be answered is learnt (mask_prompt).
 """
 import hashlib
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +118,10 @@ def pack(documents, size, packing, n_open=64):
 
 
 def main(config):
+    from data import bins
+
     require(config.input, 'name your pairs: python data/pairs/prepare.py --input=FILE, lines of source TAB target, or .jsonl')
-    require(re.fullmatch(r'\w[\w.-]*', config.dataset), f'dataset = {config.dataset!r}: give the name of a folder in data/')
+    bins.own_folder(config.dataset)
     require(0 < config.val_fraction < 1, f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     require(config.block_size >= 5, f'block_size = {config.block_size}: give at least 5, of which a pair takes 3 for itself')
     path = Path(config.input).expanduser()
@@ -179,7 +180,7 @@ def write(documents, config):
 
     size = sum(len(text.encode('utf-8')) for _, _, text in kept)
     layout = bins.Pairs(config.block_size, turns, config.packing, config.mask_prompt)
-    bins.write_dataset(Path(__file__).parents[1] / config.dataset, pieces(), tokens, config.input, size, pairs=layout)
+    bins.write_dataset(bins.own_folder(config.dataset), pieces(), tokens, config.input, size, pairs=layout)
     print(f'{len(splits["train"]):,} pairs to train on, {len(splits["val"]):,} for validation')
 
 

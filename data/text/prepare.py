@@ -6,7 +6,6 @@
 """
 import hashlib
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ def main(config):
     from data import bins, tokenizer
 
     require(config.input, 'name your text: python data/text/prepare.py --input=PATH, a text file or a folder')
-    require(re.fullmatch(r'\w[\w.-]*', config.dataset), f'dataset = {config.dataset!r}: give the name of a folder in data/')
+    folder = bins.own_folder(config.dataset)
     require(0 < config.val_fraction < 1, f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     root = Path(config.input).expanduser()
     require(root.exists(), f'--input={config.input}: there is no such file or folder')
@@ -76,7 +75,6 @@ def main(config):
                 yield piece, False
             yield '', len(files) > 1  # documents end; a single file is one long text
 
-    folder = Path(__file__).parents[1] / config.dataset
     bins.write_dataset(folder, bins.split_at_end(texts(), size, config.val_fraction), tokens, printable(config.input), size)
 
 
