@@ -169,8 +169,11 @@ def answer(model, tokenizer, config):
     while True:
         try:
             start = input('> ' if sys.stdin.isatty() else '')
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
+        except KeyboardInterrupt:  # what was typed goes
+            print()
+            continue
         except UnicodeDecodeError:
             print('this is not UTF-8 text', file=sys.stderr)
             continue
@@ -182,6 +185,8 @@ def answer(model, tokenizer, config):
                 chat += [start, text] if text.strip() else []
             else:
                 write(model, tokenizer, [start], prompts, config)
+        except KeyboardInterrupt:  # a beam search shows nothing until it is done
+            print('stopped', file=sys.stderr)
         except UserError as error:  # a character that the tokenizer does not know, nothing at all
             print(error, file=sys.stderr)
         config.seed += 1  # the same prompt again: another text

@@ -539,6 +539,9 @@ def choose_from_data(config, given, checkpoint, resume, data, folder):
                  'prefix_lm': checkpoint.model_config.get('prefix_lm', False)}
         for key in saved.keys() - given:
             setattr(config, key, saved[key])
+    if resume and config.prefix_lm != checkpoint.model_config.get('prefix_lm', False):
+        fail(f'prefix_lm = {config.prefix_lm} but {checkpoint.path} was trained without that: leave it out, or begin another '
+             f'run with --init_from={checkpoint.path}')
     if config.prefix_lm and not data.pairs:
         fail(f'prefix_lm = True: {folder} has no sources and targets: give --prefix_lm=False, or prepare some with '
              f'data/pairs/prepare.py')

@@ -119,7 +119,8 @@ def test_hellaswag_as_hugging_face_has_it_and_without_labels(run, refused, gpt2,
 
 @pytest.mark.parametrize(
     'line, says',
-    [('{', 'line 1: not JSON'), ('{"text": 3}', "line 1: there is no 'text' that is str"), ('', 'there is no example'),
+    [('{', 'line 1: not JSON'), ('{"text": "a \\ud83d b"}', 'line 1: not JSON'),
+     ('{"text": 3}', "line 1: there is no 'text' that is str"), ('', 'there is no example'),
      ('{"text": "word"}', 'line 1: there is no last word')],
 )
 def test_a_broken_file_is_one_sentence(refused, gpt2, tmp_path, line, says):

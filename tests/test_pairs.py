@@ -180,6 +180,7 @@ MESSAGES = '{"messages": [{"role": "user", "content": "a"}, %s]}'
         (['\tb'], 'tsv', 'line 1: a side is empty'),
         ([b'a\tb', b'\xff\tb'], 'tsv', 'line 2: not UTF-8'),
         (['{"prompt": "a", "response": "b"}', '', '{"prompt": '], 'jsonl', 'line 3: not JSON'),
+        (['[' * 100000], 'jsonl', 'line 1: not JSON'),
         (['{"prompt": "a", "response": "b \\ud83d"}'], 'jsonl', 'line 1: not UTF-8'),
         (['{"prompt": "a"}'], 'jsonl', 'line 1: give {"prompt": text, "response": text}'),
         (['{"prompt": "a", "response": " "}'], 'jsonl', 'line 1: a side is empty'),
@@ -337,6 +338,8 @@ def test_other_programs_know_what_is_read_both_ways(run, refused, chatty, tmp_pa
     refused('explain.py', f'--out_dir={chatty[0]}', '--start=a', says='prefix_lm = True')
     tuned = ('train.py', f'--init_from={chatty[0]}', f'--out_dir={tmp_path}/out', '--max_iters=1', '--device=cpu')
     run('data/text/prepare.py', f'--input={ROOT}/model.py', f'--init_from={chatty[0]}', '--dataset=plain')
+    resume = ('train.py', '--init_from=resume', f'--out_dir={chatty[0]}')
+    refused(*resume, '--prefix_lm=False', says=('prefix_lm = False', 'leave it out'))
     refused(*tuned, '--dataset=plain', says=('prefix_lm = True', 'give --prefix_lm=False'))
     run(*tuned, '--dataset=plain', '--prefix_lm=False', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=1')
     assert not ckpt.load(tmp_path / 'out').model_config['prefix_lm']

@@ -50,6 +50,8 @@ class Config:
 if __name__ == '__main__':
     with user_errors():
         config, _ = configure(Config)
+        for key in ('seed', 'warmup_iters', 'weight_decay', 'grad_clip'):
+            require(getattr(config, key) >= 0, f'{key} = {getattr(config, key)}: give 0 or more')
         for key in ('n_layer', 'block_size', 'batch_size', 'max_iters', 'eval_iters', 'n_embd'):
             require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
         require(config.n_embd % 32 == 0, f'n_embd = {config.n_embd}: give a multiple of 32, the size of a head')
@@ -230,11 +232,15 @@ def main(config):
     results = {}
     for name, rates in (('GPT', config.gpt_learning_rate), ('LSTM', config.lstm_learning_rate)):
         runs = [(rate, *train_at(rate, name, data, config, device, dtype)) for rate in rates]
+        runs = [run for run in runs if math.isfinite(run[2][-1]['val_loss'])]
+        require(runs, f'{name.lower()}_learning_rate = {rates}: no run has a finite loss in the end; give lower rates')
         rate, model, points = min(runs, key=lambda run: run[2][-1]['val_loss'])
         results[name] = {'parameters': count(model), 'learning_rate': rate, 'points': points,
                          'losses_of_rates': {str(rate): points[-1]['val_loss'] for rate, _, points in runs},
                          'gradient': gradient_by_distance(model, data.val, config, device),
                          'step_seconds': step_times(model, data.tokenizer.vocab_size, config, device, dtype)}
+    if (out_dir / 'compare.json').exists():
+        print(f'replacing the comparison that was in {out_dir}')
     (out_dir / 'compare.json').write_text(json.dumps({'config': asdict(config), 'results': results}), encoding='utf-8')
     far = config.block_size // 2
     print(f'| | parameters | learning rate | val loss | seconds | gradient {far} tokens back | '

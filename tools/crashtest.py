@@ -58,8 +58,8 @@ def main(config):
     print(f'training {n_steps} steps with {config.kills} kills')
     chance = random.Random(config.seed)
     kills = resumes = restarts = again = lost = half = 0
-    while kills < config.kills:
-        committed = last_committed(folder / 'killed')
+    # on a busy machine a kill may come after the last step: then there is nothing left to kill
+    while kills < config.kills and (committed := last_committed(folder / 'killed')) != n_steps:
         process = start(folder / 'killed', common + ['--init_from=resume'] * (committed is not None))
         resumes += committed is not None
         restarts += committed is None and kills > 0

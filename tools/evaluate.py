@@ -130,7 +130,7 @@ def evaluate_text(model, tokenizer, split, config, device):
     windows = np.arange(split.n_windows)[:config.limit]
     signals = Signals(catch=False)
     loss, bits, n_tokens = train.evaluate(loss_of, split, windows, config.batch_size, tokenizer.text_bytes(), signals)
-    return f'{n_tokens:,} tokens: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte'
+    return f'{n_tokens:,} tokens: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {bits:.4f} bits per byte'
 
 
 class TextFile:
@@ -195,7 +195,8 @@ def read_jsonl(path, keys):
                 continue
             try:
                 example = json.loads(line)
-            except ValueError as error:
+                json.dumps(example, ensure_ascii=False).encode('utf-8')  # JSON can name half a character
+            except (ValueError, RecursionError) as error:
                 raise UserError(f'{path} line {number}: not JSON: {error}') from None
             for key, type_ in keys.items():
                 require(isinstance(example, dict) and isinstance(example.get(key), type_),
@@ -252,7 +253,8 @@ def scores(model, tokenizer, examples, config, device):
 
 def evaluate_lambada(found, examples):
     nats, n = -sum(logp.item() for logp, _ in found), len(found)
-    return f'{n:,} passages: accuracy {sum(greedy.item() for _, greedy in found) / n:.2%}, perplexity {math.exp(nats / n):.2f}'
+    right = sum(greedy.item() for _, greedy in found)
+    return f'{n:,} passages: accuracy {right / n:.2%}, perplexity {math.exp(min(nats / n, 700)):.2f}'
 
 
 def evaluate_hellaswag(found, examples):

@@ -34,7 +34,7 @@ class Config:
 
 def read_documents(path):
     """(line number, [source, target, source, target, ...]) for each line that is not blank. Raises UserError with its number."""
-    read = read_json if path.suffix in ('.jsonl', '.json') else read_tsv
+    read = read_json if path.suffix.lower() in ('.jsonl', '.json') else read_tsv
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             try:
@@ -60,8 +60,8 @@ def read_tsv(line):
 def read_json(line):
     try:
         example = json.loads(line)
-    except ValueError as error:
-        raise UserError(f'not JSON: {error}') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'not JSON, of which each line has one object: {error}') from None
     match example:
         case {'prompt': str(prompt), 'response': str(response)}:
             return [prompt, response]
