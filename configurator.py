@@ -1,9 +1,10 @@
-"""One flat, typed, checked config out of an entry point's defaults, config files and the command line.
+"""The keys of a run, and how config files and flags set them. Imports neither torch nor numpy.
 
     python train.py config/x.py --batch_size=32 --compile=False --eval_only
 
-An entry point lists its keys in a dataclass: `key: type = default  # comment`. A config file is flat Python: `key = value`,
-where a value is a literal, arithmetic, or the name of another key. It is parsed, never executed.
+Keys are fields of a dataclass, `key: type = default  # comment`: typing, bounds, --help and error
+messages follow from that line. A config file is flat Python, `key = value`, where a value is a
+literal, arithmetic, or the name of another key. It is parsed, never executed.
 """
 import ast
 import contextlib
@@ -12,66 +13,173 @@ import difflib
 import inspect
 import math
 import operator
-import os
 import re
-import signal
 import sys
 import time
 import types
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from lib.errors import UserError, require
+
+# Keys --------------------------------------------------------------------------------------------
 
 
-class UserError(ValueError):
-    """A user's mistake, told in one sentence that names the key or file, the value and the remedy."""
+class Bound(NamedTuple):
+    """Attached to a key's type: the values it may take, and the words for them."""
+    holds: Callable
+    text: str
 
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+Count = Annotated[int, Bound(lambda x: x >= 1, 'at least 1')]
+WholeNumber = Annotated[int, Bound(lambda x: x >= 0, '0 or more')]
+Positive = Annotated[float, Bound(lambda x: x > 0, 'more than 0')]
+NonNegative = Annotated[float, Bound(lambda x: x >= 0, '0 or more')]
+Fraction = Annotated[float, Bound(lambda x: 0 <= x < 1, 'at least 0 and less than 1')]
+Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'a share above 0, at most 1')]
+CountOrAll = Annotated[int, Bound(lambda x: x >= 1 or x == -1, 'at least 1, or -1')]
+Softcap = Annotated[float, Bound(lambda x: x >= 0, '0 (off) or more')]
 
 
-def require(condition, message):
-    if not condition:
-        raise UserError(message)
+@dataclass
+class ModelConfig:
+    """The choices of an architecture; model.py implements them."""
+    # model
+    block_size: Count = 1024  # context length in tokens
+    n_layer: Count = 12  # blocks
+    n_head: Count = 12  # attention heads per block
+    n_embd: Count = 768  # width of the residual stream
+    dropout: Fraction = 0.0  # 0 for pretraining; for small data or finetuning try 0.1 or more
+    bias: bool = True  # in Linear and LayerNorm: True as in GPT-2; False is a bit better and faster
+    ngram: Count = 1  # hashed embeddings of the last 2, ..., ngram tokens (Huang 2025); 1: off
+    ngram_rows: Count = 16384  # hash table rows per n-gram length
+    position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # see model.py
+    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # Ba 2016 | Zhang & Sennrich 2019
+    norm_position: Literal['pre', 'post'] = 'pre'  # GPT-2 | Vaswani 2017, 3.1
+    activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # of the MLP
+    n_kv_head: Count | None = None  # key/value heads for GQA (Ainslie 2023); None: n_head
+    qk_norm: bool = False  # RMS-normalize queries and keys (Henry 2020)
+    tie_weights: bool = True  # lm_head shares the token embedding (Press & Wolf 2017)
+    logit_softcap: Softcap = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2); 0: off
+    zero_init: bool = False  # output projections start at 0, so each block starts as the identity
+    label_smoothing: Fraction = 0.0  # in training only (Szegedy 2016, section 7)
+    prefix_lm: bool = False  # pairs: bidirectional attention within a source (Raffel 2020, 3.2.1)
+    attention: Literal['sdpa', 'math'] = 'sdpa'  # math is written out, and slower
+    activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more time
 
 
-@contextlib.contextmanager
-def user_errors():
-    """Entry points run inside: what the user or the machine did wrong is one sentence and exit code 2, no traceback.
+@dataclass
+class GPTConfig(ModelConfig):
+    """ModelConfig plus what follows from the data. Defaults are GPT-2 124M's. Raises ValueError."""
+    vocab_size: Count = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as in nanoGPT
+    eot_token: int | None = None  # attention and n-grams do not look back past it; None: no masking
+    turns: WholeNumber = 0  # most source/target turns per document (lib/pairs.py); 0: plain text
 
-    That is a UserError and an OSError (disk full, no permission, not a file). A bug keeps its traceback.
-    """
-    script = Path(sys.argv[0]).name
-    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))  # closed: train.py >&-
-    report = sys.excepthook
-    # Ctrl-C is no bug either, also while modules are imported after this; SIGTERM cleans up what is half written
-    sys.excepthook = lambda kind, *rest: print('stopped', file=sys.stderr) if kind is KeyboardInterrupt else report(kind, *rest)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if hasattr(signal, 'SIGUSR1'):  # asks train.py to save: while there is nothing to save it is no reason to die
-        signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    try:
-        yield
-    except UserError as error:
-        print(f'{script}: {error}', file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe has gone, as in sample.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        print(f'{script}: {error.filename or "writing"}: {error.strerror or error}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('stopped', file=sys.stderr)
-        sys.exit(130)
+    def __post_init__(self):
+        check_bounds(self)
+        require(self.n_embd % self.n_head == 0,
+                f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: '
+                f'try n_embd = {math.ceil(self.n_embd / self.n_head) * self.n_head}')
+        require(self.n_kv_head is None or self.n_head % self.n_kv_head == 0,
+                f'n_head = {self.n_head} is not divisible by n_kv_head = {self.n_kv_head}: '
+                f'n_kv_head must be a divisor of n_head')
+        head_size = self.n_embd // self.n_head
+        require(self.position != 'rope' or head_size % 2 == 0,
+                f'position = rope rotates pairs of dimensions: n_embd / n_head = {head_size} '
+                f'must be even')
+        require(self.position != 'sinusoidal' or self.n_embd % 2 == 0,
+                f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
+        require(not self.prefix_lm or self.turns and self.eot_token is not None,
+                'prefix_lm = True needs sources and targets: turns and eot_token')
+        require(self.eot_token is None or 0 <= self.eot_token < self.vocab_size,
+                f'eot_token = {self.eot_token} must be below vocab_size = {self.vocab_size}')
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    """The keys of train.py: these and ModelConfig's."""
+    # scaling
+    depth: Count | None = None  # sets model, rates, batch and steps; keys after it override
+    # files
+    out_dir: str = 'out'  # checkpoints, log.jsonl and config.py go here
+    eval_interval: Count = 2000  # steps between evaluations, each followed by a checkpoint
+    log_interval: Count = 1  # steps between log lines
+    eval_iters: CountOrAll = 200  # batches per evaluation, always the same; -1: the whole split
+    eval_only: bool = False  # evaluate once and exit
+    average_last: Count = 1  # with eval_only: average the weights of the last N checkpoints
+    always_save_checkpoint: bool = True  # False: save only if val loss improved
+    save_interval: Count | None = None  # steps between extra checkpoints; None: at evaluations only
+    keep_last: Count = 2  # checkpoints to keep, in addition to the best one
+    async_save: bool = True  # write checkpoints in the background, from a copy in CPU memory
+    init_from: str = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
+    sample_every_eval: bool = False  # print a sample at each evaluation
+    seed: WholeNumber = 1337  # of weights, batches and dropout
+    # wandb
+    wandb_log: bool = False  # also log to wandb; offline without a network
+    wandb_project: str = 'plaingpt'  # wandb project
+    wandb_run_name: str = 'gpt'  # wandb run name
+    # data
+    dataset: str = 'openwebtext'  # a folder in data/, or a path, with train.bin and val.bin
+    gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
+    batch_size: Count = 12  # sequences per micro-batch
+    doc_mask: bool = False  # attention and n-grams do not cross <|endoftext|>
+    # optimizer
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # Muon trains only the blocks' matrices
+    learning_rate: Positive = 6e-4  # peak learning rate of AdamW
+    muon_learning_rate: Positive = 0.02  # peak learning rate of Muon; same schedule
+    muon_momentum: Fraction = 0.95  # Nesterov momentum of Muon
+    embedding_learning_rate: Positive | None = None  # n-grams, untied wte; None: learning_rate
+    max_iters: WholeNumber = 600000  # steps
+    weight_decay: NonNegative = 1e-1  # on matrices and embeddings, not on gains and biases
+    beta1: Fraction = 0.9  # AdamW
+    beta2: Fraction = 0.95  # AdamW
+    adam_eps: Positive = 1e-8  # AdamW
+    grad_clip: NonNegative = 1.0  # maximum gradient norm; 0: no clipping
+    nonfinite: Literal['stop', 'skip'] = 'stop'  # a step with an infinite or nan loss or gradient
+    max_skips: Count = 10  # consecutive skipped steps before the run stops anyway
+    # learning rate schedule
+    decay_lr: bool = True  # False: constant learning_rate, no warmup
+    schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'
+    warmup_iters: WholeNumber = 2000  # steps of linear warmup
+    lr_decay_iters: Count | None = None  # step at which min_lr is reached; None: max_iters
+    min_lr: NonNegative | None = None  # final learning rate; None: learning_rate / 10
+    decay_fraction: Share = 0.2  # wsd: fraction of the steps after warmup that decay
+    # system
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 uses a GradScaler
+    compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA
+    deterministic: bool = True  # same bits every time; False: may be faster on some GPUs
+    backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # for torchrun; auto: nccl on CUDA
+    parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # for torchrun; auto: ddp if a copy fits
+    deterministic_sum: bool = False  # same bits for 1, 2, 4, ... processes; no overlap
+    peak_flops: Positive | None = None  # of your device, for MFU; None: from a table
+    bias: bool = False
+
+
+def check_bounds(config):
+    """Raise UserError if a key's value is outside the bound that its type declares."""
+    for key, type_ in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, key)
+        options = typing.get_args(type_) if is_union(type_) else [type_]
+        for option in options:
+            for bound in getattr(option, '__metadata__', ()):
+                or_none = ', or None' if types.NoneType in options else ''
+                require(value is None and or_none or bound.holds(value),
+                        f'{key} = {value}: give {bound.text}{or_none}')
+
+
+# Config files and flags --------------------------------------------------------------------------
 
 
 def configure(cls, argv=None):
     """Read argv (default: the command line) into the dataclass cls.
 
-    Config files and --key=value are applied in the order in which they stand. Returns (config, the keys given, as a set that
-    lists them in the order in which they were given last).
-    Raises UserError on an unknown key, a value of the wrong type or an unreadable file; prints the keys and exits on --help.
+    Config files and --key=value are applied from left to right. Returns (config, given): the keys
+    that were given, in the order in which they were last set. Prints the keys and exits on --help.
+    Raises UserError on an unknown key, a bad value or an unreadable file.
     """
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
@@ -82,62 +190,76 @@ def configure(cls, argv=None):
     words = list(argv)
     while words:
         word = words.pop(0)
-        if not word.startswith('-'):
-            for key, value in read_config_file(word, cls).items():
-                values.pop(key, None)
-                values[key] = value
-            continue
-        key, equals, text = word.removeprefix('--').partition('=')
-        require(word.startswith('--') and key, f'{word}: options are written --key=value')
-        require(key in types_, f'--{key}: no such key{nearest(key, types_)}')
-        if not equals:
-            if types_[key] is bool or bool in typing.get_args(types_[key]):  # --flag alone
-                text = 'True'
-            else:  # --key value
-                require(words and not words[0].startswith('--'), f'--{key}: a value is missing, write --{key}=value')
-                text = words.pop(0)
-        values.pop(key, None)
-        values[key] = parse_value(key, text, types_[key])
+        if word.startswith('-'):
+            new = read_flag(word, words, types_)
+        else:
+            new = read_config_file(word, cls)
+        for key, value in new.items():
+            values.pop(key, None)  # dicts keep the position of the first assignment
+            values[key] = value
     return cls(**values), values.keys()
 
 
+def read_flag(word, words, types_):
+    """{key: value} of --key=value, of --key value (then words loses its first), or of --switch."""
+    key, equals, text = word.removeprefix('--').partition('=')
+    require(word.startswith('--') and key, f'{word}: options are written --key=value')
+    require(key in types_, f'--{key}: no such key{nearest(key, types_)}')
+    if equals:
+        return {key: parse_value(key, text, types_[key])}
+    if types_[key] is bool or bool in typing.get_args(types_[key]):
+        with contextlib.suppress(UserError, IndexError):  # --compile False, but --compile config.py
+            value = parse_value(key, words[0], types_[key])
+            words.pop(0)
+            return {key: value}
+        return {key: True}
+    require(words and not words[0].startswith('--'),
+            f'--{key}: a value is missing, write --{key}=value')
+    return {key: parse_value(key, words.pop(0), types_[key])}
+
+
 def read_config_file(path, cls):
-    """The keys that a config file sets, {key: value}, typed by cls. Raises UserError with file and line."""
+    """{key: value} of a config file, typed by cls. Raises UserError with file and line."""
     try:
         tree = ast.parse(Path(path).read_text(encoding='utf-8'))
     except OSError as error:
         others = [str(p) for p in sorted(Path('config').glob('*.py'))]
-        raise UserError(f'{path}: {error.strerror or error}{nearest(path, others) if others else ""}; '
+        hint = nearest(path, others) if others else ''
+        raise UserError(f'{path}: {error.strerror or error}{hint}; '
                         f'a word without -- is the path of a config file') from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f' line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise UserError(f'{path}{line}: not a config file: {error}; write lines of key = value') from None
+        raise UserError(f'{path}{line}: not a config file: {error}; '
+                        f'write lines of key = value') from None
     types_ = typing.get_type_hints(cls)
     names = {f.name: default_of(f) for f in dataclasses.fields(cls)}
     values = {}
     for statement in tree.body:
         where = f'{path} line {statement.lineno}'
         match statement:
-            case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):  # `import time`, a docstring
-                continue
+            case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
+                continue  # `import time`, a docstring
             case (ast.Assign(targets=[ast.Name(id=key)], value=node)
                   | ast.AnnAssign(target=ast.Name(id=key), value=ast.AST() as node)):
                 require(key in types_, f'{where}: {key}: no such key{nearest(key, types_)}')
                 try:
-                    values[key] = names[key] = check_type(key, evaluate(node, names), types_[key])
+                    values[key] = check_type(key, evaluate(node, names), types_[key])
                 except UserError as error:
                     raise UserError(f'{where}: {error}') from None
+                names[key] = values[key]
             case _:
-                raise UserError(f'{where}: only lines of key = value are read here, config files are not executed')
+                raise UserError(f'{where}: only lines of key = value are read here; '
+                                f'config files are not executed')
     return values
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+             ast.Pow: operator.pow}
 
 
 def evaluate(node, names):
-    """The value of an expression: literals, arithmetic on numbers, text + text, lists, names, str(x) and time.time()."""
+    """The value of a literal, arithmetic, a name, str + str, a list, str(x) or time.time()."""
     match node:
         case ast.Constant(value=value):
             return value
@@ -146,57 +268,69 @@ def evaluate(node, names):
             return names[name]
         case ast.List(elts=nodes) | ast.Tuple(elts=nodes):
             return [evaluate(n, names) for n in nodes]
-        case ast.UnaryOp(op=ast.USub(), operand=operand) if is_number(value := evaluate(operand, names)):
+        case ast.UnaryOp(ast.USub(), operand) if is_number(value := evaluate(operand, names)):
             return -value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             a, b = evaluate(left, names), evaluate(right, names)
-            text = isinstance(a, str) and isinstance(b, str) and isinstance(op, ast.Add)
-            require(text or is_number(a) and is_number(b), f'{ast.unparse(node)}: arithmetic takes two numbers')
-            require(not isinstance(op, ast.Pow) or abs(b) <= 64 and abs(a) <= 2**64, f'{ast.unparse(node)} is too large')
-            try:
-                return OPERATORS[type(op)](a, b)
-            except (ArithmeticError, ValueError) as error:
-                raise UserError(f'{ast.unparse(node)}: {error}') from None
+            return calculate(OPERATORS[type(op)], a, b, ast.unparse(node))
         case ast.Call(func=ast.Name(id='str'), args=[argument], keywords=[]):
             return str(evaluate(argument, names))
-        case ast.Call(func=ast.Attribute(value=ast.Name(id='time'), attr='time'), args=[], keywords=[]):
+        case ast.Call(func=ast.Attribute(value=ast.Name(id='time'), attr='time'), args=[],
+                      keywords=[]):
             return time.time()
     raise UserError(f'{ast.unparse(node)}: write a literal, arithmetic, or the name of another key')
 
 
+def calculate(op, a, b, source):
+    """op(a, b) for two numbers, or str + str. Raises UserError that names the source."""
+    text = isinstance(a, str) and isinstance(b, str) and op is operator.add
+    numbers = is_number(a) and is_number(b)
+    require(text or numbers, f'{source}: arithmetic takes two numbers')
+    small = op is not operator.pow or abs(b) <= 64 and abs(a) <= 2**64
+    require(small, f'{source} is too large')
+    try:
+        return op(a, b)
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(f'{source}: {error}') from None
+
+
 def parse_value(key, text, type_):
-    """A value of the command line. A key that takes text gets it as it was typed; otherwise it is read like a file's value."""
-    accepts_text = str in typing.get_args(type_)
+    """The value of a flag. A str key takes the text as typed; others are read like in a file."""
     if type_ is str:
         return text
     try:
-        value = evaluate(ast.parse(text.strip(), mode='eval').body, {'true': True, 'false': False, 'none': None})
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # not Python (UserError is a ValueError too): text
+        constants = {'true': True, 'false': False, 'none': None}
+        value = evaluate(ast.parse(text.strip(), mode='eval').body, constants)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # not an expression: text
+        value = text
+    if str in typing.get_args(type_) and not isinstance(value, (list, types.NoneType)):
         value = text
     try:
-        return check_type(key, text if accepts_text and not isinstance(value, (list, types.NoneType)) else value, type_)
+        return check_type(key, value, type_)
     except UserError as error:
-        with contextlib.suppress(UserError):  # a choice that reads like a value: --position=none
+        with contextlib.suppress(UserError):  # a choice that parses as a value: --position=none
             return check_type(key, text, type_)
         raise error from None
 
 
 def check_type(key, value, type_):
-    """value as type_: a whole number where a float is meant, 0 or 1 for a bool, one text for a list of them. Or UserError."""
-    union = isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union
-    options = typing.get_args(type_) if union else [type_]
+    """value as type_: 1.0 for int, 1 for float, 0 or 1 for bool, x for list[x]. Or UserError."""
+    options = typing.get_args(type_) if is_union(type_) else [type_]
     choices = []
     for option in options:
         origin, arguments = typing.get_origin(option), typing.get_args(option)
-        if origin is typing.Literal:
+        if origin is Literal:
             choices += arguments
             if isinstance(value, str) and value in arguments:
                 return value
         elif origin is list:
-            values = value if isinstance(value, (list, tuple)) else [value] if not union else [None]
-            if all(isinstance(v, arguments) and not isinstance(v, bool) for v in values):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            single = isinstance(value, (list, tuple)) or len(options) == 1
+            if single and all(isinstance(v, arguments) and not isinstance(v, bool) for v in values):
                 return list(values)
-        elif option is types.NoneType and value is None or option is str and isinstance(value, str):
+        elif option is types.NoneType and value is None:
+            return None
+        elif option is str and isinstance(value, str):
             return value
         elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
@@ -205,54 +339,64 @@ def check_type(key, value, type_):
         elif option is float and is_number(value):
             return float(value)
     hint = nearest(value, choices) if isinstance(value, str) and choices else ''
-    raise UserError(f'{key} = {value!r}: give {describe(type_)}{hint}')
+    raise UserError(f'{key} = {value!r}: expected {describe(type_)}{hint}')
 
 
 def is_number(value):
-    return isinstance(value, float) and math.isfinite(value) or type(value) is int and abs(value) < 2**63
+    """A finite float, or an int of 64 bits; not a bool."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return type(value) is int and abs(value) < 2**63
+
+
+def is_union(type_):
+    return isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union
 
 
 def describe(type_):
-    """A type in a user's words."""
-    if type_ in WORDS:
-        return WORDS[type_]
-    if typing.get_origin(type_) is typing.Literal:
-        *others, last = typing.get_args(type_)
+    """A type in words: 'int', 'float or None', 'learned, rope or none'."""
+    if typing.get_origin(type_) is Literal or is_union(type_):
+        *others, last = [x if isinstance(x, str) else describe(x) for x in typing.get_args(type_)]
         return f'{", ".join(others)} or {last}' if others else last
-    if typing.get_origin(type_) is list:
-        return 'a list'
-    return ', or '.join(describe(option) for option in typing.get_args(type_))
-
-
-WORDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', types.NoneType: 'None'}
+    if type_ is types.NoneType:
+        return 'None'
+    return str(type_) if typing.get_args(type_) else type_.__name__
 
 
 def nearest(word, choices):
+    """A hint for an unknown word."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f'; did you mean {close[0]}?' if close else '; --help lists them all'
 
 
 def default_of(field):
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
 
 
 def help_text(cls):
-    """Every key with its default, type and comment, under the headings of the dataclass's source."""
-    lines = [inspect.getdoc(sys.modules[cls.__module__]) or '', '',
-             f'usage: python {sys.argv[0]} [config/file.py] [--key=value ...]    (a switch: --key alone is --key=True)']
+    """Every key with its default, type and comment, under the headings of the class's source."""
+    switch = '(a switch: --key alone is --key=True)'
+    lines = [inspect.getdoc(sys.modules['__main__']) or '', '',
+             f'usage: python {sys.argv[0]} [config/file.py] [--key=value ...]    {switch}']
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    for line in inspect.getsource(cls).splitlines():
-        if heading := re.fullmatch(r'    # (.+)', line):
-            lines += ['', heading[1]]
-        elif (key := re.match(r'    (\w+):', line)) and key[1] in fields:
-            comment = line.partition('  # ')[2]
-            lines.append(f'  --{key[1]}={default_of(fields[key[1]])!r}'.ljust(42) + f' {describe(hints[key[1]])}'
-                         + (f': {comment}' if comment else ''))
+    bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    owner = {key: base for base in bases for key in base.__annotations__}  # the first to declare it
+    for base in bases:
+        for line in inspect.getsource(base).splitlines():
+            if heading := re.fullmatch(r'    # (.+)', line):
+                lines += ['', heading[1]]
+            elif (match := re.match(r'    (\w+):', line)) and owner.get(match[1]) is base:
+                key = match[1]
+                flag = f'  --{key}={default_of(fields[key])!r}'
+                comment = line.partition('  # ')[2]
+                lines.append(f'{flag:<41} ({describe(hints[key])}) {comment}'.rstrip())
     return '\n'.join(lines)
 
 
 def differences(config):
-    """Lines of `key = value` for what differs from the defaults."""
+    """Lines of `key = value` for each key that differs from its default."""
     return [f'{f.name} = {getattr(config, f.name)!r}' for f in dataclasses.fields(config)
             if getattr(config, f.name) != default_of(f)]

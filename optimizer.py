@@ -1,30 +1,36 @@
-"""The optimizers, their parameter groups and the learning-rate schedules."""
+"""AdamW and Muon in one optimizer, its parameter groups, and the learning-rate schedules."""
 import math
 
 import torch
+from torch.optim.adamw import adamw as adamw_step
 
-from device import has_bfloat16
-from parallel import gather_like, is_shard, local, shard_like
+from lib.device import has_bfloat16
+from lib.distributed import gather_like, is_shard, local, shard_like
 
-MUON_AT_ONCE = 2**25  # numbers in the matrices that Muon works on together
+MUON_MAX_NUMEL = 2**25  # numbers in the matrices that Muon orthogonalizes together
+
+# Parameter groups --------------------------------------------------------------------------------
 
 
 def make_optimizer(model, config):
-    """The optimizer that train.py's keys ask for. Each of its groups has its peak rate in group['peak_lr']."""
-    betas = config.beta1, config.beta2
-    params = list(model.parameters())
-    muon, sparse = muon_matrices(model, config), []
+    """The Optimizer that train.py's keys ask for."""
+    muon = muon_matrices(model, config)
+    tables = []
     if config.embedding_learning_rate is not None:
-        sparse = [] if model.config.tie_weights else [model.transformer.wte.weight]
+        if not model.config.tie_weights:
+            tables.append(model.transformer.wte.weight)
         if model.config.ngram > 1:
-            sparse.append(model.transformer.ngram.tables.weight)
-    taken = {id(p) for p in muon + sparse}
-    optimizer = adamw([p for p in params if id(p) not in taken], config.weight_decay, config.learning_rate, betas, sparse,
-                      config.embedding_learning_rate, config.adam_eps)
+            tables.append(model.transformer.ngram.tables.weight)
+    taken = {id(p) for p in muon + tables}
+    params = [p for p in model.parameters() if id(p) not in taken]
+    groups = adamw_groups(params, config.weight_decay, config.learning_rate)
+    if tables:  # each row is used rarely: larger steps, and no decay between two uses
+        groups.append({'params': tables, 'lr': config.embedding_learning_rate,
+                       'weight_decay': 0.0})
     if muon:
-        group = {'params': muon, 'peak_lr': config.muon_learning_rate}
-        return MuonWithAdamW(Muon([group], config.muon_learning_rate, config.weight_decay, config.muon_momentum), optimizer)
-    return optimizer
+        groups.append({'params': muon, 'lr': config.muon_learning_rate, 'kind': 'muon',
+                       'weight_decay': config.weight_decay, 'momentum': config.muon_momentum})
+    return Optimizer(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps)
 
 
 def block_matrices(model):
@@ -32,85 +38,165 @@ def block_matrices(model):
 
 
 def muon_matrices(model, config):
-    """The parameters that Muon takes."""
+    """The parameters that Muon trains."""
     return block_matrices(model) if config.optimizer == 'muon' else []
 
 
-def adamw(params, weight_decay, learning_rate, betas, sparse=(), sparse_learning_rate=None, eps=1e-8):
-    """AdamW (Loshchilov & Hutter 2019), in one kernel for all tensors and two groups: what decays and what does not.
-
-    The groups keep nanoGPT's order, so that the optimizer state of its checkpoints loads. sparse: tables whose rows are rarely
-    used; their steps are larger, and decay would wear them off between two uses.
-    """
+def adamw_groups(params, weight_decay, learning_rate):
+    """Matrices and embeddings decay, gains and biases do not: nanoGPT's groups, in its order."""
     params = [p for p in params if p.requires_grad]
-    decay = [p for p in params if p.dim() >= 2]  # weights of Linear and Embedding
-    no_decay = [p for p in params if p.dim() < 2]  # biases, gains of the norms
-    groups = [{'params': decay, 'weight_decay': weight_decay, 'peak_lr': learning_rate},
-              {'params': no_decay, 'weight_decay': 0.0, 'peak_lr': learning_rate}]
-    if sparse:
-        groups.append({'params': list(sparse), 'weight_decay': 0.0, 'peak_lr': sparse_learning_rate})
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
-    # the state from the start: whether it fits into memory is seen before the first step, and gradients do not lie in between
-    for p in [*params, *sparse]:
-        optimizer.state[p] = {'step': torch.zeros((), device=p.device), 'exp_avg': torch.zeros_like(p),
-                              'exp_avg_sq': torch.zeros_like(p)}
-    return optimizer
+    decay = [p for p in params if p.dim() >= 2]
+    no_decay = [p for p in params if p.dim() < 2]
+    return [{'params': decay, 'lr': learning_rate, 'weight_decay': weight_decay},
+            {'params': no_decay, 'lr': learning_rate, 'weight_decay': 0.0}]
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum, made orthogonal, so that a step has the same length in all of a matrix's directions.
+def adamw(params, weight_decay, learning_rate, betas, eps=1e-8):
+    """AdamW alone (Loshchilov & Hutter 2019), as nanoGPT configures it."""
+    return Optimizer(adamw_groups(params, weight_decay, learning_rate), betas=betas, eps=eps)
 
-    As torch.optim.Muon with adjust_lr_fn='original', but matrices of one shape are worked on together, as a batch: a small
-    model's step takes a third of the time. found_inf: as for AdamW, a tensor that is 1 where the step is to be left out.
+
+# The optimizer -----------------------------------------------------------------------------------
+
+
+class Optimizer(torch.optim.Optimizer):
+    """One optimizer for all groups: kind 'adamw' (fused), or 'muon' for matrices.
+
+    The state exists from the start: whether it fits into memory shows before the first step. Each
+    group keeps its peak rate in group['initial_lr'].
     """
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
-        super().__init__(params, {'lr': lr, 'weight_decay': weight_decay, 'momentum': momentum})
-        self.fill_state()
-
-    def fill_state(self):
+    def __init__(self, groups, betas=(0.9, 0.95), eps=1e-8):
+        defaults = {'kind': 'adamw', 'betas': betas, 'eps': eps, 'momentum': 0.95}
+        super().__init__(groups, defaults)
+        for group in self.param_groups:
+            group['initial_lr'] = group['lr']
+        self.found_inf = None  # a tensor, 1 where the step must change nothing
         for group in self.param_groups:
             for p in group['params']:
-                if 'momentum_buffer' not in self.state[p]:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                state = self.state[p]
+                if group['kind'] == 'muon':
+                    state['momentum_buffer'] = torch.zeros_like(p)
+                else:
+                    state['step'] = torch.zeros((), device=p.device)
+                    state['exp_avg'] = torch.zeros_like(p)
+                    state['exp_avg_sq'] = torch.zeros_like(p)
+
+    def set_lr(self, multiplier):
+        for group in self.param_groups:
+            group['lr'] = group['initial_lr'] * multiplier
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                at_once = max(1, MUON_AT_ONCE // shape.numel())
-                for first in range(0, len(params), at_once):
-                    self.step_together(params[first:first + at_once], group)
+            params = [p for p in group['params'] if p.grad is not None]
+            if group['kind'] == 'muon':
+                self.step_muon(params, group)
+            elif params:
+                self.step_adamw(params, group)
 
-    def step_together(self, params, group):
-        """A step of matrices of one shape."""
+    def step_if_finite(self, finite):
+        """step(), which is a no-op if the tensor finite is False; no host sync."""
+        # MPS's fused AdamW ignores found_inf (pytorch pull request 186360)
+        if finite.device.type == 'mps' and not finite.item():
+            return
+        self.found_inf = (~finite).float()
+        self.step()
+
+    def step_adamw(self, params, group):
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group['betas']
+        adamw_step(params, [p.grad for p in params],
+                   [state['exp_avg'] for state in states],
+                   [state['exp_avg_sq'] for state in states],
+                   [], [state['step'] for state in states],
+                   fused=True, found_inf=self.found_inf, amsgrad=False, maximize=False,
+                   beta1=beta1, beta2=beta2, lr=group['lr'], eps=group['eps'],
+                   weight_decay=group['weight_decay'])
+
+    def step_muon(self, params, group):
+        """Matrices of one shape take the step together: a third of the time for small models."""
+        shapes = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        for shape, params in shapes.items():
+            batch_size = max(1, MUON_MAX_NUMEL // shape.numel())
+            for first in range(0, len(params), batch_size):
+                self.step_muon_batch(params[first:first + batch_size], group)
+
+    def step_muon_batch(self, params, group):
+        """Muon (Jordan et al. 2024): orthogonalized momentum, so that a step has the same length
+        in every direction of a matrix. As torch.optim.Muon with adjust_lr_fn='original'."""
         buffers = [local(self.state[p]['momentum_buffer']) for p in params]
-        gradient, momentum = torch.stack([local(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
-        lr, found_inf = group['lr'], getattr(self, 'found_inf', None)
-        if found_inf is not None:  # where it is 1, momentum and weights stay as they are
-            gradient = gradient.where(found_inf == 0, momentum)
-            lr = lr * (1 - found_inf)
+        gradient = torch.stack([local(p.grad) for p in params])  # (n, rows, columns)
+        momentum = torch.stack(buffers)  # (n, rows, columns)
+        lr = group['lr']
+        if self.found_inf is not None:  # then momentum and weights stay as they are
+            gradient = gradient.where(self.found_inf == 0, momentum)
+            lr = lr * (1 - self.found_inf)
         momentum.lerp_(gradient, 1 - group['momentum'])
         torch._foreach_copy_(buffers, list(momentum.unbind()))
-        update = gradient.lerp_(momentum, group['momentum'])  # Nesterov's
-        if is_shard(params[0]):  # a matrix is made orthogonal as a whole
+        update = gradient.lerp_(momentum, group['momentum'])  # Nesterov
+        if is_shard(params[0]):  # FSDP: orthogonalize whole matrices
             update = torch.stack([gather_like(u, p) for p, u in zip(params, update)])
         rows, columns = params[0].shape
         update = orthogonalize(update) * (lr * max(1, rows / columns)**0.5)
         for p, u in zip(params, update.unbind()):
             local(p).mul_(1 - lr * group['weight_decay']).sub_(local(shard_like(u, p)))
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        """Restore the state; rates, decay and betas stay this optimizer's own.
+
+        Reads nanoGPT's AdamW and earlier versions of plainGPT. Raises ValueError if the state is
+        of another optimizer or of other shapes.
+        """
+        state, group_sizes = merge_old_format(state_dict)
+        expected = [len(group['params']) for group in self.param_groups]
+        if group_sizes != expected:
+            raise ValueError(f'it has parameter groups of {group_sizes}, not {expected} tensors')
+        params = [(p, group) for group in self.param_groups for p in group['params']]
+        for i, (p, group) in enumerate(params):
+            saved = state.get(i) or {}  # empty if it was saved before the first step
+            if saved and saved.keys() != self.state[p].keys():
+                raise ValueError(f'it has {", ".join(saved)} for a parameter of {group["kind"]}')
+            for name, value in saved.items():
+                value = torch.as_tensor(value)
+                if value.shape != self.state[p][name].shape:
+                    raise ValueError(f'{name} has shape {tuple(value.shape)} for a parameter of '
+                                     f'{tuple(p.shape)}')
+                if value.dim() > 0:
+                    value = shard_like(value, p)  # checkpoints have it whole
+                self.state[p][name].copy_(value)
+
+
+def merge_old_format(state_dict):
+    """({parameter index: state}, tensors per group) of a state_dict.
+
+    AdamW and Muon used to be two optimizers: {'muon': ..., 'adamw': ...}.
+    """
+    parts = [state_dict]
+    if 'adamw' in state_dict:
+        parts = [state_dict['adamw'], state_dict['muon']]
+    state, group_sizes = {}, []
+    for part in parts:
+        if 'param_groups' not in part:
+            raise ValueError('it is not the state of AdamW or Muon')
+        offset = sum(group_sizes)
+        state |= {i + offset: values for i, values in part['state'].items()}
+        group_sizes += [len(group['params']) for group in part['param_groups']]
+    return state, group_sizes
+
 
 def orthogonalize(x):
-    """About U V^T for each x = U S V^T, (n, rows, columns): 5 Newton-Schulz iterations, whose polynomial brings singular values
-    to between 0.7 and 1.2 (Jordan et al. 2024). In bfloat16, which is enough, where the hardware has it.
+    """Approximately U V^T for each x = U S V^T, (n, rows, columns), in 5 Newton-Schulz iterations.
+
+    Their polynomial brings singular values to between 0.7 and 1.2 (Jordan et al. 2024). In bf16,
+    which is precise enough, if the hardware has it.
     """
     wide = x.size(1) <= x.size(2)
-    y = (x if wide else x.mT).to(torch.bfloat16 if has_bfloat16(x.device.type) else torch.float32)
+    dtype = torch.bfloat16 if has_bfloat16(x.device.type) else torch.float32
+    y = (x if wide else x.mT).to(dtype)
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         a = y @ y.mT
@@ -119,102 +205,49 @@ def orthogonalize(x):
     return (y if wide else y.mT).type_as(x)
 
 
-class MuonWithAdamW:
-    """Muon for the matrices inside the blocks, AdamW for all else: used like one optimizer."""
-
-    def __init__(self, muon, adamw):
-        self.parts = {'muon': muon, 'adamw': adamw}
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts.values() for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts.values():
-            part.step()
-
-    def zero_grad(self, set_to_none=True):
-        for part in self.parts.values():
-            part.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-
-def parts_of(optimizer):
-    return list(optimizer.parts.values()) if isinstance(optimizer, MuonWithAdamW) else [optimizer]
-
-
-def step_if(wanted, optimizer):
-    """optimizer.step(), which changes nothing where wanted, a tensor on its device, is False: nobody waits to know."""
-    if wanted.device.type == 'mps' and not wanted.item():  # its AdamW may not look at found_inf (pytorch pull request 186360)
-        return
-    for part in parts_of(optimizer):
-        part.found_inf = (~wanted).float()  # the name by which torch.amp.GradScaler tells an optimizer the same
-        part.step()
-
-
 def state_bytes(model, config):
-    """What the optimizer is going to keep: two numbers of 4 bytes for each parameter of AdamW's, one for each of Muon's."""
-    return 8 * model.get_num_params(False) - 4 * sum(p.numel() for p in muon_matrices(model, config))
+    """Bytes of optimizer state: two fp32 numbers per parameter of AdamW, one per one of Muon."""
+    n_muon = sum(p.numel() for p in muon_matrices(model, config))
+    return 8 * model.get_num_params(False) - 4 * n_muon
 
 
-def load_state(optimizer, state):
-    """Restore state_dict's state; rates, decay and betas stay the optimizer's own. Raises ValueError if it does not fit."""
-    if isinstance(optimizer, MuonWithAdamW):
-        if state.keys() != optimizer.parts.keys():
-            raise ValueError('it is not the state of optimizer = muon')
-        for name, part in optimizer.parts.items():
-            load_state(part, state[name])
-        return
-    if 'param_groups' not in state:
-        raise ValueError('it is not the state of optimizer = adamw')
-    groups = [saved | {k: v for k, v in group.items() if k != 'params'}
-              for saved, group in zip(state['param_groups'], optimizer.param_groups, strict=True)]
-    params = [p for group in optimizer.param_groups for p in group['params']]
-    values = {i: dict(of_one) for i, of_one in state['state'].items()}
-    for i, p in enumerate(params):
-        for name, value in values.get(i, {}).items():
-            if torch.is_tensor(value) and value.dim() > 0:
-                if value.shape != p.shape:
-                    raise ValueError(f'{name} has shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}')
-                values[i][name] = shard_like(value, p)  # a checkpoint has it whole
-    optimizer.load_state_dict({'state': values, 'param_groups': groups})
-    if isinstance(optimizer, Muon):
-        optimizer.fill_state()  # a state saved before the first step may be empty
+# Schedules ---------------------------------------------------------------------------------------
 
 
-def learning_rate_at(step, config):
-    """The learning rate of a step, counted from 0, by train.py's keys; without decay_lr it is learning_rate all the time.
+def lr_multiplier(step, config):
+    """The factor on each group's initial_lr at a step, counted from 0.
 
-    Warm-up is linear over warmup_iters and ends at learning_rate. Then, by schedule, with min_lr (None: learning_rate / 10)
-    from lr_decay_iters (None: max_iters) on:
+    With decay_lr=False it is always 1. Warmup is linear over warmup_iters and ends at 1. Then, by
+    schedule, with low = min_lr / learning_rate (min_lr None: 1/10) from lr_decay_iters (None:
+    max_iters) on:
 
-    cosine        half a cosine down to min_lr (Loshchilov & Hutter 2017, without restarts)
-    linear        a straight line down to min_lr
-    wsd           warm-up, stable, decay: constant, then a line over the last decay_fraction of the steps
-                  after warm-up (Hu et al. 2024, MiniCPM; the line is Hägele et al. 2024's)
-    constant      learning_rate
-    inverse_sqrt  learning_rate * sqrt(warmup_iters / step): Vaswani et al. 2017, section 5.3, where the peak is
-                  1 / sqrt(n_embd * warmup_iters); here the peak is learning_rate
+    cosine        half a cosine down to low (Loshchilov & Hutter 2017, without restarts)
+    linear        a straight line down to low
+    wsd           warmup, stable, decay: constant, then linear over the last decay_fraction of the
+                  steps after warmup (Hu et al. 2024, MiniCPM; linear: Hägele et al. 2024)
+    constant      1
+    inverse_sqrt  sqrt(warmup_iters / step): Vaswani et al. 2017, 5.3, whose peak is
+                  1 / sqrt(n_embd * warmup_iters); here it is learning_rate
     """
-    peak, warmup = config.learning_rate, config.warmup_iters
-    low = peak / 10 if config.min_lr is None else config.min_lr
+    warmup = config.warmup_iters
+    low = 0.1 if config.min_lr is None else config.min_lr / config.learning_rate
     end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     if not config.decay_lr:
-        return peak
+        return 1.0
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)
     if config.schedule == 'constant':
-        return peak
+        return 1.0
     if config.schedule == 'inverse_sqrt':
-        return peak * math.sqrt(max(warmup, 1) / max(step, 1))
+        return math.sqrt(max(warmup, 1) / max(step, 1))
     if step >= end:
         return low
     progress = (step - warmup) / (end - warmup)  # 0 .. 1
     if config.schedule == 'cosine':
-        return low + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - low)
+        return low + 0.5 * (1 + math.cos(math.pi * progress)) * (1 - low)
     if config.schedule == 'linear':
-        return peak + progress * (low - peak)
-    decay_start = end - config.decay_fraction * (end - warmup)  # wsd
-    return peak if step < decay_start else peak + (step - decay_start) / (end - decay_start) * (low - peak)
+        return 1 + progress * (low - 1)
+    decay_start = end - config.decay_fraction * (end - warmup)
+    if step < decay_start:
+        return 1.0
+    return 1 + (step - decay_start) / (end - decay_start) * (low - 1)

@@ -1,4 +1,4 @@
-"""FineWeb-Edu, educational web pages (Penedo et al. 2024): the sample of 10 billion tokens of GPT-2 (20 GB).
+"""FineWeb-Edu, educational web pages (Penedo et al. 2024): a sample of 10 billion tokens (20 GB).
 
     pip install datasets
     python data/fineweb_edu/prepare.py --max_tokens=1e9
@@ -9,25 +9,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure, user_errors
+from configurator import configure
+from lib.errors import user_errors
+from lib.text import prepare_hub
 
 
 @dataclass
 class Config:
-    source: str = 'HuggingFaceFW/fineweb-edu'  # on the hub, or a local folder of parquet or JSON lines with a column text
+    source: str = 'HuggingFaceFW/fineweb-edu'  # on the hub, or a folder of parquet or JSON lines
     name: str | None = None  # the configuration on the hub; None: sample-10BT of FineWeb-Edu
     max_tokens: int | None = None  # stop after about so many; None: all
 
 
-def main(config):
-    from data import bins, tokenizer
-
-    name = config.name or ('sample-10BT' if config.source == Config.source else None)
-    documents, source = bins.hub_documents(config.source, name, val_every=2000)
-    expected = 10_000_000_000 if config.source == Config.source else None
-    bins.write_dataset(Path(__file__).parent, documents, tokenizer.gpt2(), source, None, config.max_tokens, expected)
-
-
 if __name__ == '__main__':
     with user_errors():
-        main(configure(Config)[0])
+        config, _ = configure(Config)
+        name, expected = config.name, None
+        if config.source == Config.source:
+            name, expected = name or 'sample-10BT', 10_000_000_000
+        prepare_hub(Path(__file__).parent, config.source, name, config.max_tokens, expected)

@@ -1,4 +1,4 @@
-"""OpenWebText, an open copy of the text GPT-2 was trained on: 8 million documents, 9 billion tokens of GPT-2 (18 GB).
+"""OpenWebText, an open copy of GPT-2's training text: 9 billion tokens of its BPE (18 GB).
 
     pip install datasets
     python data/openwebtext/prepare.py --max_tokens=1e9
@@ -9,24 +9,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure, user_errors
+from configurator import configure
+from lib.errors import user_errors
+from lib.text import prepare_hub
 
 
 @dataclass
 class Config:
-    source: str = 'Skylion007/openwebtext'  # on the hub, or a local folder of parquet or JSON lines with a column text
+    source: str = 'Skylion007/openwebtext'  # on the hub, or a folder of parquet or JSON lines
     name: str | None = None  # the configuration on the hub
     max_tokens: int | None = None  # stop after about so many; None: all
 
 
-def main(config):
-    from data import bins, tokenizer
-
-    documents, source = bins.hub_documents(config.source, config.name, val_every=2000)
-    expected = 9_000_000_000 if config.source == Config.source else None
-    bins.write_dataset(Path(__file__).parent, documents, tokenizer.gpt2(), source, None, config.max_tokens, expected)
-
-
 if __name__ == '__main__':
     with user_errors():
-        main(configure(Config)[0])
+        config, _ = configure(Config)
+        expected = 9_000_000_000 if config.source == Config.source else None
+        prepare_hub(Path(__file__).parent, config.source, config.name, config.max_tokens, expected)

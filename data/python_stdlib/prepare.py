@@ -1,4 +1,4 @@
-"""The Python standard library's own source and documentation, found on this machine: about 10 MB, no download.
+"""The Python standard library's source and documentation, found on this machine: about 10 MB.
 
     python data/python_stdlib/prepare.py --vocab_size=2048
 """
@@ -11,7 +11,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure, require, user_errors
+from configurator import configure
+from lib.bpe import make_tokenizer
+from lib.errors import require, user_errors
+from lib.text import split_at_end
+from lib.write import write_dataset
 
 
 @dataclass
@@ -20,38 +24,40 @@ class Config:
     vocab_size: int = 2048  # of bpe
 
 
-# tests, tables of code points and what is installed by users would teach little
-LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings', 'topics.py', '__pycache__'}
+# tests, tables of code points and installed packages would teach little
+SKIPPED = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings', 'topics.py',
+           '__pycache__'}
 
 
-def documents():
-    """[(name, text)] in the order of the hash of their names, so that the last tenth is a fair sample."""
+def read_documents():
+    """[(name, text)] in the order of the hash of their names: the last tenth is a fair sample."""
     root = Path(sysconfig.get_path('stdlib'))
-    found = {}
+    documents = {}
     for path in root.rglob('*.py'):
         name = path.relative_to(root).as_posix()
-        if not LEFT_OUT & set(name.split('/')):
-            try:
-                found[name] = path.read_text(encoding='utf-8')
-            except (OSError, UnicodeDecodeError):
-                continue
+        if SKIPPED & set(name.split('/')):
+            continue
+        try:
+            documents[name] = path.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError):
+            continue
     try:
-        from pydoc_data.topics import topics  # the language reference, as help() shows it
-        found |= {f'topics/{name}': text for name, text in topics.items()}
+        from pydoc_data.topics import topics  # the language reference; not in every installation
+        documents |= {f'topics/{name}': text for name, text in topics.items()}
     except ImportError:
         pass
-    require(found, f'{root}: no source of the standard library here; use data/text/prepare.py with text of your own')
-    return sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    require(documents, f'{root}: no source of the standard library here; use '
+                       f'data/text/prepare.py with text of your own')
+    return sorted(documents.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
 
 
 def main(config):
-    from data import bins, tokenizer
-
-    texts = [text for _, text in documents()]
-    tokens = tokenizer.make(config.tokenizer, lambda: texts, config.vocab_size)
+    texts = [text for _, text in read_documents()]
+    tokenizer = make_tokenizer(config.tokenizer, lambda: texts, config.vocab_size)
     size = sum(len(text.encode('utf-8')) for text in texts)
-    pieces = bins.split_at_end(((text, True) for text in texts), size)
-    bins.write_dataset(Path(__file__).parent, pieces, tokens, f'the standard library of Python {sys.version.split()[0]}', size)
+    pieces = split_at_end(((text, True) for text in texts), size)
+    source = f'the standard library of Python {sys.version.split()[0]}'
+    write_dataset(Path(__file__).parent, pieces, tokenizer, source, size)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
-"""SCAN (Lake & Baroni 2018): commands such as `jump around left twice and walk` and the actions that they mean. All 20,910 are
-made here from the grammar of the paper's supplement; nothing is downloaded.
+"""SCAN (Lake & Baroni 2018): commands such as `jump around left twice and walk` and their actions.
+
+All 20,910 are generated from the grammar in the paper's supplement; nothing is downloaded.
 
     python data/scan/prepare.py
 """
@@ -10,25 +11,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure, require, user_errors
-from data.pairs import prepare as pairs
+from configurator import configure
+from lib.bpe import train_bpe
+from lib.errors import require, user_errors
+from lib.write_pairs import write_pairs
 
 
 @dataclass
 class Config:
-    val_fraction: float = 0.2  # of the commands, chosen by their hash; as in the paper's first experiment
+    val_fraction: float = 0.2  # of the commands, by hash; as in the paper's first experiment
 
 
 def commands():
-    """[(command, actions)]: what a command means is put together from what its parts mean (figures 6 and 7 of the paper)."""
+    """[(command, actions)]: meanings compose (figures 6 and 7 of the paper)."""
     acts = [(word, [word.upper()]) for word in ('walk', 'look', 'run', 'jump')]
     phrases = list(acts)
     for side in ('left', 'right'):
         turn = side[0].upper() + 'TURN'
         for word, act in [('turn', []), *acts]:
-            phrases += [(f'{word} {side}', [turn, *act]), (f'{word} opposite {side}', [turn, turn, *act]),
+            phrases += [(f'{word} {side}', [turn, *act]),
+                        (f'{word} opposite {side}', [turn, turn, *act]),
                         (f'{word} around {side}', [turn, *act] * 4)]
-    phrases = [(words + often, act * n) for words, act in phrases for often, n in (('', 1), (' twice', 2), (' thrice', 3))]
+    repeats = (('', 1), (' twice', 2), (' thrice', 3))
+    phrases = [(words + often, act * n) for words, act in phrases for often, n in repeats]
     pairs = list(phrases)
     for (a, first), (b, second) in itertools.product(phrases, repeat=2):
         pairs += [(f'{a} and {b}', first + second), (f'{a} after {b}', second + first)]
@@ -36,9 +41,11 @@ def commands():
 
 
 def main(config):
-    require(0 < config.val_fraction < 1, f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
-    documents = list(enumerate(map(list, commands()), 1))
-    pairs.write(lambda: documents, pairs.Config(input='SCAN', vocab_size=335, dataset='scan', val_fraction=config.val_fraction))
+    require(0 < config.val_fraction < 1,
+            f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
+    documents = list(enumerate(commands(), 1))
+    tokenizer = train_bpe((part for _, parts in documents for part in parts), vocab_size=335)
+    write_pairs(documents, tokenizer, 'SCAN', 'scan', val_fraction=config.val_fraction)
 
 
 if __name__ == '__main__':

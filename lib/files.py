@@ -1,9 +1,9 @@
-"""Files written so that a whole one is always there: under a temporary name, synced, renamed; a lock keeps others out."""
+"""Files that are whole or absent: temporary names, fsync, rename; a lock per folder."""
 import hashlib
 import os
 from pathlib import Path
 
-from configurator import UserError
+from lib.errors import UserError
 
 try:
     import fcntl
@@ -12,20 +12,24 @@ except ImportError:  # Windows: no lock
 
 
 def lock(folder, what):
-    """Make the folder and keep others out of it until the file returned is closed. what: its name, for the message of the
-    UserError that is raised if another process writes there, or if nobody can."""
+    """Make the folder and keep other processes out of it until the returned file is closed.
+
+    Raises UserError, which begins with `what`, if another process has it or nobody can write there.
+    """
     path = Path(folder) / '.lock'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, 'a')
     except OSError as error:
-        raise UserError(f'{what}: cannot write there: {error.strerror}; choose another folder') from None
+        raise UserError(f'{what}: cannot write there: {error.strerror}; '
+                        f'choose another folder') from None
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise UserError(f'{what}: another process is writing there; wait for it or choose another folder') from None
+            raise UserError(f'{what}: another process is writing there; '
+                            f'wait for it or choose another folder') from None
     return file
 
 
@@ -35,7 +39,7 @@ def temporary(path):
 
 
 def replace(temporary, path):
-    """Rename into place so that the new name survives a power cut: rename, then sync the folder."""
+    """Rename so that the new name survives a power cut: rename, then fsync the folder."""
     os.replace(temporary, path)
     if os.name == 'posix':
         folder = os.open(path.parent, os.O_RDONLY)
@@ -46,7 +50,7 @@ def replace(temporary, path):
 
 
 def write_text(path, text):
-    """Replace a file in one go. Raises OSError that names it."""
+    """Replace a file atomically. Raises OSError that names it."""
     try:
         write_synced(temporary(path), text)
         replace(temporary(path), path)
@@ -56,7 +60,7 @@ def write_text(path, text):
 
 
 def write_synced(path, text):
-    """Raises OSError that names the file."""
+    """Write and fsync. Raises OSError that names the file."""
     try:
         with open(path, 'w', encoding='utf-8') as file:
             file.write(text)
@@ -72,10 +76,13 @@ def sha256_of(path):
 
 
 class HashingFile:
-    """A file opened for writing that hashes what passes, so that it need not be read again; synced when it is closed."""
+    """A file for writing that hashes what passes through; fsynced when it is closed."""
 
     def __init__(self, path):
-        self.file, self.sha256, self.bytes, self.error = open(path, 'wb', buffering=0), hashlib.sha256(), 0, None
+        self.file = open(path, 'wb', buffering=0)
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+        self.error = None  # torch.save raises its own, less useful error
 
     def write(self, data):
         self.sha256.update(data)
@@ -85,7 +92,7 @@ class HashingFile:
             while left:
                 left = left[self.file.write(left):]
         except OSError as error:
-            self.error = error  # torch.save reports its own bookkeeping instead
+            self.error = error
             raise
         return len(data)
 
@@ -97,7 +104,7 @@ class HashingFile:
 
     def __exit__(self, error, *_):
         try:
-            if error is None:  # what is there counts only if it is on the disk
+            if error is None:
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()

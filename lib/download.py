@@ -1,4 +1,4 @@
-"""Files from the web: by https, resumed where they broke off, checked by sha256 before they get their name."""
+"""Downloads: https, resumed after a break, checked by sha256 before the file gets its name."""
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError, require
-from files import replace, sha256_of
+from lib.errors import UserError, require
+from lib.files import replace, sha256_of
 
 
 def download(url, path, sha256=None, advice='put the file there by hand'):
-    """Fetch url into path unless it is there.
+    """Fetch url into path unless path exists; returns path.
 
-    sha256: what the content must have; 'linked': what Hugging Face's X-Linked-Etag header announces. A broken download
-    continues from path.part at the next call. Raises UserError, with url, path and advice, if the file cannot be had.
+    sha256: of the content; 'linked': the one that Hugging Face's X-Linked-Etag header announces. A
+    broken download continues from path.part at the next call. Raises UserError.
     """
     path = Path(path)
     if path.exists():
@@ -27,26 +27,30 @@ def download(url, path, sha256=None, advice='put the file there by hand'):
             sha256 = linked_sha256(url)
         fetch(url, part)
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        raise UserError(f'{url} cannot be downloaded to {path} ({getattr(error, "reason", error)}): {advice}') from None
+        reason = getattr(error, 'reason', error)
+        raise UserError(f'{url} cannot be downloaded to {path} ({reason}): {advice}') from None
     except OSError as error:
         raise UserError(f'{path}: cannot write there: {error.strerror or error}') from None
     found = sha256_of(part)
     if sha256 and found != sha256:
         part.unlink()
-        raise UserError(f'{url}: what came has sha256 {found}, not {sha256}; it was deleted: try again, or {advice}')
+        raise UserError(f'{url}: the download has sha256 {found}, not {sha256}; it was deleted: '
+                        f'try again, or {advice}')
     replace(part, path)
     return path
 
 
 def check_scheme(url):
     parts = urllib.parse.urlsplit(url)
-    require(parts.scheme == 'https' or parts.hostname in ('127.0.0.1', 'localhost'), f'{url}: only https is downloaded from')
+    require(parts.scheme == 'https' or parts.hostname in ('127.0.0.1', 'localhost'),
+            f'{url}: only https is downloaded from')
 
 
 def fetch(url, part):
-    """Append to the file `part` what is still missing of url."""
+    """Append the missing bytes of url to the file `part`."""
     done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
+    headers = {'Range': f'bytes={done}-'} if done else {}
+    request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
@@ -66,7 +70,8 @@ def fetch(url, part):
                 done += len(block)
                 bar.update(len(block))
     if total and done < total:
-        raise ConnectionError(f'broke off after {done:,} of {total:,} bytes; run the same command again to go on')
+        raise ConnectionError(f'connection lost after {done:,} of {total:,} bytes; '
+                              f'run the same command again to continue')
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -75,7 +80,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def linked_sha256(url):
-    """The sha256 that Hugging Face's hub announces for a large file, in the answer before its redirect; else None."""
+    """The sha256 that Hugging Face's hub announces before its redirect, or None."""
     request = urllib.request.Request(url, method='HEAD')
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as response:
@@ -86,14 +91,3 @@ def linked_sha256(url):
         headers = error.headers
     etag = headers.get('X-Linked-Etag', '').strip('"')
     return etag if len(etag) == 64 else None
-
-
-def tiny_shakespeare(path):
-    """The 1,115,394 characters of char-rnn's tiny Shakespeare, downloaded to path unless some text is there already."""
-    download('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt', path,
-             sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
-             advice='put the file there by hand, or start with python train.py config/quickstart.py, which downloads nothing')
-    try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: {error}') from None

@@ -1,0 +1,334 @@
+"""Token bins: train.bin and val.bin, one long row of token ids each, with meta.json next to them.
+
+A row of more than 2 GB goes on in train_00001.bin, train_00002.bin, ... Files are memory-mapped.
+Batches are a pure function of (seed, number of samples seen). nanoGPT's bins (uint16, no meta.json,
+perhaps a meta.pkl) are read too. lib/write.py writes bins.
+"""
+import bisect
+import hashlib
+import json
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import UserError, os_errors, require
+from lib.pairs import Pairs, split_documents
+from lib.tokenizer import CharTokenizer, Tokenizer, gpt2
+
+FORMAT = 1
+AGAIN = 'prepare the data set again'
+DATA = Path(__file__).parents[1] / 'data'
+SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan')  # prepared if missing
+
+
+def shard_path(folder, split, number):
+    return Path(folder) / (f'{split}_{number:05d}.bin' if number else f'{split}.bin')
+
+
+class TokenBin:
+    """The token ids of a split, cut into windows of block_size.
+
+    The files are mapped: opening takes no time and no memory, however large they are.
+    """
+
+    def __init__(self, folder, split, dtype, vocab_size, block_size, n_tokens=None, pairs=None,
+                 eot=None):
+        """n_tokens: expected number of ids, in one or more files; None: what one file has, as with
+        nanoGPT's bins. pairs: of bins with sources and targets, which eot separates. Raises
+        UserError if the files cannot be used."""
+        self.path = shard_path(folder, split, 0)
+        self.dtype, self.vocab_size, self.block_size = dtype, vocab_size, block_size
+        self.pairs, self.eot = pairs, eot
+        self.shards = []  # the ids of each file
+        self.ends = []  # the number of ids up to the end of each file
+        while not self.shards or n_tokens is not None and self.n_tokens < n_tokens:
+            path = shard_path(folder, split, len(self.shards))
+            if self.shards and not path.exists():
+                break
+            self.shards.append(map_file(path, dtype))
+            self.ends.append(self.n_tokens + len(self.shards[-1]))
+        files = f' in {len(self.shards)} files' if len(self.shards) > 1 else ''
+        require(n_tokens in (None, self.n_tokens),
+                f'{self.path} has {self.n_tokens} tokens{files} where meta.json says {n_tokens}; '
+                f'{AGAIN}')
+        if pairs:
+            require(self.n_tokens % block_size == 0,
+                    f'{self.path} has {self.n_tokens} tokens, not a multiple of its row length '
+                    f'{block_size}; {AGAIN}')
+            self.n_windows = self.n_tokens // block_size
+        else:
+            require(self.n_tokens > block_size,
+                    f'{self.path} has {self.n_tokens} tokens: block_size = {block_size} needs at '
+                    f'least {block_size + 1}; lower --block_size or prepare more text')
+            self.n_windows = -(-(self.n_tokens - 1) // block_size)  # the last may be shorter
+
+    @property
+    def n_tokens(self):
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, starts, count):
+        """count ids from each position in starts, 0 past the end. -> (len(starts), count) int64
+
+        Raises UserError if an id is beyond the vocabulary.
+        """
+        batch = np.zeros((len(starts), count), self.dtype)
+        for row, start in zip(batch, starts):
+            number, done = bisect.bisect_right(self.ends, start), 0
+            while done < count and number < len(self.shards):  # a row may cross into the next file
+                first = start + done - (self.ends[number] - len(self.shards[number]))
+                part = self.shards[number][first:first + count - done]
+                row[done:done + len(part)] = part
+                number, done = number + 1, done + len(part)
+        if batch.max(initial=0) >= self.vocab_size:
+            i, j = np.argwhere(batch >= self.vocab_size)[0].tolist()
+            raise UserError(f'{self.path}: token id {batch[i, j]} at position {starts[i] + j} is '
+                            f'not below vocab_size = {self.vocab_size}; it was made with another '
+                            f'tokenizer: {AGAIN}')
+        return batch.astype(np.int64)
+
+    def batch(self, first_sample, count, seed):
+        """Samples first_sample, ..., first_sample + count - 1 of the endless shuffled stream.
+
+        Each epoch visits every block of block_size tokens once, in an order and with an offset that
+        follow from (seed, epoch) alone. Rows of pairs have no offset. -> x, y (count, block_size)
+        int64; y: the tokens after x, -1 where there is no loss.
+        """
+        T = self.block_size
+        n_blocks = self.n_windows if self.pairs else max(1, (self.n_tokens - 1 - T) // T)
+        sample = np.arange(first_sample, first_sample + count, dtype=np.uint64)
+        epoch, place = np.divmod(sample, np.uint64(n_blocks))
+        block, offset = np.empty_like(place), np.zeros_like(place)
+        for e in np.unique(epoch):
+            key = mix(mix(seed) ^ mix(e))
+            here = epoch == e
+            block[here] = permute(place[here], n_blocks, key)
+            if not self.pairs:
+                offset[here] = mix(key) % np.uint64(min(T, self.n_tokens - n_blocks * T))
+        return self.inputs_and_targets((block * np.uint64(T) + offset).tolist())
+
+    def inputs_and_targets(self, starts):
+        """x, y (len(starts), block_size) from each position on."""
+        window = self.read(starts, self.block_size + 1)  # (len(starts), T + 1)
+        x, y = window[:, :-1], window[:, 1:]
+        return x, self.pairs.targets(x, y, self.eot) if self.pairs else y
+
+    def count_targets(self, first_sample, count, seed):
+        """The number of tokens with a loss in these samples."""
+        if not self.pairs:
+            return count * self.block_size
+        return int((self.batch(first_sample, count, seed)[1] >= 0).sum())
+
+    def documents(self, number):
+        """Of pairs: the documents of a row, each [source ids, target ids, ...]."""
+        return split_documents(self.read([number * self.block_size], self.block_size)[0], self.eot)
+
+    def windows(self, index):
+        """Windows of the split laid end to end, by number. -> x, y (len(index), block_size) int64;
+        y is -1 past the end."""
+        T = self.block_size
+        starts = np.asarray(index, dtype=np.int64) * T
+        x, y = self.inputs_and_targets(starts.tolist())
+        position = starts[:, None] + np.arange(1, T + 1)
+        return x, np.where(position < self.n_tokens, y, -1)
+
+    def evaluation_windows(self, count):
+        """Numbers of count random windows of the split, always the same ones; -1: all."""
+        if count < 0 or count >= self.n_windows:
+            return np.arange(self.n_windows)
+        chosen = permute(np.arange(count, dtype=np.uint64), self.n_windows, np.uint64(0))
+        return np.sort(chosen).astype(np.int64)
+
+    def fingerprint_parts(self):
+        """The ids that identify a split: all up to 2**25, else 64 parts of 2**15, evenly spread."""
+        starts, count = range(0, self.n_tokens, 2**22), 2**22
+        if self.n_tokens > 2**25:
+            count = 2**15
+            starts = np.linspace(0, self.n_tokens - count, 64, dtype=np.int64).tolist()
+        for start in starts:
+            yield self.read([start], min(count, self.n_tokens - start))[0]
+
+
+def map_file(path, dtype):
+    """The ids of a file, (n,). Raises UserError if it is missing or cut off."""
+    with os_errors(path, AGAIN), open(path, 'rb') as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        require(n_bytes > 0 and n_bytes % dtype.itemsize == 0,
+                f'{path}: its size, {n_bytes} bytes, is not a multiple of {dtype.itemsize}, or is '
+                f'0: it is cut off; {AGAIN}')
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+@dataclass
+class Dataset:
+    folder: Path
+    train: TokenBin
+    val: TokenBin
+    tokenizer: Tokenizer
+    pairs: Pairs | None  # of sources and targets
+
+    def __post_init__(self):
+        self.token_bytes = self.tokenizer.text_bytes()  # (V,)
+
+    def fingerprint(self):
+        """A sha256 by which a resumed run recognizes its data: sizes and the parts above."""
+        sha256 = hashlib.sha256()
+        for split in (self.train, self.val):
+            sha256.update(f'{split.dtype.str} {split.n_tokens * split.dtype.itemsize} '.encode())
+            for ids in split.fingerprint_parts():
+                sha256.update(ids.astype(split.dtype))
+        return sha256.hexdigest()
+
+
+def find_dataset(name):
+    """The folder of a data set: data/<name> here or in the repository, or a path."""
+    for folder in (Path('data') / name, DATA / name, Path(name)):
+        if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
+            return folder
+    return Path('data') / name
+
+
+def find_or_prepare(name):
+    """find_dataset, after preparing a small data set that is missing. Raises UserError that names
+    the command to type."""
+    folder = find_dataset(name)
+    if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
+        return folder
+    script = DATA / name / 'prepare.py'
+    scripts = ', '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
+    missing = f'dataset = {name!r}: there is no {folder / "train.bin"}'
+    require(script.exists(),
+            f'{missing} and no {name} among {scripts}; for your own text: '
+            f'python data/text/prepare.py --input=PATH --dataset={name}, for sources and targets '
+            f'data/pairs/prepare.py; if it was moved: --dataset=PATH')
+    command = f'python data/{name}/prepare.py'
+    if name in ('text', 'pairs'):
+        command += ' --input=PATH'
+    require(name in SMALL_DATASETS,
+            f'{missing}; make it with: {command} '
+            f'(or start small: python train.py config/quickstart.py)')
+    print(f'{folder / "train.bin"} is missing: running {command}', flush=True)
+    code = subprocess.run([sys.executable, script]).returncode
+    if code:
+        sys.exit(code)
+    return find_dataset(name)
+
+
+def open_dataset(folder, block_size):
+    """Map both bins of a folder and read their tokenizer. Raises UserError that names the file.
+
+    block_size: tokens of a sample; rows of pairs are taken whole and may be shorter. Without
+    meta.json the bins are nanoGPT's: uint16, with the characters of meta.pkl or GPT-2's vocabulary.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    tokenizer = open_tokenizer(folder) or gpt2()
+    dtype = np.dtype(meta['dtype'] if meta else 'uint16').newbyteorder('<')
+    pairs = Pairs(**meta['pairs']) if meta and meta.get('pairs') else None
+    if pairs:
+        T = pairs.block_size
+        require(T <= block_size,
+                f'block_size = {block_size}: the rows of {folder} have {T} tokens: prepare it with '
+                f'--block_size={block_size}, or train a model with --block_size={T}')
+        block_size = T
+    splits = []
+    for split in ('train', 'val'):
+        n_tokens = meta[f'{split}_tokens'] if meta else None
+        splits.append(TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, n_tokens,
+                               pairs, tokenizer.eot))
+    return Dataset(folder, *splits, tokenizer, pairs)
+
+
+def read_meta(folder):
+    """folder/meta.json, or None if there is none. Raises UserError if it is not ours."""
+    path = Path(folder) / 'meta.json'
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        require(meta['format'] == FORMAT,
+                f'format {meta["format"]} is not {FORMAT}, the one this version reads')
+        require(meta['dtype'] in ('uint16', 'uint32'),
+                f'dtype = {meta["dtype"]!r} is neither uint16 nor uint32')
+        for key in ('tokenizer', 'train_tokens', 'val_tokens'):
+            require(key in meta, f'{key} is missing')
+        pairs = meta.get('pairs')
+        require(not pairs or set(pairs) == {field.name for field in fields(Pairs)},
+                'pairs are not described')
+        return meta
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path}: {error}; {AGAIN}') from None
+
+
+def open_tokenizer(folder):
+    """The tokenizer of a data folder: from meta.json, else from nanoGPT's meta.pkl, else None."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if meta:
+        return Tokenizer.from_dict(meta['tokenizer'])
+    path = folder / 'meta.pkl'
+    return read_nanogpt_meta(path) if path.exists() else None
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, strings and numbers; a pickle that names code is refused."""
+
+    def find_class(self, module, name):
+        raise UserError(f'refused: this pickle would run {module}.{name}; {AGAIN}')
+
+
+def read_nanogpt_meta(path):
+    """nanoGPT's meta.pkl -> CharTokenizer. Raises UserError."""
+    try:
+        with open(path, 'rb') as file:
+            meta = PlainUnpickler(file).load()
+        characters = ''.join(meta['itos'][i] for i in range(meta['vocab_size']))
+        require(len(characters) == meta['vocab_size'], 'its tokens are not single characters')
+        return CharTokenizer(characters)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
+    except Exception as error:  # unpickling garbage raises anything
+        raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({error!r}); {AGAIN}') from None
+
+
+# A random order without a table ------------------------------------------------------------------
+
+
+def mix(x):
+    """splitmix64's finalizer (Steele et al. 2014) on uint64; numpy's generators promise no stream
+    across versions."""
+    with np.errstate(over='ignore'):
+        x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def derive_seed(seed, number):
+    """A seed for torch.manual_seed that follows from a run's seed and a counter."""
+    return int(mix(mix(seed) ^ mix(~np.uint64(number)))) % 2**63
+
+
+def permute(index, n, key):
+    """A permutation of 0, ..., n - 1, chosen by key, applied to index (uint64 array).
+
+    A Feistel network of 6 rounds (Luby & Rackoff 1988) permutes the next power of 4; a value that
+    lands at n or above goes through again until it lands below (cycle walking: Black & Rogaway
+    2002).
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    index = np.array(index, dtype=np.uint64)
+    todo = np.ones(index.shape, dtype=bool)
+    while todo.any():
+        left, right = index[todo] >> half, index[todo] & low
+        for round_ in range(6):
+            left, right = right, left ^ (mix(right ^ mix(key ^ np.uint64(round_))) & low)
+        index[todo] = (left << half) | right
+        todo = index >= n
+    return index

@@ -1,0 +1,201 @@
+"""Which device, which dtype, compiled or not: the choices behind 'auto'."""
+import contextlib
+import os
+import re
+import sys
+
+import torch
+
+from lib.distributed import any_process, fail, print0
+from lib.errors import UserError, first_line, require
+
+# dense FLOP/s of bf16 (V100, T4: fp16) matrix products, from NVIDIA's data sheets
+PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12,
+              'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L40': 181e12,
+              'L4': 121e12, 'A40': 150e12, 'A30': 165e12, 'A10': 125e12, 'V100': 125e12,
+              'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+NAMES = 'give auto, cpu, cuda, cuda:1, ... or mps'
+
+
+def pick_device(name):
+    """torch.device for 'auto' (cuda, else mps, else cpu) or a name. Raises UserError."""
+    if name == 'auto':
+        name = 'cpu'
+        if torch.cuda.is_available():
+            name = 'cuda'
+        elif torch.backends.mps.is_available():
+            name = 'mps'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'device = {name!r}: {NAMES}') from None
+    require(device.type in ('cpu', 'cuda', 'mps'), f'device = {name!r}: {NAMES}')
+    remedy = 'leave --device=auto or use --device=cpu'
+    if device.type == 'cuda':
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device('cuda', device.index or 0)
+        require(count > device.index,
+                f'device = {name!r}: PyTorch sees {count} CUDA devices here; {remedy}')
+    require(device.type != 'mps' or torch.backends.mps.is_available(),
+            f'device = {name!r}: PyTorch sees no Apple GPU here; {remedy}')
+    return device
+
+
+def start_device(name, deterministic):
+    """torch.device of this process, set up; under torchrun each process has a GPU of its own."""
+    cuda = name == 'auto' and torch.cuda.is_available() or name.startswith('cuda')
+    if cuda and 'LOCAL_RANK' in os.environ:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+    device = pick_device(name)
+    make_deterministic(deterministic, device)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
+    return device
+
+
+def pick_dtype(name, device, n_embd):
+    """torch.dtype for 'auto' or a dtype's name.
+
+    auto: bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere. On a CPU narrow
+    models stay in fp32: up to n_embd = 128 conversions cost more than faster products save.
+    """
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.type == 'cuda':
+        return torch.bfloat16 if has_bfloat16(device.type) else torch.float16
+    return torch.bfloat16 if has_bfloat16(device.type) and n_embd > 128 else torch.float32
+
+
+def dtype_name(dtype):
+    """torch.bfloat16 -> 'bfloat16'"""
+    return str(dtype).removeprefix('torch.')
+
+
+def has_bfloat16(device_type):
+    """Whether the hardware multiplies in bf16; emulated on a CPU it takes 60 times fp32's time.
+
+    MPS, where that has not been measured: no.
+    """
+    if device_type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != 'cpu':
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ('amx_bf16', 'avx512_bf16', 'bf16'))  # bf16: ARM
+
+
+def math_attention_is_faster(device, dtype, T):
+    """Whether training on T tokens takes less time with math_attention than with sdpa.
+
+    On a CPU in bf16 it takes two thirds of the fused kernel's time up to 256 tokens (PyTorch 2.13;
+    in fp32 1.3 times). It rounds the scores to bf16 too, which does not show in the losses.
+    """
+    return device.type == 'cpu' and dtype == torch.bfloat16 and T <= 256
+
+
+def autocast(device, dtype):
+    """Matrix products in dtype; weights stay in fp32, and their copies in dtype are not kept."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device.type, dtype=dtype, cache_enabled=False)
+
+
+def to_device(x, y, device):
+    """Two numpy arrays as tensors on the device; on CUDA the copy overlaps with computation."""
+    x, y = torch.from_numpy(x).contiguous(), torch.from_numpy(y).contiguous()
+    if device.type != 'cuda':
+        return x.to(device), y.to(device)
+    x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def make_deterministic(wanted, device):
+    """Kernels that give the same bits every time (PyTorch notes, "Reproducibility")."""
+    if wanted:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    # warn_only on CUDA would keep flash attention's nondeterministic backward
+    torch.use_deterministic_algorithms(wanted, warn_only=device.type != 'cuda')
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+
+
+def device_name(device):
+    """The hardware's name: other hardware may round differently."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def peak_flops(device, dtype):
+    """The device's peak FLOP/s for half-precision matrix products; None if unknown."""
+    if device.type != 'cuda' or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((p for model, p in PEAK_FLOPS.items() if re.search(rf'\b{model}\b', name)), None)
+
+
+def compile_and_fit(model, config, device, dry_run):
+    """The model, compiled if asked for, after dry_run(model). As long as the micro-batch is too
+    large for any process, cut it into several: the step keeps its samples.
+
+    Raises UserError if one sequence is too large.
+    """
+    while True:
+        try:
+            fitting = compile_model(model, config.compile, device, dry_run)
+        except torch.OutOfMemoryError:
+            fitting = None
+        if not any_process(fitting is None):
+            return fitting
+        size = config.batch_size
+        if size == 1:
+            fail('out of memory with a single sequence: lower --block_size or the size of the '
+                 'model, or give --activation_checkpointing')
+        parts = next(n for n in range(2, size + 1) if size % n == 0)
+        config.batch_size //= parts
+        config.gradient_accumulation_steps *= parts
+        config.eval_iters *= parts if config.eval_iters > 0 else 1
+        print0(f'out of memory with batch_size = {size}: going on with {config.batch_size}, and '
+               f'{parts} times as many gradient_accumulation_steps; the samples of a step stay the '
+               f'same (--activation_checkpointing saves memory too)')
+        torch.compiler.reset()
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
+
+
+def compile_model(model, choice, device, dry_run):
+    """torch.compile(model) if choice is True, or 'auto' on CUDA, after dry_run(model).
+
+    Compilation happens in dry_run, a forward and backward pass. If it fails, one line says why and
+    the plain model is returned.
+    """
+    if choice is True or choice == 'auto' and device.type == 'cuda':
+        print0('compiling the model: the first step takes up to a minute')
+        try:
+            compiled = torch.compile(model, dynamic=False)
+            dry_run(compiled)
+            return compiled
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler on the machine, an unsupported platform, ...
+            reason = f'{type(error).__name__}: {first_line(error)[:150]}'
+            print0(f'torch.compile failed, going on without it: {reason}')
+    dry_run(model)
+    return model
+
+
+def total_memory(device):
+    """A GPU's memory in bytes; None for other devices."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    return None
+
+
+def peak_memory(device):
+    """Peak memory of this process in bytes: PyTorch's on a GPU, else resident memory."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    kilobyte = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte

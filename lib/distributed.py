@@ -1,0 +1,314 @@
+"""Several processes: who goes first, DDP and FSDP2, sums of gradients. One process is a run too.
+
+torchrun starts the processes. What FSDP needs is imported where it is used: that takes a second.
+"""
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from lib.errors import UserError
+
+# Processes ---------------------------------------------------------------------------------------
+
+
+def init_processes(backend):
+    """Join the other processes if torchrun started this one. backend: auto, nccl or gloo."""
+    if 'RANK' in os.environ:
+        # gloo next to nccl: what lives on the CPU, such as signals, is exchanged without the GPU
+        backends = {'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}
+        dist.init_process_group(backends[backend])
+
+
+def exit_process(code):
+    """Exit. One of several processes skips the interpreter's shutdown, in which gloo's threads,
+    which DDP keeps alive, sometimes abort a process that has done its work."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    dist.destroy_process_group()  # only here: after an error it would wait for the other processes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(text):
+    """Print on the main process, above its progress bar. A closed pipe (train.py | head) does not
+    stop training."""
+    if rank() > 0:
+        return
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(message):
+    """End all processes, which all call this: the main process raises UserError(message)."""
+    if rank() > 0:
+        sys.exit(2)
+    raise UserError(message)
+
+
+def any_process(flag):
+    """Whether flag is true in any process. All processes call it."""
+    flag = torch.tensor(float(flag))
+    if dist.is_initialized():
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """The main process runs the block, which may write or download; then the others run it."""
+    if rank() > 0 and any_process(False):  # waits for the main process
+        sys.exit(2)  # which has reported its error
+    failed = rank() == 0
+    try:
+        yield
+        failed = False
+    finally:
+        if rank() == 0:
+            any_process(failed)
+
+
+def gather(value):
+    """The values of all processes, by rank. All processes call it."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_gather_ints(*values):
+    """Lists of the ints of all processes, by rank; one small exchange between the CPUs."""
+    if not dist.is_initialized():
+        return [values]
+    own = torch.tensor(values)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return [tensor.tolist() for tensor in gathered]
+
+
+def micro_batches_per_process(config):
+    """Gradient accumulation steps of each process. Raises UserError if that is not an int."""
+    total, n = config.gradient_accumulation_steps, world_size()
+    if total % n:
+        each = total // n * n
+        choices = f'{each} or {each + n}' if each else f'{n}'
+        fail(f'gradient_accumulation_steps = {total} is not divisible by the {n} processes: '
+             f'try {choices}')
+    return total // n
+
+
+def job():
+    """torchrun's name for a job (--rdzv_id), the same when it restarts the processes; or None."""
+    name = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
+    return None if name == 'none' else name
+
+
+# DDP and FSDP2 -----------------------------------------------------------------------------------
+
+
+def choose_parallel(parallel, model, memory):
+    """'ddp' or 'fsdp'. auto: fsdp if weights, gradients and AdamW's state would fill half of a GPU.
+
+    memory: of the GPU, in bytes; None: not a GPU.
+    """
+    if parallel != 'auto':
+        return parallel
+    training_bytes = 4 * 4 * sum(p.numel() for p in model.parameters())
+    return 'fsdp' if memory and training_bytes > memory / 2 else 'ddp'
+
+
+def wrap_fsdp(model, device, dtype):
+    """Shard parameters, gradients and optimizer state (Zhao et al. 2023), in place.
+
+    A block's attention and MLP are gathered in dtype while they work, gradients are reduced in
+    fp32; norms, embeddings and head stay in fp32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
+
+
+def wrap_ddp(model, device):
+    ids = [device.index] if device.type == 'cuda' else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+@torch.no_grad()
+def init_weights(model, device):
+    """Give a model on the meta device its initial weights, those of GPT(config), on device.
+
+    Each is drawn whole on the CPU and kept as far as it belongs to this process, so no process ever
+    holds a whole sharded model.
+    """
+    weights = {}
+    for name, p in model.named_parameters():
+        whole = torch.empty(p.shape)
+        model.init_weight(name, whole)
+        weights[p] = torch.nn.Parameter(shard_like(whole.to(device), p))
+    tied = model.named_parameters(remove_duplicate=False)
+    model.load_state_dict({name: weights[p] for name, p in tied}, assign=True)
+
+
+def is_shard(tensor):
+    return hasattr(tensor, 'device_mesh')  # a DTensor, without importing its module
+
+
+def local(tensor):
+    """This process's part of a tensor: all of it, unless it is a shard."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
+def full(tensor):
+    """All of a tensor, on every process. All processes call it."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def gather_on_main(value):
+    """Nested dicts and lists with their shards gathered, one by one, on the main process's CPU,
+    and replaced by None elsewhere; other tensors stay. All processes call it."""
+    if is_shard(value):
+        tensor = value.full_tensor()
+        return tensor.cpu() if rank() == 0 else None
+    if isinstance(value, dict):
+        return {k: gather_on_main(v) for k, v in value.items()}
+    return [gather_on_main(v) for v in value] if isinstance(value, list) else value
+
+
+def gather_like(part, like):
+    """All of a tensor whose local part is given, sharded like `like`. All processes call it."""
+    if not is_shard(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape,
+                              stride=like.stride()).full_tensor()
+
+
+def shard_like(tensor, like):
+    """This process's shard of a whole tensor, if `like` is one; nothing is sent."""
+    if not is_shard(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+# Summing gradients over micro-batches and processes ----------------------------------------------
+
+
+class GradientSync:
+    """Sums gradients over the micro-batches of a step, and over processes in the last backward.
+
+    model: wrapped by DDP or FSDP, or one process's.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.losses = []
+
+    def begin(self, last):
+        """Before each forward. last: of the step's micro-batches in this process."""
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = last
+        elif hasattr(self.model, 'set_requires_gradient_sync'):  # FSDP2
+            self.model.set_requires_gradient_sync(last)
+
+    def scale(self, fraction):
+        """The factor on a micro-batch's mean loss that has this fraction of the step's targets."""
+        return fraction * world_size()  # DDP and FSDP average over the processes
+
+    def add(self, loss):
+        """After each backward; loss: scaled."""
+        self.losses.append(loss.detach())
+
+    def finish(self):
+        """After the last backward: the mean loss of the step, on the device."""
+        loss = torch.stack(self.losses).sum()
+        self.losses = []
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss = loss / dist.get_world_size()
+        return loss
+
+
+class TreeSum(GradientSync):
+    """--deterministic_sum: one balanced tree of sums over micro-batches and processes, the same for
+    1, 2, 4, ... processes, so that the sums are bitwise equal."""
+
+    def __init__(self, model, n_leaves):
+        """n_leaves: micro-batches of a step in this process."""
+        super().__init__(None)
+        self.params = list(model.parameters())
+        self.joins = joins(n_leaves)
+        self.nodes = []
+        self.n = 0
+
+    def scale(self, fraction):
+        return fraction
+
+    def add(self, loss):
+        """Move the gradients of a micro-batch from the model into the tree."""
+        self.nodes.append([*(p.grad for p in self.params), loss.detach()])
+        for _ in range(self.joins[self.n]):
+            right = self.nodes.pop()
+            torch._foreach_add_(self.nodes[-1], right)
+        self.n += 1
+        for p in self.params:
+            p.grad = None
+
+    def finish(self):
+        """Put the sums over all processes into the model's gradients; returns the loss."""
+        total = self.nodes.pop()
+        self.n = 0
+        if world_size() > 1:
+            flat = sum_over_processes(torch.cat([x.flatten() for x in total]))
+            parts = flat.split([x.numel() for x in total])
+            total = [part.view_as(x) for part, x in zip(parts, total)]
+        for p, gradient in zip(self.params, total):
+            p.grad = gradient
+        return total[-1]
+
+
+def sum_over_processes(x):
+    """All-reduce in a tree: neighbors first, as in the tree of one process; a + b is b + a."""
+    distance = 1
+    while distance < world_size():
+        partner = rank() ^ distance
+        theirs = torch.empty_like(x)
+        send, receive = dist.P2POp(dist.isend, x, partner), dist.P2POp(dist.irecv, theirs, partner)
+        for request in dist.batch_isend_irecv([send, receive]):
+            request.wait()
+        x += theirs
+        distance *= 2
+    return x
+
+
+def joins(n):
+    """How many times the last two nodes are joined after each of n leaves of a balanced tree."""
+    if n == 1:
+        return [0]
+    left, right = joins(n // 2), joins(n - n // 2)
+    return [*left, *right[:-1], right[-1] + 1]

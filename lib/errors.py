@@ -1,0 +1,76 @@
+"""A user's mistake is one sentence and exit code 2; a bug keeps its traceback."""
+import contextlib
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class UserError(ValueError):
+    """A user's mistake, in one sentence that names the key or file, the value and the remedy."""
+
+
+def require(condition, message):
+    """Raise UserError(message) unless condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
+
+
+@contextlib.contextmanager
+def os_errors(what, remedy=None):
+    """Turn an OSError of the enclosed call into a UserError that begins with `what`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        advice = f'; {remedy}' if remedy else ''
+        raise UserError(f'{what}: {error.strerror or error}{advice}') from None
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Entry points run inside: a UserError becomes one line on stderr and exit code 2.
+
+    So does a full disk, which can hit any write. Every other exception keeps its traceback.
+    """
+    script = Path(sys.argv[0]).name
+    for name in ('stdout', 'stderr'):  # None if the shell closed them: train.py >&-
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, 'w'))
+    show_traceback = sys.excepthook
+
+    def excepthook(kind, *rest):  # Ctrl-C while modules are imported, after this context has ended
+        if kind is KeyboardInterrupt:
+            print('stopped', file=sys.stderr)
+        else:
+            show_traceback(kind, *rest)
+
+    sys.excepthook = excepthook
+    # exit through `finally` blocks, which delete half-written files
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if hasattr(signal, 'SIGUSR1'):  # "save now": ignored until train.py has something to save
+        signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        yield
+    except UserError as error:
+        print(f'{script}: {error}', file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # sample.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f'{script}: {error.filename or "output"}: {error.strerror}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        sys.exit(130)

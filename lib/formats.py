@@ -1,0 +1,177 @@
+"""Weights of others: nanoGPT's ckpt.pt, GPT-2 in Hugging Face's layout, safetensors.
+
+Nothing loaded can run code: torch.load with weights_only, safetensors, JSON.
+"""
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from lib.download import download
+from lib.errors import UserError, first_line, require
+
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+          'F64': torch.float64, 'BOOL': torch.bool, 'U8': torch.uint8, 'I8': torch.int8,
+          'I16': torch.int16, 'I32': torch.int32, 'I64': torch.int64}
+
+
+def load_gpt2(where):
+    """(fields of GPTConfig, {name: tensor}) of 'gpt2', ..., 'gpt2-xl' or of a local folder."""
+    if str(where) in GPT2_SIZES and not Path(where).exists():
+        where = download_gpt2(str(where))
+    return load_huggingface(where)
+
+
+def download_gpt2(name):
+    """Fetch GPT-2 from Hugging Face's hub (HF_ENDPOINT: a mirror) into ~/.cache/plaingpt; returns
+    the folder."""
+    endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    folder = cache / 'plaingpt' / name
+    for file in ('config.json', 'vocab.json', 'model.safetensors'):
+        download(f'{endpoint}/openai-community/{name}/resolve/main/{file}', folder / file,
+                 sha256='linked',
+                 advice=f'put config.json, vocab.json and model.safetensors into {folder} by hand')
+    return folder
+
+
+def load_huggingface(folder):
+    """(fields of GPTConfig, {name: tensor}) of config.json and model.safetensors or
+    pytorch_model.bin. Raises UserError."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        model_config = convert_huggingface_config(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{folder / "config.json"}: {error}') from None
+    if (folder / 'model.safetensors').exists():
+        tensors = read_safetensors(folder / 'model.safetensors')
+    else:
+        path = folder / 'pytorch_model.bin'
+        require(path.exists(), f'{folder}: there is neither model.safetensors nor '
+                               f'pytorch_model.bin')
+        tensors = read_pytorch_bin(path)
+    weights = {}
+    tied = model_config['tie_weights']
+    for name, tensor in tensors.items():
+        name = name.removeprefix('transformer.')
+        if name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks
+            continue
+        if name == 'lm_head.weight' and tied:
+            continue
+        if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight',
+                          'mlp.c_proj.weight')):
+            tensor = tensor.t().contiguous()  # GPT-2's Conv1D keeps (in, out), Linear (out, in)
+        prefix = '' if name == 'lm_head.weight' else 'transformer.'
+        weights[prefix + name] = tensor.float()
+    if tied and 'transformer.wte.weight' in weights:
+        weights['lm_head.weight'] = weights['transformer.wte.weight']
+    return model_config, weights
+
+
+def convert_huggingface_config(config):
+    """GPT-2's config.json -> fields of GPTConfig. Raises ValueError or KeyError."""
+    require(isinstance(config, dict), 'not the config of a model')
+    require(config.get('model_type') == 'gpt2',
+            f'model_type = {config.get("model_type")!r} is not gpt2')
+    activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu',
+                   'relu': 'relu'}
+    activation = config.get('activation_function', 'gelu_new')
+    require(activation in activations,
+            f'activation_function = {activation!r} is not one of {", ".join(activations)}')
+    supported = {'n_inner': (None, 4 * config['n_embd']), 'layer_norm_epsilon': (1e-5,),
+                 'add_cross_attention': (False,), 'scale_attn_weights': (True,),
+                 'scale_attn_by_inverse_layer_idx': (False,)}
+    for key, values in supported.items():
+        require(config.get(key, values[0]) in values, f'{key} = {config.get(key)} is not GPT-2\'s')
+    return {'block_size': config['n_positions'], 'vocab_size': config['vocab_size'],
+            'n_layer': config['n_layer'], 'n_head': config['n_head'], 'n_embd': config['n_embd'],
+            'activation': activations[activation],
+            'tie_weights': config.get('tie_word_embeddings', True)}
+
+
+def read_pytorch_bin(path):
+    """{name: tensor} of a file that torch.save wrote. Raises UserError."""
+    try:
+        tensors = torch.load(path, map_location='cpu', weights_only=True)
+        require(all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()),
+                'not only tensors')
+        return tensors
+    except Exception as error:  # a foreign file raises anything
+        raise UserError(f'{path}: refused, it does not hold plain tensors only: '
+                        f'{first_line(error)[:120]}') from None
+
+
+def read_safetensors(path):
+    """{name: tensor}. Format: 8 bytes with the length of a JSON header, the header, the tensors
+    (huggingface/safetensors, README, "Format"). Raises UserError."""
+    try:
+        size = path.stat().st_size
+        with open(path, 'rb') as file:
+            length = int.from_bytes(file.read(8), 'little')
+            require(0 < length <= size - 8, 'its header is cut off')
+            header = json.loads(file.read(length))
+        require(isinstance(header, dict), 'its header is not a table')
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
+        tensors = {}
+        for name, entry in header.items():
+            if name == '__metadata__':
+                continue
+            start, end = entry['data_offsets']
+            require(0 <= start <= end <= len(data), f'{name} lies beyond the end of the file')
+            tensor = data[start:end].clone().view(DTYPES[entry['dtype']])
+            tensors[name] = tensor.view(entry['shape'])
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f'{path}: not a whole safetensors file: {error}') from None
+
+
+def read_checkpoint_file(path, mmap=False):
+    """The dict in a .pt file of plainGPT or nanoGPT, its weights as {name: tensor} under 'model'.
+
+    Raises UserError on anything but tensors and plain values, FileNotFoundError if it is missing.
+    """
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        named = re.search(r'GLOBAL (\S+)', str(error))
+        reason = 'it is not a checkpoint of plainGPT or nanoGPT'
+        if named:
+            reason = f'it would run {named[1]}'
+        raise UserError(f'{path}: refused: {reason}') from None
+    except Exception as error:  # a truncated or foreign file raises anything
+        if not Path(path).exists():  # deleted while it was read
+            raise FileNotFoundError(path) from None
+        raise UserError(f'{path}: not a whole checkpoint of plainGPT or nanoGPT '
+                        f'({type(error).__name__}); name another') from None
+    weights = state.get('model') if isinstance(state, dict) else None
+    plain = isinstance(weights, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
+    require(plain, f'{path}: not a checkpoint of plainGPT or nanoGPT; name another')
+    prefixes = r'^(_orig_mod\.|module\.)+'  # of torch.compile and DDP
+    return state | {'model': {re.sub(prefixes, '', k): v for k, v in weights.items()}}
+
+
+def convert_nanogpt(state, path):
+    """nanoGPT's ckpt.pt -> the fields of a Checkpoint.
+
+    Its GELU is the exact one; its first versions saved the causal mask as attn.bias.
+    """
+    # the saved device may belong to another machine; running its config again starts from these
+    # weights
+    machine = ('device', 'dtype', 'compile', 'backend')
+    config = {k: v for k, v in state.get('config', {}).items() if k not in machine}
+    step = int(state.get('iter_num', 0))
+    samples = step * config.get('batch_size', 12) * config.get('gradient_accumulation_steps', 1)
+    best = float(state.get('best_val_loss', 1e9))
+    best = best if best < 1e8 else None  # 1e9 stands for none
+    return {'model_config': {'bias': True} | state['model_args'] | {'activation': 'gelu'},
+            'model': {k: v for k, v in state['model'].items() if not k.endswith('.attn.bias')},
+            'step': step, 'samples_seen': samples, 'val_loss': best, 'best_val_loss': best,
+            'config': config | {'init_from': str(path)}, 'optimizer': state.get('optimizer')}

@@ -1,0 +1,360 @@
+"""Generation with a KV cache: sampling, beam search and the filters between logits and a token.
+
+The functions take the model first; model.generate is generate. Letters in shapes as in model.py.
+"""
+import copy
+import math
+
+import torch
+
+# KV cache ----------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of every layer for the tokens read so far, in buffers of a fixed size.
+
+    Prompts of unequal length are padded on the left: the first padding[b] columns of row b are not
+    part of the text. static: every step has static shapes, for torch.compile; a query sees the
+    whole buffer through a mask.
+    """
+
+    def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None,
+                 static=False):
+        head_size = config.n_embd // config.n_head
+        n_kv_head = config.n_kv_head or config.n_head
+        shape = (config.n_layer, batch_size, n_kv_head, size, head_size)
+        # zeros, not empty: 0 * NaN would leak through the mask
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.full((batch_size, size), -1, device=device)  # for n-grams and documents
+        self.padding = padding  # (B,) or None
+        self.size, self.static = size, static
+        self.length = 0  # columns filled
+        self.filled = torch.zeros(1, dtype=torch.long, device=device)  # the same, if static
+
+    def select(self, index, spare=None):
+        """A cache of the rows index (B',), with repeats; reuses the memory of spare if given."""
+        new = copy.copy(self)
+        index = torch.as_tensor(index, device=self.k.device)
+        if spare is None:
+            new.k, new.v = self.k[:, index], self.v[:, index]
+        else:
+            new.k, new.v = spare.k, spare.v
+            for old, copied in ((self.k, new.k), (self.v, new.v)):
+                copied[..., :self.length, :] = old[:, index, :, :self.length]
+        new.tokens = self.tokens[index]
+        new.padding = None if self.padding is None else self.padding[index]
+        return new
+
+    def mark_static_addresses(self):
+        """Let a CUDA graph write into the buffers."""
+        for buffer in (self.k, self.v, self.tokens, self.filled):
+            torch._dynamo.mark_static_address(buffer)
+
+    def extend(self, idx):
+        """Make room for the tokens idx (B, T), which the layers then append.
+
+        Returns (all token ids (B, S), -1 for padding; columns of idx (T,); positions of idx, (T,)
+        or (B, T); mask of visible columns (B or 1, 1, T, S), or None for plain causality).
+        """
+        T = idx.size(1)
+        device = idx.device
+        if self.static:
+            self.columns = self.filled + torch.arange(T, device=device)
+            end = self.size
+            self.filled += T
+        else:
+            self.columns = torch.arange(self.length, self.length + T, device=device)
+            end = self.length + T
+        plain = self.padding is None and not self.static and (T == 1 or self.length == 0)
+        self.length += 0 if self.static else T
+        position = self.columns
+        if self.padding is not None:
+            position = (self.columns - self.padding[:, None]).clamp(min=0)  # (B, T)
+            idx = idx.where(self.columns >= self.padding[:, None], -1)
+        self.tokens.index_copy_(1, self.columns, idx)
+        mask = None if plain else self.mask(end)
+        return self.tokens[:, :end], self.columns, position, mask
+
+    def mask(self, end):
+        """Which of the columns up to end each new token sees: (B or 1, 1, T, end)"""
+        column = torch.arange(end, device=self.k.device)
+        query = self.columns[:, None]
+        visible = column <= query  # (T, S)
+        if self.padding is not None:
+            visible = visible & (column >= self.padding[:, None, None])  # (B, T, S)
+            # padding sees itself: softmax over nothing would be NaN
+            visible = visible | (column == query)
+        return visible.view(-1, 1, *visible.shape[-2:])
+
+    def append(self, layer, k, v):
+        """Store k, v (B, nkv, T, hs) of a layer; returns all that it has, (B, nkv, S, hs) each."""
+        k, v = k.type_as(self.k), v.type_as(self.v)
+        if self.static:
+            self.k[layer].index_copy_(2, self.columns, k)
+            self.v[layer].index_copy_(2, self.columns, v)
+            return self.k[layer], self.v[layer]
+        start, end = self.length - k.size(2), self.length
+        self.k[layer, :, :, start:end] = k
+        self.v[layer, :, :, start:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def context(idx, cache, block_size):
+    """What idx (B, T) attends to: KVCache.extend, or idx itself if there is no cache.
+
+    Raises ValueError if it does not fit into block_size.
+    """
+    past = 0 if cache is None else cache.length
+    if past + idx.size(1) > block_size:
+        raise ValueError(f'{past + idx.size(1)} tokens do not fit into block_size = {block_size}')
+    if cache is not None:
+        return cache.extend(idx)
+    columns = torch.arange(idx.size(1), device=idx.device)
+    return idx, columns, columns, None
+
+
+def cache_dtype(model):
+    """The dtype of keys and values: autocast's, or that of the weights."""
+    weight = model.transformer.wte.weight
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def left_pad(model, prompts, room=0):
+    """Prompts (B lists or tensors of ids), padded on the left to one length.
+
+    Returns (B lists, ids (B, longest + room), columns where each prompt starts (B,)). Raises
+    ValueError on an empty prompt or an id beyond the vocabulary.
+    """
+    device = model.transformer.wte.weight.device
+    prompts = [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise ValueError('generate needs at least one token to continue')
+    if max(max(prompt) for prompt in prompts) >= model.config.vocab_size:
+        raise ValueError(f'a token id is not below vocab_size = {model.config.vocab_size}')
+    longest = max(lengths)
+    tokens = torch.zeros(len(lengths), longest + room, dtype=torch.long, device=device)
+    for row, prompt in zip(tokens, prompts):
+        row[longest - len(prompt):longest] = torch.tensor(prompt, device=device)
+    return prompts, tokens, torch.tensor([longest - n for n in lengths], device=device)
+
+
+# Sampling ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop_tokens=(), **options):
+    """Continue idx by max_new_tokens tokens; options as in generate_tokens.
+
+    idx: (B, T) ids -> (B, T + new), or a list of B lists of unequal length -> a list of B lists.
+    stop_tokens: a sequence ends with the first of these that it draws (in a tensor the rest of its
+    row repeats it).
+    """
+    device = model.transformer.wte.weight.device
+    stops = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
+    ended = torch.zeros(len(idx), dtype=torch.bool, device=device)
+    steps = []
+    for next_token in generate_tokens(model, idx, max_new_tokens, temperature, top_k, **options):
+        steps.append(next_token)
+        if stop_tokens:
+            ended |= torch.isin(next_token, stops)
+            # `.all()` is a GPU sync: check every 16 steps
+            if (device.type != 'cuda' or len(steps) % 16 == 0) and ended.all():
+                break
+    batch = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in idx]
+    for b, new in enumerate(batch):
+        stop = next((i + 1 for i, token in enumerate(new) if token in stop_tokens), None)
+        batch[b] = new[:stop]
+    if not isinstance(idx, torch.Tensor):
+        return [list(prompt) + new for prompt, new in zip(idx, batch)]
+    longest = max((len(new) for new in batch), default=0)
+    new = [new + new[-1:] * (longest - len(new)) for new in batch]
+    new = torch.tensor(new, dtype=idx.dtype, device=idx.device).view(len(batch), longest)
+    return torch.cat((idx, new), dim=1)
+
+
+@torch.no_grad()
+def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, top_p=None,
+                    min_p=None, repetition_penalty=1.0, seed=None, slide=1, use_cache=True,
+                    vocab_size=None, compile=False):
+    """Yield the next token of every sequence, (B,), max_new_tokens times.
+
+    temperature 0 is greedy; top_k, top_p, min_p, repetition_penalty as in filter_logits. seed: of a
+    generator for these draws; None: the global one. vocab_size: ids from here on (padding) are
+    never drawn. compile: compile the decode step, on CUDA into a graph.
+
+    Sequences with the same prompt share its prefill. In fp32 the greedy tokens of a sequence depend
+    neither on the cache nor on its batch; in bf16 and int8 rounding may tip a close choice.
+
+    Past block_size the window slides: the tokens that stay are read anew at positions 0, 1, ...,
+    because the keys of deeper layers have seen tokens that left the window. slide=1 moves it by one
+    token per step: each token is drawn given the last block_size ones, exactly as in nanoGPT.
+    slide=n moves it by n tokens every n steps, n times faster; the context is then never below
+    block_size - n + 1. The whole batch slides when its longest sequence fills the window.
+    """
+    block_size = model.config.block_size
+    if not 1 <= slide <= block_size:
+        raise ValueError(f'slide = {slide} must be from 1 to block_size = {block_size}')
+    prompts, tokens, start = left_pad(model, idx, max_new_tokens)
+    device = tokens.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    shortest = min(len(prompt) for prompt in prompts)
+    longest = max(len(prompt) for prompt in prompts)
+    seen = None
+    if repetition_penalty != 1.0:
+        shape = len(prompts), model.config.vocab_size
+        seen = torch.zeros(shape, dtype=torch.bool, device=device)  # (B, V)
+        for row, prompt in zip(seen, prompts):
+            row[torch.tensor(prompt, device=device)] = True
+
+    unique = {}  # prompt -> its number
+    number = [unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts]
+    readers = [number.index(n) for n in unique.values()]  # one row per different prompt
+    step = torch.compile(model, dynamic=False, mode='reduce-overhead') if compile else model
+    was_training = model.training
+    model.eval()
+    cache, first = None, max(0, longest - block_size)  # the window is tokens[:, first:end]
+    try:
+        for end in range(longest, longest + max_new_tokens):
+            if end - first > block_size:
+                cache, first = None, end - (block_size - slide + 1)
+            if cache is None or not use_cache:
+                share = end == longest and len(readers) < len(prompts)
+                part = readers if share else slice(None)
+                padding = None
+                if first < longest - shortest:
+                    padding = (start[part] - first).clamp(min=0)
+                size = block_size if compile else min(block_size, longest + max_new_tokens - first)
+                cache = KVCache(model.config, len(tokens[part]), size, device, cache_dtype(model),
+                                padding, static=compile)
+                logits, _ = model(tokens[part, first:end], cache=cache)
+                if share:
+                    logits, cache = logits[number], cache.select(number)
+                if compile:
+                    cache.mark_static_addresses()
+            else:
+                logits, _ = step(tokens[:, end - 1:end], cache=cache)
+            next_token = sample_next_token(
+                logits[:, -1, :vocab_size], temperature, top_k, top_p, min_p, repetition_penalty,
+                None if seen is None else seen[:, :vocab_size], generator)  # (B,)
+            tokens[:, end] = next_token
+            if seen is not None:
+                seen.scatter_(1, next_token[:, None], True)
+            yield next_token
+    finally:
+        model.train(was_training)
+
+
+def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
+                  repetition_penalty=1.0, seen=None):
+    """Logits (B, V) after, in this order:
+
+    repetition_penalty: logits of tokens seen (B, V bool) are divided by it if positive, else
+    multiplied (Keskar 2019, CTRL); temperature: logits / temperature; top_k: only the k most likely
+    tokens (ties with the k-th stay, as in nanoGPT); top_p: the fewest most likely tokens that hold
+    at least top_p of the probability (Holtzman 2019, nucleus sampling); min_p: tokens at least
+    min_p times as likely as the most likely one (Nguyen 2024).
+    """
+    if seen is not None:
+        penalized = torch.where(logits > 0, logits / repetition_penalty,
+                                logits * repetition_penalty)
+        logits = torch.where(seen, penalized, logits)
+    # subtract the maximum first, so that no temperature overflows
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
+    if top_k is not None and top_k < logits.size(-1):
+        kth = torch.topk(logits, top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(descending=True, stable=True)
+        probs = ordered.softmax(dim=-1)
+        outside = probs.cumsum(dim=-1) - probs >= top_p  # never the first token
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -math.inf)
+    if min_p is not None and min_p > 0:
+        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)  # the maximum is 0
+    return logits
+
+
+def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
+                      repetition_penalty=1.0, seen=None, generator=None):
+    """Draw one token per row of logits (B, V) -> (B,); temperature 0 is greedy."""
+    if temperature == 0:
+        return filter_logits(logits, repetition_penalty=repetition_penalty, seen=seen).argmax(-1)
+    logits = filter_logits(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen)
+    probs = logits.softmax(dim=-1)
+    if logits.device.type != 'cpu':
+        return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(1)
+    # multinomial draws a random number per vocabulary entry, which on a CPU costs as much as a
+    # layer. Draw one per row instead and invert the cumulative distribution.
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
+    if not cdf[:, -1].isfinite().all():
+        raise ValueError('the logits are not finite: nothing can be drawn from them')
+    u = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).squeeze(1)
+
+
+# Beam search -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, stop_tokens=(),
+                vocab_size=None):
+    """The most likely continuations of B prompts, num_beams candidates kept per step.
+
+    idx: B prompts, which may differ in length; prompt and max_new_tokens must fit into block_size.
+    A continuation that ends with one of stop_tokens moves from the beam to the results, and its
+    place stays empty (Sutskever et al. 2014, 3.2); one beam is greedy. Returns per prompt up to
+    num_beams (new tokens, score), best first: score = log p / ((5 + length) / 6)^length_penalty
+    (Wu et al. 2016, equation 14). Raises ValueError if the text does not fit.
+    """
+    prompts, tokens, start = left_pad(model, idx)
+    B, longest, K = len(prompts), tokens.size(1), num_beams
+    V = vocab_size or model.config.vocab_size
+    device = tokens.device
+    if longest + max_new_tokens > model.config.block_size:
+        raise ValueError(f'{longest} tokens and max_new_tokens = {max_new_tokens} do not fit into '
+                         f'block_size = {model.config.block_size}')
+    stops = torch.tensor(list(stop_tokens), dtype=torch.long, device=device)
+    beams = torch.arange(K, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        cache = KVCache(model.config, B, longest + max_new_tokens, device, cache_dtype(model),
+                        start if start.any() else None)
+        logits = model(tokens, cache=cache)[0][:, -1, :V].repeat_interleave(K, 0)  # (B K, V)
+        cache = cache.select(torch.arange(B, device=device).repeat_interleave(K))
+        spare = None
+        scores = logits.new_full((B, K), -math.inf)  # log p of each beam
+        scores[:, 0] = 0.0  # all beams are the prompt: let one of them count
+        written = tokens.new_zeros(B, K, 0)
+        results = [[] for _ in prompts]
+        for length in range(1, max_new_tokens + 1):
+            logp = logits.log_softmax(-1).view(B, K, V)
+            scores, best = (scores[..., None] + logp).flatten(1).topk(K)  # (B, K)
+            beam, token = best // V, best % V
+            parent = written.gather(1, beam[..., None].expand_as(written))
+            written = torch.cat((parent, token[..., None]), dim=2)
+            ended = torch.isin(token, stops)
+            if length == max_new_tokens:
+                ended = torch.ones_like(ended)
+            places = torch.tensor([K - len(result) for result in results], device=device)[:, None]
+            scores = scores.masked_fill(beams >= places, -math.inf)
+            found = (ended & scores.isfinite()).nonzero(as_tuple=True)  # one sync for all prompts
+            penalty = ((5 + length) / 6) ** length_penalty
+            endings = written[found].tolist()
+            for b, ids, score in zip(found[0].tolist(), endings, scores[found].tolist()):
+                results[b].append((ids, score / penalty))
+            scores = scores.masked_fill(ended, -math.inf)
+            if length == max_new_tokens or not scores.isfinite().any():
+                break
+            index = (torch.arange(B, device=device)[:, None] * K + beam).flatten()
+            # two caches take turns: allocating a new one per step costs page faults
+            cache, spare = cache.select(index, spare), cache
+            logits = model(token.view(-1, 1), cache=cache)[0][:, -1, :V]
+    finally:
+        model.train(was_training)
+    return [sorted(result, key=lambda found: -found[1]) for result in results]

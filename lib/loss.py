@@ -1,0 +1,91 @@
+"""Cross-entropy of a large vocabulary, in chunks: the logits never exist all at once."""
+import math
+
+import torch
+from torch.nn import functional as F
+
+MAX_LOGITS = 2**24  # logits that exist at once: 64 MB in fp32
+PAD_VOCAB_TO = {'cuda': 64}  # tensor cores want full tiles: nanoGPT pads 50257 to 50304 for that
+
+
+def softcap(logits, cap):
+    """cap * tanh(logits / cap) (Gemma 2, 2024); cap = 0: off."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def needs_chunks(n_tokens, vocab_size):
+    """Whether the logits of so many tokens are too many to exist at once."""
+    return n_tokens * vocab_size > MAX_LOGITS
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softcap(x W^T), one chunk of logits at a time.
+
+    Forward computes the gradients too, while it has the logits (as Liger Kernel, Hsu et al. 2024).
+    x: (N, C); weight: (V, C); targets: (N,), -1 = ignored. Matrix products are in dtype, the rest
+    in fp32. needs_grad: False in an evaluation.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, smoothing, dtype, needs_grad):
+        V = len(weight)
+        n_chunks = math.ceil(len(x) * V / MAX_LOGITS)
+        # a CPU adds bf16 to fp32 through a temporary copy: keep that small
+        dw_rows = 2**12 if x.device.type == 'cpu' else V
+        w = weight.to(dtype)
+        padding = -V % PAD_VOCAB_TO.get(x.device.type, 1)
+        if padding:  # pad this copy, not the parameter: checkpoints keep the vocabulary as it is
+            w = F.pad(w, (0, 0, 0, padding))  # (V + padding, C)
+        loss = torch.zeros((), device=x.device)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight) if needs_grad else None
+        chunks = (t.tensor_split(n_chunks) for t in (x.to(dtype), targets, dx))
+        for x_i, targets_i, dx_i in zip(*chunks):
+            target = targets_i.clamp(min=0)[:, None]  # (n, 1)
+            counts = (targets_i >= 0)[:, None]  # (n, 1)
+            logits = F.linear(x_i, w)[:, :V].float()  # (n, V)
+            slope = 1.0  # d softcap / d logits
+            if cap:
+                logits = logits.div_(cap).tanh_()
+                slope = 1 - logits.square()
+                logits *= cap
+            logp = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # in place
+            loss -= (1 - smoothing) * (logp.gather(1, target) * counts).sum()
+            if smoothing:
+                loss -= smoothing * (logp.mean(dim=1, keepdim=True) * counts).sum()
+            if not needs_grad:
+                continue
+            # the gradient of cross-entropy w.r.t. its logits is p - target distribution
+            dlogits = logp.exp_()
+            if smoothing:
+                dlogits -= smoothing / V
+            ones = torch.full_like(target, smoothing - 1, dtype=logp.dtype)
+            dlogits.scatter_add_(1, target, ones).mul_(counts * slope)
+            dlogits = dlogits.to(dtype)
+            del logits, logp
+            if padding:
+                dlogits = F.pad(dlogits, (0, padding))  # (n, V + padding)
+            for dw_j, dlogits_j in zip(dw.split(dw_rows), dlogits[:, :V].T.split(dw_rows)):
+                dw_j += dlogits_j @ x_i
+            dx_i.copy_(dlogits @ w)
+        n = (targets >= 0).sum()
+        ctx.save_for_backward(dx, dw, n)
+        return loss / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, n = ctx.saved_tensors
+        return dx * (grad / n), dw.mul_(grad / n), None, None, None, None, None
+
+
+def chunked_cross_entropy(x, weight, targets, cap=0.0, smoothing=0.0):
+    """Mean loss in nats of hidden states x (N, C) through the head weight (V, C).
+
+    targets: (N,), -1 = ignored. cap: softcap. smoothing: label smoothing. Under autocast the
+    matrix products are in its dtype.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    return ChunkedCrossEntropy.apply(x, weight, targets, cap, smoothing, dtype,
+                                     torch.is_grad_enabled())

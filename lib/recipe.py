@@ -1,0 +1,69 @@
+"""train.py's keys, completed and checked: the --depth dial, and rules that involve several keys."""
+import math
+
+from configurator import TrainConfig, check_bounds, configure
+from lib.errors import require
+
+
+def read_train_config(argv=None, cls=TrainConfig):
+    """(config, given) of a command line of train.py, completed and checked. Raises UserError."""
+    config, given = configure(cls, argv)
+    turn_dial(config, given)
+    check(config)
+    averages = config.eval_only and config.init_from == 'resume'
+    require(config.average_last == 1 or averages,
+            f'average_last = {config.average_last}: only to evaluate a run, with '
+            f'--init_from=resume --eval_only')
+    return config, given
+
+
+def check(config):
+    """Validate the config. Raises UserError."""
+    check_bounds(config)
+    low, known = config.min_lr, config.init_from != 'resume'  # else learning_rate comes from a file
+    if low is not None and config.decay_lr and known:
+        require(low <= config.learning_rate,
+                f'min_lr = {low}: give at least 0 and at most learning_rate')
+    require(config.out_dir and config.init_from, 'out_dir or init_from is empty: name a folder')
+
+
+def turn_dial(config, given):
+    """Set the keys that --depth implies, except for those given after it.
+
+    n_embd      64 * depth: GPT-2's proportions, 12 blocks of 768 (as in nanochat); heads of 64
+    rates       Muon's is the same for all widths, since its steps have the same length in every
+                direction (Jordan 2024): of 0.01, 0.02 and 0.04 the second was best for depths 2
+                and 4 (README). AdamW's fall with the root of the width (as in nanochat); the one
+                of embeddings is 4 times the other, as measured at a width of 192
+    tokens      20 per parameter in the blocks (Hoffmann et al. 2022)
+    batch       2.6 * sqrt(tokens) tokens per step, rounded to a power of two: through the 2,048
+                that were best for 0.6 million
+    """
+    if 'depth' not in given or config.depth is None or config.init_from == 'resume':
+        return
+    require(config.init_from == 'scratch',
+            f'depth = {config.depth}: only for training from scratch, not from {config.init_from}')
+    keys = list(given)
+    after = keys[keys.index('depth') + 1:]
+
+    def imply(**values):
+        for key, value in values.items():
+            if key not in after:
+                setattr(config, key, value)
+
+    check_bounds(config)
+    imply(n_layer=config.depth, n_embd=64 * config.depth)
+    imply(n_head=max(1, config.n_embd // 64), position='rope', norm='rmsnorm', activation='relu2',
+          qk_norm=True, zero_init=True, tie_weights=False)
+    rate = 0.005 * (192 / config.n_embd) ** 0.5
+    imply(optimizer='muon', muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=rate,
+          embedding_learning_rate=4 * rate, beta1=0.8, beta2=0.95, weight_decay=0.0, grad_clip=0.0,
+          warmup_iters=0, schedule='wsd', decay_fraction=0.5, min_lr=0.0, decay_lr=True,
+          lr_decay_iters=None)
+    tokens = 20 * 12 * config.n_layer * config.n_embd**2
+    sequences = max(1, 2 ** round(math.log2(2.6 * tokens**0.5)) // config.block_size)
+    imply(batch_size=min(sequences, 16))
+    imply(gradient_accumulation_steps=max(1, sequences // config.batch_size))
+    per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    imply(max_iters=tokens // per_step)
+    imply(eval_interval=max(1, config.max_iters // 10))

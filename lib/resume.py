@@ -1,0 +1,151 @@
+"""What a run takes from its checkpoint and its data, and what it refuses."""
+import shutil
+from dataclasses import fields
+
+import torch
+
+from configurator import GPTConfig, ModelConfig, check_type
+from lib.device import device_name, dtype_name
+from lib.distributed import fail, job, print0, world_size
+from lib.errors import UserError, require
+
+# may differ from the checkpoint's
+FREE_KEYS = ('dropout', 'label_smoothing', 'attention', 'activation_checkpointing')
+DATA_KEYS = ('eot_token', 'turns', 'prefix_lm')  # follow from the data
+MODEL_KEYS = [field.name for field in fields(ModelConfig)]
+
+
+def environment(data, device, dtype):
+    """What a bitwise resume depends on, for checkpoints."""
+    return {'torch': str(torch.__version__), 'threads': torch.get_num_threads(),
+            'world_size': world_size(), 'device': device_name(device), 'dtype': dtype_name(dtype),
+            'data': data.fingerprint(), 'job': job()}
+
+
+def take_saved_config(config, given, checkpoint):
+    """Resuming: keys that are not given are as they were. Raises UserError."""
+    saved = checkpoint.config
+    require('depth' not in given or config.depth == saved.get('depth'),
+            f'depth = {config.depth} but {checkpoint.path} has depth = {saved.get("depth")}: '
+            f'leave it out')
+    own = given - {'init_from'} | {'out_dir', 'eval_only'}
+    for field in fields(config):
+        if field.name in saved and field.name not in own:
+            try:
+                value = check_type(field.name, saved[field.name], field.type)
+            except UserError as error:
+                raise UserError(f'{checkpoint.path}: {error}') from None
+            setattr(config, field.name, value)
+
+
+def choose_model_config(config, given, checkpoint):
+    """The fields of ModelConfig: the config's, or the checkpoint's.
+
+    Raises UserError if they do not fit together, or a given key differs from the checkpoint's.
+    """
+    keys = [key for key in MODEL_KEYS if key != 'prefix_lm']  # follows from the data
+    chosen = {key: getattr(config, key) for key in keys}
+    if checkpoint is None:
+        GPTConfig(**chosen)
+        return chosen
+    saved = checkpoint.model_config
+    for key in given & set(keys) - set(FREE_KEYS):
+        # finetuning may shorten the context
+        shorter = key == 'block_size' and config.init_from != 'resume' and chosen[key] < saved[key]
+        require(shorter or chosen[key] == saved[key],
+                f'{key} = {chosen[key]} but {checkpoint.path} has {key} = {saved[key]}: '
+                f'leave {key} out, or train from scratch')
+    block_size = saved['block_size']
+    if 'block_size' in given:
+        block_size = min(chosen['block_size'], block_size)
+    return {key: saved[key] for key in keys} | {'block_size': block_size}
+
+
+def choose_data_config(config, given, checkpoint, data):
+    """The fields of GPTConfig that follow from the data, without vocab_size.
+
+    Sets config.doc_mask and config.prefix_lm to what the run does: the checkpoint's, unless given.
+    All processes call it; raises UserError where it does not fit the data.
+    """
+    T, resume = data.train.block_size, config.init_from == 'resume'
+    if checkpoint is None and T < config.block_size:
+        fail(f'block_size = {config.block_size}: the rows of {data.folder} have {T} tokens: give '
+             f'--block_size={T}, or prepare it with --block_size={config.block_size}')
+    saved = checkpoint.model_config if checkpoint else {}
+    if checkpoint and not resume:
+        if 'doc_mask' not in given:
+            config.doc_mask = saved['eot_token'] is not None
+        if 'prefix_lm' not in given:
+            config.prefix_lm = saved['prefix_lm']
+    if resume and config.prefix_lm != saved['prefix_lm']:
+        fail(f'prefix_lm = {config.prefix_lm} but {checkpoint.path} was trained without that: '
+             f'leave it out, or begin another run with --init_from={checkpoint.path}')
+    if config.prefix_lm and not data.pairs:
+        fail(f'prefix_lm = True: {data.folder} has no sources and targets: give '
+             f'--prefix_lm=False, or prepare some with data/pairs/prepare.py')
+    if data.pairs and (data.pairs.packing or config.prefix_lm):
+        if 'doc_mask' in given and not config.doc_mask:
+            fail(f'doc_mask = False: the pairs of a row must not see one another: leave it out, or '
+                 f'prepare {data.folder} with --packing=False and give --prefix_lm=False')
+        config.doc_mask = True
+    eot = data.tokenizer.eot if config.doc_mask else None
+    if config.doc_mask and eot is None:
+        fail(f'doc_mask = True: {data.folder} has no <|endoftext|> between documents '
+             f'({data.tokenizer.kind}): leave it out')
+    turns = data.pairs.turns if data.pairs else 0
+    return {'eot_token': eot, 'turns': turns, 'prefix_lm': config.prefix_lm}
+
+
+def check_same_tokenizer(checkpoint, data):
+    """The data must use the checkpoint's tokenizer. Raises UserError."""
+    tokenizer, vocab_size = data.tokenizer, checkpoint.model_config['vocab_size']
+    if checkpoint.tokenizer is not None:
+        same = checkpoint.tokenizer == tokenizer.to_dict()
+    else:  # nanoGPT rounds 50257 up
+        same = vocab_size == tokenizer.vocab_size or (vocab_size == 50304
+                                                      and tokenizer.vocab_size == 50257)
+    require(same, f'{data.folder} was made with another tokenizer ({tokenizer.kind}, '
+                  f'{tokenizer.vocab_size} tokens) than {checkpoint.path} ({vocab_size} tokens): '
+                  f'prepare the data set with the tokenizer of the weights')
+
+
+def check_environment(checkpoint, environment, data, allow_other_data):
+    """Report what keeps a resumed run from being bitwise the same. Raises UserError if its data are
+    not the same."""
+    saved = environment | checkpoint.environment
+    require(allow_other_data or saved['data'] == environment['data'],
+            f'{data.folder} is not what {checkpoint.path} was trained on: the bins have changed; '
+            f'put the old ones back, or say that other data are meant with --dataset={data.folder}')
+    names = {'world_size': 'processes'}
+    changed = [f'{names.get(key, key)} {saved[key]} then, {now} now'
+               for key, now in environment.items()
+               if key not in ('data', 'job') and saved[key] != now]
+    if saved['data'] != environment['data']:
+        changed.append('other data')
+    if changed:
+        print0(f'note: the run will not be bitwise the same ({"; ".join(changed)})')
+
+
+def load_optimizer(optimizer, scaler, checkpoint):
+    """Restore their state; weight decay and betas stay the config's. Raises UserError."""
+    path, state = checkpoint.path, checkpoint.optimizer
+    require(state is not None, f'{path} has no optimizer state: use --init_from={path}')
+    try:
+        optimizer.load_state_dict(state)
+        if checkpoint.scaler and not scaler.state_dict().keys() <= checkpoint.scaler.keys():
+            raise ValueError('the state of its gradient scaler is not whole')
+    except ValueError as error:
+        raise UserError(f'{path}: its optimizer state does not fit: {error}; start another run '
+                        f'from these weights with --init_from={path}') from None
+    if checkpoint.scaler:
+        scaler.load_state_dict(checkpoint.scaler)
+
+
+def check_disk(config, checkpoint_bytes):
+    """Room for the checkpoints to keep, and the one being written. Raises UserError."""
+    n = 1 if config.init_from == 'resume' else config.keep_last + 2
+    need, free = n * checkpoint_bytes, shutil.disk_usage(config.out_dir).free
+    require(free >= need,
+            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, '
+            f'{free / 1e6:,.1f} MB are free: free some room, lower --keep_last or choose another '
+            f'--out_dir')

@@ -1,0 +1,350 @@
+"""A run's folder while it trains: lock, log, status, signals. checkpoint.py writes into it too."""
+import contextlib
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lib.device import peak_flops
+from lib.distributed import all_gather_ints, fail, gather, print0, rank, world_size
+from lib.errors import UserError, first_line, os_errors
+from lib.files import lock, write_text
+
+
+class Run:
+    """The folder config.out_dir of a run, in a with statement.
+
+    Only the main process writes, and not in an evaluation (eval_only). An exception sets the status
+    to failed. saver: a checkpoint.Saver, waited for at the end.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.writes = rank() == 0 and not config.eval_only
+        self.log = self.saver = self.signals = None
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
+
+    def claim(self):
+        """Keep other runs out of the folder. Raises UserError if one is in it."""
+        if self.writes:
+            self.stack.enter_context(claim(self.config.out_dir))
+
+    def start(self, step, saver):
+        """Open the log and catch signals. step: 0, or the one to continue from."""
+        config = self.config
+        if self.writes:
+            if config.init_from != 'resume':
+                set_aside(config.out_dir)
+            write_config(config.out_dir, asdict(config))
+            write_status(config.out_dir, 'running')
+            self.stack.push(self.set_failed)
+            cut_log(config.out_dir, step)
+            self.saver = saver
+            self.stack.callback(saver.wait)
+            self.log = self.stack.enter_context(contextlib.closing(Log(config)))
+        # an evaluation has nothing to save: it stops at once
+        self.signals = Signals(catch=not config.eval_only)
+
+    def set_failed(self, kind, *rest):
+        if kind:
+            write_status(self.config.out_dir, 'failed')
+
+    def save(self, checkpoint):
+        """Raises UserError if the log or a checkpoint cannot be written."""
+        self.log.sync()
+        self.saver.save(checkpoint)
+
+    def check_saves(self):
+        """Raise the error of a background save that has ended."""
+        if self.writes:
+            self.saver.check()
+
+    def wait_for_saves(self):
+        if self.writes:
+            self.saver.wait()
+
+    def finish(self, stop):
+        """stop: the signal that stopped the run, or 0."""
+        if self.writes:
+            write_status(self.config.out_dir, 'stopped' if stop else 'done')
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def claim(out_dir):
+    """Make and lock the folder until the returned file is closed, and delete what a killed run left
+    half-written. Raises UserError.
+
+    Whatever is being written or deleted has a .tmp next to it: nothing else is touched.
+    """
+    held, out_dir, removed = lock(out_dir, f'out_dir = {str(out_dir)!r}'), Path(out_dir), []
+    names = ('ckpt_[0-9]*', 'log.jsonl', 'config.py')
+    for mark in sorted(path for name in names for path in out_dir.glob(name + '.tmp')):
+        data = mark.with_name(mark.name.replace('.json.tmp', '.pt'))
+        committed = mark.with_suffix('').exists()
+        if data != mark and data.exists() and not committed:
+            data.unlink()
+            removed.append(data.name)
+        mark.unlink()
+        removed.append(mark.name)
+    if removed:
+        print0(f'{out_dir}: removed what a killed process left half-written: {", ".join(removed)}')
+    return held
+
+
+def set_aside(out_dir):
+    """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
+    out_dir = Path(out_dir)
+    patterns = ('ckpt_*', 'log.jsonl', 'config.py')
+    files = [path for pattern in patterns for path in out_dir.glob(pattern)]
+    if not files:
+        return
+    n = next(n for n in itertools.count(1) if not (out_dir / f'earlier-{n}').exists())
+    folder = out_dir / f'earlier-{n}'
+    with os_errors(f'out_dir = {str(out_dir)!r}'):
+        folder.mkdir()
+        for path in files:
+            path.rename(folder / path.name)
+    print0(f'{out_dir} holds an earlier run, which is kept in {folder}')
+
+
+def write_config(out_dir, values):
+    """out_dir/config.py: every key of the run, as a config file that runs it again."""
+    values = {'depth': values.get('depth')} | values  # first: the keys after it override it
+    path = Path(out_dir) / 'config.py'
+    with os_errors(f'{path}: cannot write'):
+        write_text(path, ''.join(f'{key} = {value!r}\n' for key, value in values.items()))
+
+
+def write_status(out_dir, status):
+    """out_dir/status, for a scheduler: running, done, stopped (by a signal) or failed."""
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        write_text(Path(out_dir) / 'status', status + '\n')
+
+
+def read_log(out_dir):
+    """The whole lines of a run's log.jsonl, as dicts; [] if there is none."""
+    return [line for _, line in log_lines(out_dir)]
+
+
+def log_lines(out_dir):
+    """[(text, {'step': number, ...})] of log.jsonl. The last line may be cut off."""
+    path = Path(out_dir) / 'log.jsonl'
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if isinstance(line['step'], (int, float)):
+                lines.append((text, line))
+    return lines
+
+
+def cut_log(out_dir, step):
+    """Drop the lines of log.jsonl from step on: the run continues there."""
+    path = Path(out_dir) / 'log.jsonl'
+    if path.exists():
+        kept = [text + '\n' for text, line in log_lines(out_dir) if line['step'] < step]
+        with os_errors(f'{path}: cannot write'):
+            write_text(path, ''.join(kept))
+
+
+class Log:
+    """out_dir/log.jsonl, one JSON object per line, and wandb if asked for. A wandb that fails never
+    stops training."""
+
+    def __init__(self, config):
+        self.path = Path(config.out_dir) / 'log.jsonl'
+        with os_errors(f'{self.path}: cannot write'):
+            self.file = open(self.path, 'ab', buffering=0)  # a line is written whole or not at all
+        self.wandb = start_wandb(config) if config.wandb_log else None
+
+    def write(self, line):
+        """line: a dict of numbers; non-finite ones become null. Raises UserError."""
+        line = {key: finite(value) for key, value in line.items()}
+        with os_errors(f'{self.path}: cannot write',
+                       'free some room, then go on with --init_from=resume'):
+            self.file.write(json.dumps(line).encode() + b'\n')
+        if self.wandb:
+            try:
+                self.wandb.log(line, step=line['step'])
+            except Exception as error:
+                print0(f'wandb failed, going on without it: '
+                       f'{type(error).__name__}: {first_line(error)}')
+                self.wandb = None
+
+    def sync(self):
+        """fsync: lines before a checkpoint reach the disk before it does."""
+        with contextlib.suppress(OSError):  # /dev/null cannot be synced
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def finite(value):
+    """JSON has no nan and no inf: None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def start_wandb(config):
+    """A wandb run, or None with one line that says why."""
+    try:
+        import wandb  # slow, and needed with wandb_log only
+
+        mode = os.environ.get('WANDB_MODE')
+        if mode is None and not wandb.login(prompt=False, verify=False):
+            print0('wandb: not logged in, so it logs offline; wandb sync uploads it later')
+            mode = 'offline'
+        return wandb.init(project=config.wandb_project, name=config.wandb_run_name,
+                          config=asdict(config), dir=config.out_dir, mode=mode,
+                          settings=wandb.Settings(init_timeout=30))
+    except Exception as error:
+        print0(f'wandb failed, going on without it: {type(error).__name__}: {first_line(error)}')
+        return None
+
+
+class StepLog:
+    """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout).
+
+    A step's numbers stay on the device until `flush`, which waits for it.
+    """
+
+    def __init__(self, config, log, model, device, dtype, tokens_per_sample, step):
+        """log: a Log on the main process, else None. step: the first one to come."""
+        self.config, self.log = config, log
+        self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_step = self.samples_per_step * tokens_per_sample
+        self.flops_per_token = model.flops_per_token()
+        self.peak_flops = config.peak_flops or peak_flops(device, dtype)
+        self.fp16 = dtype == torch.float16
+        self.pending = []  # (step, its first sample, lr, tensor of loss, gradient norm and losses)
+        self.skips = 0  # consecutive steps that were not finite
+        self.bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step',
+                        dynamic_ncols=True, disable=None if log else True)
+        self.reset_clock(step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def reset_clock(self, step):
+        self.time, self.step = time.perf_counter(), step
+
+    def add(self, step, first_sample, lr, values):
+        self.pending.append((step, first_sample, lr, values))
+        self.bar.update()
+
+    def flush(self):
+        """Sync with the device and log all steps since the last call.
+
+        Raises UserError if one was not finite and is not to be skipped; its update was a no-op.
+        """
+        if not self.pending:
+            return
+        all_values = torch.stack([values for *_, values in self.pending]).tolist()
+        done = self.pending[-1][0] + 1
+        tokens = (done - self.step) * self.tokens_per_step
+        speed = tokens / (time.perf_counter() - self.time)
+        for pending, (loss, grad_norm, *losses) in zip(self.pending, all_values):
+            step, first_sample, lr, _ = pending
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            self.skips = 0 if finite else self.skips + 1
+            if not finite:
+                self.handle_nonfinite(step, first_sample, loss, grad_norm, losses)
+            if self.log and (not finite or step % self.config.log_interval == 0):
+                line = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm,
+                        'tokens_per_second': round(speed, 1),
+                        'samples_seen': first_sample + self.samples_per_step}
+                self.log.write(line if finite else line | {'skipped': True})
+                self.show(step, loss, lr, speed)
+                self.reset_clock(done)
+        self.pending.clear()
+
+    def show(self, step, loss, lr, speed):
+        text = f'loss {loss:.4f}, {speed:,.0f} tokens/s'
+        if self.peak_flops:
+            mfu = self.flops_per_token * speed / (self.peak_flops * world_size())
+            text += f', mfu {mfu:.1%}'
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            print0(f'step {step}: {text}, lr {lr:.2e}')
+
+    def handle_nonfinite(self, step, first_sample, loss, grad_norm, losses):
+        """Report the samples that made a step's loss or gradient infinite or nan.
+
+        losses: of this process's micro-batches. Raises UserError unless such steps are skipped. An
+        overflow in fp16 is no error: the scaler lowers its scale, unless that keeps happening.
+        """
+        config = self.config
+        finite = [math.isfinite(value) for value in sum(gather(losses), [])]
+        if all(finite):
+            first, n = first_sample, self.samples_per_step
+            reason = f'gradient norm is {grad_norm}'
+        else:
+            first, n = first_sample + finite.index(False) * config.batch_size, config.batch_size
+            reason = f'loss is {loss}'
+        fault = f'step {step}: the {reason} in samples {first} to {first + n - 1}'
+        overflow = self.fp16 and math.isfinite(loss)
+        if (config.nonfinite == 'skip' or overflow) and self.skips <= config.max_skips:
+            print0(f'{fault}: skipped')
+            return
+        advice = f'raise --max_skips={config.max_skips}'
+        if self.skips == 1:
+            advice = 'skip such steps with --nonfinite=skip'
+        fail(f'{fault}; the weights were not updated, and checkpoints in {config.out_dir} are '
+             f'kept: lower --learning_rate, or {advice}')
+
+
+# Signals -----------------------------------------------------------------------------------------
+
+
+class Signals:
+    """SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) save and stop after the running step,
+    or during an evaluation; Ctrl-C again stops at once. SIGUSR1 saves and goes on."""
+
+    def __init__(self, catch=True):
+        self.stop = 0  # the signal's number
+        self.saves = 0  # saves requested so far
+        handlers = {'SIGINT': self.request_stop, 'SIGTERM': self.request_stop,
+                    'SIGHUP': self.request_stop, 'SIGUSR1': self.request_save}
+        for name, handler in handlers.items():
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if catch and number and signal.getsignal(number) != signal.SIG_IGN:  # nohup: SIGHUP
+                signal.signal(number, handler)
+
+    def request_stop(self, number, frame):
+        self.stop = number
+        again = b''
+        if number == signal.SIGINT:  # schedulers and torchrun may send the others twice
+            signal.signal(number, signal.SIG_DFL)
+            again = b'; Ctrl-C again stops at once, without saving'
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, b'\nstopping after this step' + again + b'\n')
+
+    def request_save(self, number, frame):
+        self.saves += 1
+
+    def exchange(self):
+        """(signal to stop by or 0, saves requested so far), the same in all processes."""
+        stops, saves = zip(*all_gather_ints(self.stop, self.saves))
+        return max(stops), sum(saves)

@@ -1,0 +1,115 @@
+"""Where prepare scripts get text: files in pieces, tiny Shakespeare, Hugging Face's hub."""
+import codecs
+import hashlib
+from pathlib import Path
+
+from lib.bpe import make_tokenizer
+from lib.download import download
+from lib.errors import UserError, first_line, os_errors
+from lib.tokenizer import gpt2
+from lib.write import Piece, write_dataset
+
+PIECE_BYTES = 2**20  # each piece of a file is tokenized by one thread
+
+
+def read_pieces(path, size=PIECE_BYTES):
+    """The text of a UTF-8 file in pieces of about `size` bytes, cut after a line or a word.
+
+    Raises UserError with the position of the first byte that is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder('utf-8')()  # keeps half a character for the next block
+    rest, position = '', 0
+    with open(path, 'rb') as file:
+        while True:
+            block = file.read(size)
+            try:
+                text = rest + decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                position += error.start + len(block) - len(error.object)
+                raise UserError(f'{path}: byte {position} is not UTF-8 text; '
+                                f'convert the file to UTF-8') from None
+            position += len(block)
+            if not block:
+                if text:
+                    yield text
+                return
+            end = max(text.rfind('\n'), text.rfind(' ')) + 1
+            if end == 0:  # one long word
+                end = len(text)
+            if text:
+                yield text[:end]
+            rest = text[end:]
+
+
+def split_at_end(texts, total_bytes, val_fraction=0.1):
+    """(text, ends_document), ... -> Pieces: the last val_fraction of the bytes is the val split."""
+    boundary, done = int(total_bytes * (1 - val_fraction)), 0
+    for text, ends_document in texts:
+        raw = text.encode('utf-8')
+        if done < boundary < done + len(raw):
+            cut = len(raw[:boundary - done].decode('utf-8', errors='ignore'))
+            yield Piece('train', text[:cut])
+            yield Piece('val', text[cut:], ends_document)
+        else:
+            yield Piece('train' if done < boundary else 'val', text, ends_document)
+        done += len(raw)
+
+
+def read_shakespeare(path):
+    """char-rnn's tiny Shakespeare, 1,115,394 characters, downloaded to path if it is missing."""
+    url = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/'
+           'input.txt')
+    download(url, path,
+             sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+             advice='put the file there by hand, or start with python train.py '
+                    'config/quickstart.py, which downloads nothing')
+    try:
+        with os_errors(path):
+            return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path}: {error}') from None
+
+
+def prepare_shakespeare(folder, tokenizer_kind):
+    """Tiny Shakespeare into bins in folder, with nanoGPT's split."""
+    text = read_shakespeare(folder / 'input.txt')
+    size = len(text.encode('utf-8'))
+    tokenizer = make_tokenizer(tokenizer_kind, lambda: [text])
+    write_dataset(folder, split_at_end([(text, False)], size), tokenizer, 'tiny shakespeare', size)
+
+
+def prepare_hub(folder, path, name, max_tokens, expected_tokens=None, val_every=2000):
+    """A data set of Hugging Face's hub, or a local folder of parquet or JSON lines, into bins with
+    GPT-2's BPE; every val_every-th document goes to the val split. Streams in bounded memory.
+
+    Raises UserError if the optional package datasets is missing.
+    """
+    try:
+        from datasets import load_dataset  # optional
+    except ImportError:
+        raise UserError('streaming from the hub needs the optional package datasets: '
+                        'pip install datasets') from None
+
+    def pieces(state):
+        try:
+            documents, first = load_dataset(path, name, split='train', streaming=True), 0
+            if state:
+                documents.load_state_dict(state['documents'])
+                first = state['number']
+            for i, document in enumerate(documents, first):
+                state = {'documents': documents.state_dict(), 'number': i + 1}
+                yield Piece('train' if i % val_every else 'val', document['text'] or '',
+                            ends_document=True, state=state)
+        except Exception as error:  # datasets raises anything: no network, no such name, ...
+            raise UserError(f'{path}: cannot be read: {type(error).__name__}: {first_line(error)}; '
+                            f'check the network and the name') from None
+
+    # a local folder with other files is another data set
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns)
+             for p in sorted(Path(path).rglob('*')) if p.is_file()]
+    source = path
+    if name is not None:
+        source += f', {name}'
+    if files:
+        source += f', files {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}'
+    write_dataset(folder, pieces, gpt2(), source, None, max_tokens, expected_tokens)
