@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import check_type
+from configurator import check_type, describe
 from lib import bins, formats, tokenizer
 from lib.distributed import job, print0
 from lib.errors import UserError, first_line, require
@@ -47,23 +47,19 @@ class Checkpoint:
 
     def __post_init__(self):
         """Fill in model_config's defaults and check types. Raises UserError."""
-        kinds = {'step': int, 'samples_seen': int, 'val_loss': float | None,
-                 'best_val_loss': float | None, 'config': dict, 'optimizer': dict | None,
-                 'scaler': dict | None, 'tokenizer': dict | None, 'environment': dict}
-        for name, kind in kinds.items():
+        for name, kind in typing.get_type_hints(Checkpoint).items():
             value = getattr(self, name)
             in_range = kind is not int or isinstance(value, int) and 0 <= value < 2**63
             if not (isinstance(value, kind) and in_range):  # str() of a large state takes long
-                raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not what a checkpoint '
-                                f'has there')
+                raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not '
+                                f'{describe(kind)}')
         try:
             self.model_config = complete_model_config(self.model_config)
         except UserError as error:
             raise UserError(f'{self.path}: not a valid model: {error}') from None
 
     def build_model(self, **override):
-        """The GPT with these weights. override: fields of GPTConfig, such as dropout. Raises
-        UserError if the weights do not fit."""
+        """The GPT with these weights. override: fields of GPTConfig. Raises UserError."""
         config = GPTConfig(**self.model_config | override)
         with torch.device('meta'):  # no memory for weights that are replaced
             model = GPT(config)
@@ -94,7 +90,6 @@ class Checkpoint:
 
 def complete_model_config(values):
     """Every field of GPTConfig, from the fields in a file. Raises UserError."""
-    require(isinstance(values, dict), f'model_config = {str(values)[:40]} is not a dict')
     if 'document_token' in values:  # its name in earlier versions
         values = values | {'eot_token': values['document_token']}
     types_ = typing.get_type_hints(GPTConfig)
@@ -103,7 +98,6 @@ def complete_model_config(values):
 
 
 # Writing -----------------------------------------------------------------------------------------
-
 
 def save(out_dir, checkpoint, keep_last=2):
     """Write a Checkpoint into out_dir, then delete all but the last keep_last and the best one.
@@ -172,10 +166,8 @@ def delete(path):
 
 
 class Saver:
-    """Writes a run's checkpoints in a background thread, from a copy in CPU memory.
-
-    One at a time: `save` waits for the one before. background=False: at once, without a copy.
-    """
+    """Writes a run's checkpoints in a background thread, from a copy in CPU memory. One at a time:
+    `save` waits for the one before. background=False: at once, without a copy."""
 
     def __init__(self, out_dir, keep_last=2, background=True):
         self.out_dir, self.keep_last = out_dir, keep_last
@@ -221,17 +213,14 @@ def cpu_copy(value, copies=None):
 
 # Reading -----------------------------------------------------------------------------------------
 
-
 def finite_val_loss(manifest):
     loss = manifest['val_loss']
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def manifests(out_dir, report=lambda text: None):
-    """The manifests of a run's folder, newest first. A damaged one is reported and left out.
-
-    Only names that `save` gives count: somebody's copy is not ours to list or to delete.
-    """
+    """The manifests of a run's folder, newest first. A damaged one is reported and left out. Only
+    names that `save` gives count: somebody's copy is not ours to list or to delete."""
     found = []
     for path in Path(out_dir).glob('ckpt_*.json'):
         name = re.fullmatch(r'ckpt_(\d{8,})\.json', path.name)
@@ -303,9 +292,8 @@ def load(where, prefer_best=False, mmap=False, average_last=1):
 
 def load_run(folder, prefer_best, mmap, average_last):
     """The newest whole checkpoint of a run's folder, the best, or a mean; reports what it skips."""
-    found = manifests(folder, warn)
-    loose = [path for path in sorted(folder.glob('ckpt_[0-9]*.pt'))
-             if not path.with_suffix('.json').exists()]
+    found, paths = manifests(folder, warn), sorted(folder.glob('ckpt_[0-9]*.pt'))
+    loose = [path for path in paths if not path.with_suffix('.json').exists()]
     if not found:
         if (folder / 'ckpt.pt').exists():  # nanoGPT's
             return load_file(folder / 'ckpt.pt', mmap)
@@ -333,9 +321,8 @@ def load_run(folder, prefer_best, mmap, average_last):
             return mean_of(whole)
     require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or '
                    f'train anew in another --out_dir')
-    plural = 's' if len(whole) > 1 else ''
-    raise UserError(f'average_last = {average_last}: {folder} has {len(whole)} whole '
-                    f'checkpoint{plural}; a run keeps as many as its --keep_last')
+    raise UserError(f'average_last = {average_last}: whole checkpoints in {folder}: {len(whole)}; '
+                    f'a run keeps as many as its --keep_last')
 
 
 def mean_of(checkpoints):

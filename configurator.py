@@ -2,9 +2,9 @@
 
     python train.py config/x.py --batch_size=32 --compile=False --eval_only
 
-Keys are fields of a dataclass, `key: type = default  # comment`: typing, bounds, --help and error
-messages follow from that line. A config file is flat Python, `key = value`, where a value is a
-literal, arithmetic, or the name of another key. It is parsed, never executed.
+A key is a field of a dataclass, `key: type = default  # comment`: typing, bounds and --help follow
+from that line. A config file is flat Python, `key = value`: literals, arithmetic, names of other
+keys. It is parsed, never executed.
 """
 import ast
 import contextlib
@@ -26,7 +26,6 @@ from typing import Annotated, Literal, NamedTuple
 from lib.errors import UserError, require
 
 # Keys --------------------------------------------------------------------------------------------
-
 
 class Bound(NamedTuple):
     """Attached to a key's type: the values it may take, and the words for them."""
@@ -173,27 +172,21 @@ def check_bounds(config):
 
 # Config files and flags --------------------------------------------------------------------------
 
-
 def configure(cls, argv=None):
-    """Read argv (default: the command line) into the dataclass cls.
+    """Read argv (default: the command line) into the dataclass cls, from left to right.
 
-    Config files and --key=value are applied from left to right. Returns (config, given): the keys
-    that were given, in the order in which they were last set. Prints the keys and exits on --help.
-    Raises UserError on an unknown key, a bad value or an unreadable file.
+    Returns (config, given): the keys that were given, in the order in which they were last set.
+    --help prints the keys and exits. Raises UserError on an unknown key, a bad value or file.
     """
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(help_text(cls))
         sys.exit(0)
-    types_ = typing.get_type_hints(cls)
-    values = {}
-    words = list(argv)
+    types_, values, words = typing.get_type_hints(cls), {}, list(argv)
     while words:
         word = words.pop(0)
-        if word.startswith('-'):
-            new = read_flag(word, words, types_)
-        else:
-            new = read_config_file(word, cls)
+        flag = word.startswith('-')
+        new = read_flag(word, words, types_) if flag else read_config_file(word, cls)
         for key, value in new.items():
             values.pop(key, None)  # dicts keep the position of the first assignment
             values[key] = value
@@ -231,9 +224,8 @@ def read_config_file(path, cls):
         line = f' line {error.lineno}' if isinstance(error, SyntaxError) else ''
         raise UserError(f'{path}{line}: not a config file: {error}; '
                         f'write lines of key = value') from None
-    types_ = typing.get_type_hints(cls)
+    types_, values = typing.get_type_hints(cls), {}
     names = {f.name: default_of(f) for f in dataclasses.fields(cls)}
-    values = {}
     for statement in tree.body:
         where = f'{path} line {statement.lineno}'
         match statement:
@@ -284,8 +276,7 @@ def evaluate(node, names):
 def calculate(op, a, b, source):
     """op(a, b) for two numbers, or str + str. Raises UserError that names the source."""
     text = isinstance(a, str) and isinstance(b, str) and op is operator.add
-    numbers = is_number(a) and is_number(b)
-    require(text or numbers, f'{source}: arithmetic takes two numbers')
+    require(text or is_number(a) and is_number(b), f'{source}: arithmetic takes two numbers')
     small = op is not operator.pow or abs(b) <= 64 and abs(a) <= 2**64
     require(small, f'{source} is too large')
     try:
@@ -370,18 +361,15 @@ def nearest(word, choices):
 
 
 def default_of(field):
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory()
+    missing = field.default is dataclasses.MISSING
+    return field.default_factory() if missing else field.default
 
 
 def help_text(cls):
     """Every key with its default, type and comment, under the headings of the class's source."""
-    switch = '(a switch: --key alone is --key=True)'
     lines = [inspect.getdoc(sys.modules['__main__']) or '', '',
-             f'usage: python {sys.argv[0]} [config/file.py] [--key=value ...]    {switch}']
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+             f'usage: python {sys.argv[0]} [config/file.py] [--key=value ...] [--switch ...]']
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
     bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
     owner = {key: base for base in bases for key in base.__annotations__}  # the first to declare it
     for base in bases:

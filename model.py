@@ -24,7 +24,6 @@ from optimizer import adamw
 
 # Positions ---------------------------------------------------------------------------------------
 
-
 def position_angles(position, dim):
     """position / 10000^(2i/dim) (Vaswani et al. 2017, 3.5). (..., T) -> (..., T, dim/2), fp32"""
     i = torch.arange(0, dim, 2, device=position.device, dtype=torch.float32)
@@ -40,15 +39,12 @@ def sinusoidal_embedding(position, dim):
 
 def apply_rotary(x, cos, sin):
     """Rotate each pair (x_i, x_{i + hs/2}) by the i-th angle (Su et al. 2021; GPT-NeoX's pairing).
-
-    x: (B, heads, T, hs); cos, sin: (1 or B, 1, T, hs/2), fp32.
-    """
+    x: (B, heads, T, hs); cos, sin: (1 or B, 1, T, hs/2), fp32."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 # Attention ---------------------------------------------------------------------------------------
-
 
 def sdpa(q, k, v, mask=None, dropout=0.0):
     """softmax(QK^T / sqrt(hs)) V by PyTorch's fused kernels (flash attention on CUDA).
@@ -119,7 +115,6 @@ class CausalSelfAttention(nn.Module):
 
 # Blocks ------------------------------------------------------------------------------------------
 
-
 class MLP(nn.Module):
     """The position-wise feed-forward network, 4 C wide (Vaswani et al. 2017, 3.3)."""
 
@@ -163,10 +158,8 @@ def make_norm(config):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream.
-
-    Pre-norm (GPT-2) normalizes their input, post-norm (Vaswani et al. 2017, 3.1) the sum.
-    """
+    """Attention, then MLP, each added to the residual stream. Pre-norm (GPT-2) normalizes their
+    input, post-norm (Vaswani et al. 2017, 3.1) the sum."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -185,7 +178,6 @@ class Block(nn.Module):
 
 
 # The model ---------------------------------------------------------------------------------------
-
 
 class GPT(nn.Module):
     """nanoGPT's API and parameter names.
@@ -235,10 +227,9 @@ class GPT(nn.Module):
             p.normal_(std=std)
 
     def embed(self, idx, position, tokens):
-        """The parts whose sum enters the residual stream: {'token', 'n-grams', 'position'}.
+        """{'token', 'n-grams', 'position': (B, T, C) or (T, C)}: their sum is the first residual.
 
-        idx: (B, T). position: (B, T) or (T,). tokens: (B, ngram - 1 + T), idx after the tokens
-        before it. Each part is (B, T, C), positions perhaps (T, C).
+        idx: (B, T). position: (B, T) or (T,). tokens: (B, ngram - 1 + T), with those before idx.
         """
         parts = {'token': self.transformer.wte(idx)}
         if self.config.ngram > 1:
@@ -246,11 +237,10 @@ class GPT(nn.Module):
         if self.config.position == 'learned':
             parts['position'] = self.transformer.wpe(position)
         elif self.config.position == 'sinusoidal':
+            C = self.config.n_embd
             # embeddings are scaled up to the size of the sinusoids (Vaswani et al. 2017, 3.4)
-            scale = math.sqrt(self.config.n_embd)
-            parts = {name: part * scale for name, part in parts.items()}
-            sinusoids = sinusoidal_embedding(position, self.config.n_embd)
-            parts['position'] = sinusoids.type_as(parts['token'])
+            parts = {name: part * math.sqrt(C) for name, part in parts.items()}
+            parts['position'] = sinusoidal_embedding(position, C).type_as(parts['token'])
         return parts
 
     def ngram_history(self, tokens, columns):
@@ -343,9 +333,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a folder in Hugging Face's layout.
-
-        override_args: {'dropout': ...}, as in nanoGPT. Raises UserError if it cannot be had.
-        """
+        override_args: {'dropout': ...}, as in nanoGPT. Raises UserError if it cannot be had."""
         config, weights = formats.load_gpt2(model_type)
         model = cls(GPTConfig(**config | (override_args or {})))
         model.load_state_dict(weights)
@@ -386,9 +374,7 @@ class GPT(nn.Module):
         return 6 * self.num_matmul_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model FLOPs utilization at fwdbwd_per_iter sequences in dt seconds.
-
-        peak_flops: of the device; the default is an A100's in bf16.
-        """
-        flops = self.flops_per_token() * self.config.block_size * fwdbwd_per_iter
-        return flops / dt / peak_flops
+        """Model FLOPs utilization at fwdbwd_per_iter sequences in dt seconds. peak_flops: of the
+        device; the default is an A100's in bf16."""
+        tokens = self.config.block_size * fwdbwd_per_iter
+        return self.flops_per_token() * tokens / dt / peak_flops

@@ -11,16 +11,13 @@ MUON_MAX_NUMEL = 2**25  # numbers in the matrices that Muon orthogonalizes toget
 
 # Parameter groups --------------------------------------------------------------------------------
 
-
 def make_optimizer(model, config):
     """The Optimizer that train.py's keys ask for."""
-    muon = muon_matrices(model, config)
-    tables = []
-    if config.embedding_learning_rate is not None:
-        if not model.config.tie_weights:
-            tables.append(model.transformer.wte.weight)
-        if model.config.ngram > 1:
-            tables.append(model.transformer.ngram.tables.weight)
+    muon, tables = muon_matrices(model, config), []
+    if config.embedding_learning_rate is not None and not model.config.tie_weights:
+        tables.append(model.transformer.wte.weight)
+    if config.embedding_learning_rate is not None and model.config.ngram > 1:
+        tables.append(model.transformer.ngram.tables.weight)
     taken = {id(p) for p in muon + tables}
     params = [p for p in model.parameters() if id(p) not in taken]
     groups = adamw_groups(params, config.weight_decay, config.learning_rate)
@@ -57,7 +54,6 @@ def adamw(params, weight_decay, learning_rate, betas, eps=1e-8):
 
 
 # The optimizer -----------------------------------------------------------------------------------
-
 
 class Optimizer(torch.optim.Optimizer):
     """One optimizer for all groups: kind 'adamw' (fused), or 'muon' for matrices.
@@ -106,10 +102,8 @@ class Optimizer(torch.optim.Optimizer):
     def step_adamw(self, params, group):
         states = [self.state[p] for p in params]
         beta1, beta2 = group['betas']
-        adamw_step(params, [p.grad for p in params],
-                   [state['exp_avg'] for state in states],
-                   [state['exp_avg_sq'] for state in states],
-                   [], [state['step'] for state in states],
+        adamw_step(params, [p.grad for p in params], [state['exp_avg'] for state in states],
+                   [state['exp_avg_sq'] for state in states], [], [s['step'] for s in states],
                    fused=True, found_inf=self.found_inf, amsgrad=False, maximize=False,
                    beta1=beta1, beta2=beta2, lr=group['lr'], eps=group['eps'],
                    weight_decay=group['weight_decay'])
@@ -125,8 +119,8 @@ class Optimizer(torch.optim.Optimizer):
                 self.step_muon_batch(params[first:first + batch_size], group)
 
     def step_muon_batch(self, params, group):
-        """Muon (Jordan et al. 2024): orthogonalized momentum, so that a step has the same length
-        in every direction of a matrix. As torch.optim.Muon with adjust_lr_fn='original'."""
+        """Muon (Jordan et al. 2024): orthogonalized momentum, so that a step has the same length in
+        every direction of a matrix. As torch.optim.Muon with adjust_lr_fn='original'."""
         buffers = [local(self.state[p]['momentum_buffer']) for p in params]
         gradient = torch.stack([local(p.grad) for p in params])  # (n, rows, columns)
         momentum = torch.stack(buffers)  # (n, rows, columns)
@@ -146,11 +140,8 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
-        """Restore the state; rates, decay and betas stay this optimizer's own.
-
-        Reads nanoGPT's AdamW and earlier versions of plainGPT. Raises ValueError if the state is
-        of another optimizer or of other shapes.
-        """
+        """Restore the state; rates, decay and betas stay this optimizer's own. Reads nanoGPT's
+        AdamW and earlier versions. Raises ValueError if it does not fit."""
         state, group_sizes = merge_old_format(state_dict)
         expected = [len(group['params']) for group in self.param_groups]
         if group_sizes != expected:
@@ -171,16 +162,14 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def merge_old_format(state_dict):
-    """({parameter index: state}, tensors per group) of a state_dict.
-
-    AdamW and Muon used to be two optimizers: {'muon': ..., 'adamw': ...}.
-    """
+    """({parameter index: state}, tensors per group) of a state_dict. AdamW and Muon used to be two
+    optimizers: {'muon': ..., 'adamw': ...}."""
     parts = [state_dict]
     if 'adamw' in state_dict:
         parts = [state_dict['adamw'], state_dict['muon']]
     state, group_sizes = {}, []
     for part in parts:
-        if 'param_groups' not in part:
+        if not {'state', 'param_groups'} <= part.keys():
             raise ValueError('it is not the state of AdamW or Muon')
         offset = sum(group_sizes)
         state |= {i + offset: values for i, values in part['state'].items()}
@@ -212,7 +201,6 @@ def state_bytes(model, config):
 
 
 # Schedules ---------------------------------------------------------------------------------------
-
 
 def lr_multiplier(step, config):
     """The factor on each group's initial_lr at a step, counted from 0.

@@ -141,9 +141,8 @@ def write(model, tokenizer, shown, prompts, config):
         room = block_size - max(map(len, prompts))
         if room < config.max_new_tokens and len(set(map(len, prompts))) > 1:
             # the longest prompt would cut the others' texts: one prompt at a time
-            texts = [write(model, tokenizer, [start], [ids], config)
-                     for start, ids in zip(shown, prompts)]
-            return texts[0]
+            return [write(model, tokenizer, [start], [ids], config)
+                    for start, ids in zip(shown, prompts)][0]
         config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
     if config.num_beams > 1:
         return write_beams(model, tokenizer, shown, prompts, config)
@@ -183,8 +182,7 @@ def write(model, tokenizer, shown, prompts, config):
 
 
 def write_beams(model, tokenizer, shown, prompts, config):
-    """Print the best num_samples continuations of each prompt with their scores; returns the first
-    one."""
+    """Print the best continuations of each prompt with their scores; returns the first one."""
     stops = {s for s in config.stop if isinstance(s, int)} | ({tokenizer.eot} - {None})
     found = beam_search(model, prompts, config.max_new_tokens, config.num_beams,
                         config.length_penalty, stop_tokens=stops, vocab_size=tokenizer.vocab_size)
@@ -228,11 +226,8 @@ def chat(model, tokenizer, config):
 
 
 def recent_turns(history, start, model, tokenizer, config):
-    """(the turns that fit before start, token ids of both).
-
-    At most as many turns as in training; the oldest go while less than max_new_tokens, or half of
-    block_size, is left for the answer.
-    """
+    """(the turns that fit before start, token ids of both). At most as many turns as in training;
+    the oldest go while less than max_new_tokens, or half of block_size, is left for the answer."""
     block_size = model.config.block_size
     longest = block_size - min(config.max_new_tokens, block_size // 2)
     history = history[max(0, len(history) - 2 * (model.config.turns - 1)):]
@@ -242,14 +237,14 @@ def recent_turns(history, start, model, tokenizer, config):
 
 
 def compiles(model, n):
-    """Compile the decode step for n sequences; if it fails, print why."""
+    """Whether the decode step compiles for n sequences; prints why not."""
     print('compiling the decode step: this takes up to some minutes', file=sys.stderr)
     try:
         model.generate([[0]] * n, 2, compile=True)
         return True
     except Exception as error:  # no compiler on the machine, ...
-        reason = f'{type(error).__name__}: {first_line(error)[:150]}'
-        print(f'torch.compile failed, going on without it: {reason}', file=sys.stderr)
+        print(f'torch.compile failed, going on without it: '
+              f'{type(error).__name__}: {first_line(error)[:150]}', file=sys.stderr)
         return False
 
 
@@ -267,16 +262,11 @@ def main(config):
     block_size = model.config.block_size
     for stop in config.stop:
         require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size,
-                f'stop = {stop}: there is no such token id; the vocabulary has '
-                f'{tokenizer.vocab_size}')
+                f'stop = {stop}: there is no such id in a vocabulary of {tokenizer.vocab_size}')
     require(config.slide <= block_size,
             f'slide = {config.slide}: give at most block_size = {block_size}')
-    prompts = []
-    if not config.interactive:
-        prompts = encode_prompts(starts, model, tokenizer, config)
-    val_loss = ''
-    if checkpoint.val_loss is not None:
-        val_loss = f', val loss {checkpoint.val_loss:.4f}'
+    prompts = [] if config.interactive else encode_prompts(starts, model, tokenizer, config)
+    val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {dtype_name(dtype)}',
           file=sys.stderr)
     sys.stdout.reconfigure(encoding='utf-8', errors='replace')

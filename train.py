@@ -42,12 +42,9 @@ from optimizer import lr_multiplier, make_optimizer, state_bytes
 
 # The loop ----------------------------------------------------------------------------------------
 
-
 class Trainer:
-    """The state of a run, with its steps, evaluations and checkpoints.
-
-    raw_model is the GPT; model is what to call: wrapped by DDP, compiled.
-    """
+    """The state of a run, with its steps, evaluations and checkpoints. raw_model is the GPT; model
+    is what to call: wrapped by DDP, compiled."""
 
     def __init__(self, config, run, data, raw_model, device, dtype):
         self.config, self.run, self.data = config, run, data
@@ -116,12 +113,10 @@ class Trainer:
 
     def evaluate(self):
         """The val loss, or None if a signal interrupted the evaluation."""
-        def loss_of(x, y):
-            return self.loss_of(self.model, *to_device(x, y, self.device))
-
         self.model.eval()
-        val_loss = evaluate_run(loss_of, self.raw_model, self.data, self.config, self.step,
-                                self.run)
+        val_loss = evaluate_run(
+            lambda x, y: self.loss_of(self.model, *to_device(x, y, self.device)),
+            self.raw_model, self.data, self.config, self.step, self.run)
         self.model.train()
         self.log.reset_clock(self.step)  # evaluations do not count as training time
         return val_loss
@@ -178,9 +173,9 @@ class Trainer:
                 self.stop, self.saves_requested = run.signals.exchange()
                 if (self.step - 1) % config.log_interval == 0:
                     self.log.flush()
-                run.check_saves()
+                run.saver.check()
         with main_process_first():  # torchrun ends all processes when one fails: wait for the save
-            run.wait_for_saves()
+            run.saver.wait()
 
     # before the loop -----------------------------------------------------------------------------
 
@@ -229,7 +224,6 @@ class Trainer:
 
 # Phases ------------------------------------------------------------------------------------------
 
-
 def load_checkpoint(run, config, given):
     """The Checkpoint to start from, or None; resuming sets the keys that are not given."""
     if gather(ckpt.written_by_this_job(config.out_dir))[0]:
@@ -237,26 +231,27 @@ def load_checkpoint(run, config, given):
         config.init_from = 'resume'
     if config.init_from == 'scratch':
         return None
-    where = config.out_dir if config.init_from == 'resume' else config.init_from
+    run.resuming = config.init_from == 'resume'
+    where = config.out_dir if run.resuming else config.init_from
     with main_process_first():  # it may download
-        if config.init_from == 'resume' and os.path.isdir(where):
+        if run.resuming and os.path.isdir(where):
             run.claim()
         checkpoint = ckpt.load(where, mmap=dist.is_initialized(), average_last=config.average_last)
     if len(set(gather((checkpoint.step, checkpoint.samples_seen)))) > 1:
         fail(f'{where} is not the same folder for all processes: name one that all machines see')
-    if config.init_from == 'resume':
+    if run.resuming:
         resume.take_saved_config(config, given, checkpoint)
         check(config)
     return checkpoint
 
 
-def open_data(config, given, checkpoint):
+def open_data(run, config, given, checkpoint):
     """(Dataset, fields of GPTConfig). Raises UserError if data, keys and checkpoint do not fit."""
-    model_config = resume.choose_model_config(config, given, checkpoint)
+    model_config = resume.choose_model_config(config, given, checkpoint, run.resuming)
     with main_process_first():  # it may prepare a small data set
         folder = bins.find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
-    model_config |= resume.choose_data_config(config, given, checkpoint, data)
+    model_config |= resume.choose_data_config(config, given, checkpoint, data, run.resuming)
     if checkpoint:
         resume.check_same_tokenizer(checkpoint, data)
     return data, model_config
@@ -308,7 +303,7 @@ def describe(config, model, device, dtype, T):
            f'{processes}; {tokens:,} tokens per step')
 
 
-def warn_about_steps(config, step):
+def warn_about_steps(run, config, step):
     """Print a note if the schedule or the run has no steps to take."""
     if config.eval_only:
         return
@@ -316,7 +311,7 @@ def warn_about_steps(config, step):
         print0(f'note: warmup_iters = {config.warmup_iters} does not end within max_iters = '
                f'{config.max_iters}: the learning rate stays below learning_rate; try '
                f'--warmup_iters={config.max_iters // 10}')
-    if config.init_from == 'resume' and step >= config.max_iters:
+    if run.resuming and step >= config.max_iters:
         print0(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: '
                f'give a larger --max_iters to go on')
 
@@ -324,11 +319,11 @@ def warn_about_steps(config, step):
 def claim_folder(run, config, model):
     """Lock the folder of a new run, and check that its disk has room."""
     with main_process_first():
-        if config.init_from != 'resume':
+        if not run.resuming:
             run.claim()
         if run.writes:
             size = 4 * model.get_num_params(False) + state_bytes(model, config)
-            resume.check_disk(config, size)
+            resume.check_disk(config, size, run.resuming)
 
 
 def main(config, given):
@@ -338,11 +333,11 @@ def main(config, given):
         checkpoint = load_checkpoint(run, config, given)
         device = start_device(config.device, config.deterministic)
         distributed.micro_batches_per_process(config)  # raises if it is not an int
-        data, model_config = open_data(config, given, checkpoint)
+        data, model_config = open_data(run, config, given, checkpoint)
         dtype = pick_dtype(config.dtype, device, model_config['n_embd'])
         model, parallel = build_model(config, checkpoint, data, model_config, device, dtype)
         trainer = Trainer(config, run, data, model, device, dtype)
-        if config.init_from == 'resume':
+        if run.resuming:
             trainer.resume(checkpoint, given)
         checkpoint = None  # free its memory
         describe(config, model, device, dtype, data.train.block_size)
@@ -351,7 +346,7 @@ def main(config, given):
             trainer.wrap(parallel)
         saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save)
         run.start(trainer.step, saver)
-        warn_about_steps(config, trainer.step)
+        warn_about_steps(run, config, trainer.step)
         trainer.loop()
         run.finish(trainer.stop)
         if trainer.stop:

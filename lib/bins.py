@@ -32,21 +32,16 @@ def shard_path(folder, split, number):
 
 
 class TokenBin:
-    """The token ids of a split, cut into windows of block_size.
-
-    The files are mapped: opening takes no time and no memory, however large they are.
-    """
+    """The token ids of a split, memory-mapped and cut into windows of block_size."""
 
     def __init__(self, folder, split, dtype, vocab_size, block_size, n_tokens=None, pairs=None,
                  eot=None):
         """n_tokens: expected number of ids, in one or more files; None: what one file has, as with
-        nanoGPT's bins. pairs: of bins with sources and targets, which eot separates. Raises
-        UserError if the files cannot be used."""
+        nanoGPT's bins. pairs: of sources and targets, which eot separates. Raises UserError."""
         self.path = shard_path(folder, split, 0)
         self.dtype, self.vocab_size, self.block_size = dtype, vocab_size, block_size
         self.pairs, self.eot = pairs, eot
-        self.shards = []  # the ids of each file
-        self.ends = []  # the number of ids up to the end of each file
+        self.shards, self.ends = [], []  # the ids of each file, their number up to its end
         while not self.shards or n_tokens is not None and self.n_tokens < n_tokens:
             path = shard_path(folder, split, len(self.shards))
             if self.shards and not path.exists():
@@ -73,10 +68,8 @@ class TokenBin:
         return self.ends[-1] if self.ends else 0
 
     def read(self, starts, count):
-        """count ids from each position in starts, 0 past the end. -> (len(starts), count) int64
-
-        Raises UserError if an id is beyond the vocabulary.
-        """
+        """count ids from each position in starts, 0 past the end. -> (len(starts), count) int64.
+        Raises UserError if an id is beyond the vocabulary."""
         batch = np.zeros((len(starts), count), self.dtype)
         for row, start in zip(batch, starts):
             number, done = bisect.bisect_right(self.ends, start), 0
@@ -194,8 +187,7 @@ def find_dataset(name):
 
 
 def find_or_prepare(name):
-    """find_dataset, after preparing a small data set that is missing. Raises UserError that names
-    the command to type."""
+    """find_dataset; prepares a small one that is missing. Raises UserError with the command."""
     folder = find_dataset(name)
     if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
         return folder
@@ -206,9 +198,7 @@ def find_or_prepare(name):
             f'{missing} and no {name} among {scripts}; for your own text: '
             f'python data/text/prepare.py --input=PATH --dataset={name}, for sources and targets '
             f'data/pairs/prepare.py; if it was moved: --dataset=PATH')
-    command = f'python data/{name}/prepare.py'
-    if name in ('text', 'pairs'):
-        command += ' --input=PATH'
+    command = f'python data/{name}/prepare.py' + ' --input=PATH' * (name in ('text', 'pairs'))
     require(name in SMALL_DATASETS,
             f'{missing}; make it with: {command} '
             f'(or start small: python train.py config/quickstart.py)')
@@ -257,9 +247,8 @@ def read_meta(folder):
                 f'dtype = {meta["dtype"]!r} is neither uint16 nor uint32')
         for key in ('tokenizer', 'train_tokens', 'val_tokens'):
             require(key in meta, f'{key} is missing')
-        pairs = meta.get('pairs')
-        require(not pairs or set(pairs) == {field.name for field in fields(Pairs)},
-                'pairs are not described')
+        keys = {field.name for field in fields(Pairs)}
+        require(not meta.get('pairs') or set(meta['pairs']) == keys, 'pairs are not described')
         return meta
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f'{path}: {error}; {AGAIN}') from None
@@ -298,10 +287,8 @@ def read_nanogpt_meta(path):
 
 # A random order without a table ------------------------------------------------------------------
 
-
 def mix(x):
-    """splitmix64's finalizer (Steele et al. 2014) on uint64; numpy's generators promise no stream
-    across versions."""
+    """splitmix64's finalizer (Steele et al. 2014) on uint64; numpy's generators may change."""
     with np.errstate(over='ignore'):
         x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -317,9 +304,8 @@ def derive_seed(seed, number):
 def permute(index, n, key):
     """A permutation of 0, ..., n - 1, chosen by key, applied to index (uint64 array).
 
-    A Feistel network of 6 rounds (Luby & Rackoff 1988) permutes the next power of 4; a value that
-    lands at n or above goes through again until it lands below (cycle walking: Black & Rogaway
-    2002).
+    A Feistel network of 6 rounds (Luby & Rackoff 1988) permutes the next power of 4; values at n or
+    above go through again (cycle walking: Black & Rogaway 2002).
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

@@ -20,11 +20,9 @@ NAMES = 'give auto, cpu, cuda, cuda:1, ... or mps'
 def pick_device(name):
     """torch.device for 'auto' (cuda, else mps, else cpu) or a name. Raises UserError."""
     if name == 'auto':
-        name = 'cpu'
-        if torch.cuda.is_available():
-            name = 'cuda'
-        elif torch.backends.mps.is_available():
-            name = 'mps'
+        available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(),
+                     'cpu': True}
+        name = next(name for name, there in available.items() if there)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -74,9 +72,7 @@ def dtype_name(dtype):
 
 def has_bfloat16(device_type):
     """Whether the hardware multiplies in bf16; emulated on a CPU it takes 60 times fp32's time.
-
-    MPS, where that has not been measured: no.
-    """
+    MPS, where that has not been measured: no."""
     if device_type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != 'cpu':
@@ -178,8 +174,8 @@ def compile_model(model, choice, device, dry_run):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler on the machine, an unsupported platform, ...
-            reason = f'{type(error).__name__}: {first_line(error)[:150]}'
-            print0(f'torch.compile failed, going on without it: {reason}')
+            print0(f'torch.compile failed, going on without it: '
+                   f'{type(error).__name__}: {first_line(error)[:150]}')
     dry_run(model)
     return model
 
@@ -188,7 +184,6 @@ def total_memory(device):
     """A GPU's memory in bytes; None for other devices."""
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
-    return None
 
 
 def peak_memory(device):

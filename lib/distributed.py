@@ -15,7 +15,6 @@ from lib.errors import UserError
 
 # Processes ---------------------------------------------------------------------------------------
 
-
 def init_processes(backend):
     """Join the other processes if torchrun started this one. backend: auto, nccl or gloo."""
     if 'RANK' in os.environ:
@@ -25,8 +24,8 @@ def init_processes(backend):
 
 
 def exit_process(code):
-    """Exit. One of several processes skips the interpreter's shutdown, in which gloo's threads,
-    which DDP keeps alive, sometimes abort a process that has done its work."""
+    """Exit. One of several processes skips the interpreter's shutdown, in which gloo's threads
+    sometimes abort."""
     if not dist.is_initialized():
         sys.exit(code)
     dist.destroy_process_group()  # only here: after an error it would wait for the other processes
@@ -44,14 +43,13 @@ def world_size():
 
 
 def print0(text):
-    """Print on the main process, above its progress bar. A closed pipe (train.py | head) does not
-    stop training."""
+    """Print on the main process, above its progress bar."""
     if rank() > 0:
         return
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except OSError:
+    except OSError:  # a closed pipe (train.py | head) does not stop training
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -93,22 +91,20 @@ def gather(value):
     return values
 
 
-def all_gather_ints(*values):
-    """Lists of the ints of all processes, by rank; one small exchange between the CPUs."""
+def gather_ints(*values):
+    """The same for ints, in one small exchange between the CPUs."""
     if not dist.is_initialized():
         return [values]
-    own = torch.tensor(values)
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, own)
-    return [tensor.tolist() for tensor in gathered]
+    gathered = torch.empty(world_size(), len(values), dtype=torch.long)
+    dist.all_gather(list(gathered), torch.tensor(values))
+    return gathered.tolist()
 
 
 def micro_batches_per_process(config):
     """Gradient accumulation steps of each process. Raises UserError if that is not an int."""
     total, n = config.gradient_accumulation_steps, world_size()
     if total % n:
-        each = total // n * n
-        choices = f'{each} or {each + n}' if each else f'{n}'
+        choices = f'{total // n * n} or ' * (total > n) + f'{(total // n + 1) * n}'
         fail(f'gradient_accumulation_steps = {total} is not divisible by the {n} processes: '
              f'try {choices}')
     return total // n
@@ -122,12 +118,9 @@ def job():
 
 # DDP and FSDP2 -----------------------------------------------------------------------------------
 
-
 def choose_parallel(parallel, model, memory):
     """'ddp' or 'fsdp'. auto: fsdp if weights, gradients and AdamW's state would fill half of a GPU.
-
-    memory: of the GPU, in bytes; None: not a GPU.
-    """
+    memory: of the GPU, in bytes; None: not a GPU."""
     if parallel != 'auto':
         return parallel
     training_bytes = 4 * 4 * sum(p.numel() for p in model.parameters())
@@ -158,11 +151,8 @@ def wrap_ddp(model, device):
 
 @torch.no_grad()
 def init_weights(model, device):
-    """Give a model on the meta device its initial weights, those of GPT(config), on device.
-
-    Each is drawn whole on the CPU and kept as far as it belongs to this process, so no process ever
-    holds a whole sharded model.
-    """
+    """Give a model on the meta device the initial weights of GPT(config), on device. Each is drawn
+    whole on the CPU, then sharded: no process ever holds a whole sharded model."""
     weights = {}
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape)
@@ -187,8 +177,8 @@ def full(tensor):
 
 
 def gather_on_main(value):
-    """Nested dicts and lists with their shards gathered, one by one, on the main process's CPU,
-    and replaced by None elsewhere; other tensors stay. All processes call it."""
+    """Gather the shards in nested dicts and lists, one by one, on the main process's CPU; None
+    replaces them elsewhere. All processes call it."""
     if is_shard(value):
         tensor = value.full_tensor()
         return tensor.cpu() if rank() == 0 else None
@@ -218,16 +208,12 @@ def shard_like(tensor, like):
 
 # Summing gradients over micro-batches and processes ----------------------------------------------
 
-
 class GradientSync:
-    """Sums gradients over the micro-batches of a step, and over processes in the last backward.
-
-    model: wrapped by DDP or FSDP, or one process's.
-    """
+    """Sums gradients over the micro-batches of a step, and over processes in the last backward."""
 
     def __init__(self, model):
-        self.model = model
-        self.losses = []
+        """model: wrapped by DDP or FSDP, or of a single process."""
+        self.model, self.losses = model, []
 
     def begin(self, last):
         """Before each forward. last: of the step's micro-batches in this process."""
@@ -246,8 +232,7 @@ class GradientSync:
 
     def finish(self):
         """After the last backward: the mean loss of the step, on the device."""
-        loss = torch.stack(self.losses).sum()
-        self.losses = []
+        loss, self.losses = torch.stack(self.losses).sum(), []
         if dist.is_initialized():
             dist.all_reduce(loss)
             loss = loss / dist.get_world_size()
@@ -261,10 +246,8 @@ class TreeSum(GradientSync):
     def __init__(self, model, n_leaves):
         """n_leaves: micro-batches of a step in this process."""
         super().__init__(None)
-        self.params = list(model.parameters())
-        self.joins = joins(n_leaves)
-        self.nodes = []
-        self.n = 0
+        self.params, self.joins = list(model.parameters()), joins(n_leaves)
+        self.nodes, self.n = [], 0
 
     def scale(self, fraction):
         return fraction

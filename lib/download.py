@@ -11,11 +11,8 @@ from lib.files import replace, sha256_of
 
 
 def download(url, path, sha256=None, advice='put the file there by hand'):
-    """Fetch url into path unless path exists; returns path.
-
-    sha256: of the content; 'linked': the one that Hugging Face's X-Linked-Etag header announces. A
-    broken download continues from path.part at the next call. Raises UserError.
-    """
+    """Fetch url into path unless path exists; a broken download continues from path.part. sha256:
+    of the content; 'linked': from Hugging Face's X-Linked-Etag header. Raises UserError."""
     path = Path(path)
     if path.exists():
         return path

@@ -29,8 +29,6 @@ def os_errors(what, remedy=None):
     """Turn an OSError of the enclosed call into a UserError that begins with `what`."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
         advice = f'; {remedy}' if remedy else ''
         raise UserError(f'{what}: {error.strerror or error}{advice}') from None
@@ -38,10 +36,8 @@ def os_errors(what, remedy=None):
 
 @contextlib.contextmanager
 def user_errors():
-    """Entry points run inside: a UserError becomes one line on stderr and exit code 2.
-
-    So does a full disk, which can hit any write. Every other exception keeps its traceback.
-    """
+    """Entry points run inside: a UserError becomes one line on stderr and exit code 2. So does a
+    full disk, which can hit any write. Every other exception keeps its traceback."""
     script = Path(sys.argv[0]).name
     for name in ('stdout', 'stderr'):  # None if the shell closed them: train.py >&-
         setattr(sys, name, getattr(sys, name) or open(os.devnull, 'w'))

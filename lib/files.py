@@ -12,25 +12,23 @@ except ImportError:  # Windows: no lock
 
 
 def lock(folder, what):
-    """Make the folder and keep other processes out of it until the returned file is closed.
-
-    Raises UserError, which begins with `what`, if another process has it or nobody can write there.
-    """
+    """Make the folder and keep other processes out of it until the returned file is closed. Raises
+    UserError, which begins with `what`."""
     path = Path(folder) / '.lock'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, 'a')
     except OSError as error:
-        raise UserError(f'{what}: cannot write there: {error.strerror}; '
-                        f'choose another folder') from None
-    if fcntl is not None:
-        try:
+        reason = f'cannot write there: {error.strerror}; choose another folder'
+        raise UserError(f'{what}: {reason}') from None
+    try:
+        if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f'{what}: another process is writing there; '
-                            f'wait for it or choose another folder') from None
-    return file
+        return file
+    except OSError:
+        file.close()
+        reason = 'another process is writing there; wait for it or choose another folder'
+        raise UserError(f'{what}: {reason}') from None
 
 
 def temporary(path):
@@ -80,8 +78,7 @@ class HashingFile:
 
     def __init__(self, path):
         self.file = open(path, 'wb', buffering=0)
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
+        self.sha256, self.bytes = hashlib.sha256(), 0
         self.error = None  # torch.save raises its own, less useful error
 
     def write(self, data):

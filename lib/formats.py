@@ -27,8 +27,7 @@ def load_gpt2(where):
 
 
 def download_gpt2(name):
-    """Fetch GPT-2 from Hugging Face's hub (HF_ENDPOINT: a mirror) into ~/.cache/plaingpt; returns
-    the folder."""
+    """Fetch GPT-2 from Hugging Face's hub (HF_ENDPOINT: a mirror) into ~/.cache/plaingpt."""
     endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folder = cache / 'plaingpt' / name
@@ -40,8 +39,7 @@ def download_gpt2(name):
 
 
 def load_huggingface(folder):
-    """(fields of GPTConfig, {name: tensor}) of config.json and model.safetensors or
-    pytorch_model.bin. Raises UserError."""
+    """(fields of GPTConfig, {name: tensor}) of a folder in its layout. Raises UserError."""
     folder = Path(folder)
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
@@ -52,22 +50,19 @@ def load_huggingface(folder):
         tensors = read_safetensors(folder / 'model.safetensors')
     else:
         path = folder / 'pytorch_model.bin'
-        require(path.exists(), f'{folder}: there is neither model.safetensors nor '
-                               f'pytorch_model.bin')
+        require(path.exists(), f'{folder}: there is no model.safetensors or pytorch_model.bin')
         tensors = read_pytorch_bin(path)
-    weights = {}
-    tied = model_config['tie_weights']
+    weights, tied = {}, model_config['tie_weights']
     for name, tensor in tensors.items():
-        name = name.removeprefix('transformer.')
+        name = 'transformer.' + name.removeprefix('transformer.')
         if name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks
             continue
-        if name == 'lm_head.weight' and tied:
-            continue
-        if name.endswith(('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight',
-                          'mlp.c_proj.weight')):
+        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
             tensor = tensor.t().contiguous()  # GPT-2's Conv1D keeps (in, out), Linear (out, in)
-        prefix = '' if name == 'lm_head.weight' else 'transformer.'
-        weights[prefix + name] = tensor.float()
+        if name != 'transformer.lm_head.weight':
+            weights[name] = tensor.float()
+        elif not tied:
+            weights['lm_head.weight'] = tensor.float()
     if tied and 'transformer.wte.weight' in weights:
         weights['lm_head.weight'] = weights['transformer.wte.weight']
     return model_config, weights
@@ -107,7 +102,7 @@ def read_pytorch_bin(path):
 
 
 def read_safetensors(path):
-    """{name: tensor}. Format: 8 bytes with the length of a JSON header, the header, the tensors
+    """{name: tensor}: 8 bytes with the length of a JSON header, the header, the tensors
     (huggingface/safetensors, README, "Format"). Raises UserError."""
     try:
         size = path.stat().st_size
@@ -131,19 +126,15 @@ def read_safetensors(path):
 
 
 def read_checkpoint_file(path, mmap=False):
-    """The dict in a .pt file of plainGPT or nanoGPT, its weights as {name: tensor} under 'model'.
-
-    Raises UserError on anything but tensors and plain values, FileNotFoundError if it is missing.
-    """
+    """The dict in a .pt file of plainGPT or nanoGPT. Raises UserError on anything but tensors and
+    plain values, FileNotFoundError if it is missing."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
         named = re.search(r'GLOBAL (\S+)', str(error))
-        reason = 'it is not a checkpoint of plainGPT or nanoGPT'
-        if named:
-            reason = f'it would run {named[1]}'
+        reason = f'it would run {named[1]}' if named else 'it is not a checkpoint'
         raise UserError(f'{path}: refused: {reason}') from None
     except Exception as error:  # a truncated or foreign file raises anything
         if not Path(path).exists():  # deleted while it was read
@@ -159,13 +150,9 @@ def read_checkpoint_file(path, mmap=False):
 
 
 def convert_nanogpt(state, path):
-    """nanoGPT's ckpt.pt -> the fields of a Checkpoint.
-
-    Its GELU is the exact one; its first versions saved the causal mask as attn.bias.
-    """
-    # the saved device may belong to another machine; running its config again starts from these
-    # weights
-    machine = ('device', 'dtype', 'compile', 'backend')
+    """nanoGPT's ckpt.pt -> the fields of a Checkpoint. Its GELU is the exact one; its first
+    versions saved the causal mask as attn.bias."""
+    machine = ('device', 'dtype', 'compile', 'backend')  # perhaps of another one
     config = {k: v for k, v in state.get('config', {}).items() if k not in machine}
     step = int(state.get('iter_num', 0))
     samples = step * config.get('batch_size', 12) * config.get('gradient_accumulation_steps', 1)

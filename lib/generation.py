@@ -9,19 +9,17 @@ import torch
 
 # KV cache ----------------------------------------------------------------------------------------
 
-
 class KVCache:
     """Keys and values of every layer for the tokens read so far, in buffers of a fixed size.
 
     Prompts of unequal length are padded on the left: the first padding[b] columns of row b are not
-    part of the text. static: every step has static shapes, for torch.compile; a query sees the
-    whole buffer through a mask.
+    part of the text. static: static shapes for torch.compile; a query sees the whole buffer through
+    a mask.
     """
 
     def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None,
                  static=False):
-        head_size = config.n_embd // config.n_head
-        n_kv_head = config.n_kv_head or config.n_head
+        n_kv_head, head_size = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, n_kv_head, size, head_size)
         # zeros, not empty: 0 * NaN would leak through the mask
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -34,8 +32,7 @@ class KVCache:
 
     def select(self, index, spare=None):
         """A cache of the rows index (B',), with repeats; reuses the memory of spare if given."""
-        new = copy.copy(self)
-        index = torch.as_tensor(index, device=self.k.device)
+        new, index = copy.copy(self), torch.as_tensor(index, device=self.k.device)
         if spare is None:
             new.k, new.v = self.k[:, index], self.v[:, index]
         else:
@@ -58,23 +55,19 @@ class KVCache:
         or (B, T); mask of visible columns (B or 1, 1, T, S), or None for plain causality).
         """
         T = idx.size(1)
-        device = idx.device
+        plain = self.padding is None and not self.static and (T == 1 or self.length == 0)
+        columns = torch.arange(self.length, self.length + T, device=idx.device)
         if self.static:
-            self.columns = self.filled + torch.arange(T, device=device)
-            end = self.size
+            columns, end = columns + self.filled, self.size
             self.filled += T
         else:
-            self.columns = torch.arange(self.length, self.length + T, device=device)
-            end = self.length + T
-        plain = self.padding is None and not self.static and (T == 1 or self.length == 0)
-        self.length += 0 if self.static else T
-        position = self.columns
+            end = self.length = self.length + T
+        self.columns = position = columns
         if self.padding is not None:
-            position = (self.columns - self.padding[:, None]).clamp(min=0)  # (B, T)
-            idx = idx.where(self.columns >= self.padding[:, None], -1)
-        self.tokens.index_copy_(1, self.columns, idx)
-        mask = None if plain else self.mask(end)
-        return self.tokens[:, :end], self.columns, position, mask
+            position = (columns - self.padding[:, None]).clamp(min=0)  # (B, T)
+            idx = idx.where(columns >= self.padding[:, None], -1)
+        self.tokens.index_copy_(1, columns, idx)
+        return self.tokens[:, :end], columns, position, None if plain else self.mask(end)
 
     def mask(self, end):
         """Which of the columns up to end each new token sees: (B or 1, 1, T, end)"""
@@ -101,13 +94,11 @@ class KVCache:
 
 
 def context(idx, cache, block_size):
-    """What idx (B, T) attends to: KVCache.extend, or idx itself if there is no cache.
-
-    Raises ValueError if it does not fit into block_size.
-    """
-    past = 0 if cache is None else cache.length
-    if past + idx.size(1) > block_size:
-        raise ValueError(f'{past + idx.size(1)} tokens do not fit into block_size = {block_size}')
+    """KVCache.extend, or the same of idx (B, T) without a cache. Raises ValueError if it does not
+    fit into block_size."""
+    n = idx.size(1) + (0 if cache is None else cache.length)
+    if n > block_size:
+        raise ValueError(f'{n} tokens do not fit into block_size = {block_size}')
     if cache is not None:
         return cache.extend(idx)
     columns = torch.arange(idx.size(1), device=idx.device)
@@ -117,18 +108,13 @@ def context(idx, cache, block_size):
 def cache_dtype(model):
     """The dtype of keys and values: autocast's, or that of the weights."""
     weight = model.transformer.wte.weight
-    device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
 def left_pad(model, prompts, room=0):
-    """Prompts (B lists or tensors of ids), padded on the left to one length.
-
-    Returns (B lists, ids (B, longest + room), columns where each prompt starts (B,)). Raises
-    ValueError on an empty prompt or an id beyond the vocabulary.
-    """
+    """Pad prompts (B lists or tensors of ids) on the left to one length. Returns (B lists, ids (B,
+    longest + room), columns where they start (B,)). Raises ValueError."""
     device = model.transformer.wte.weight.device
     prompts = [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
     lengths = [len(prompt) for prompt in prompts]
@@ -144,7 +130,6 @@ def left_pad(model, prompts, room=0):
 
 
 # Sampling ----------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop_tokens=(), **options):
@@ -298,7 +283,6 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=Non
 
 
 # Beam search -------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, stop_tokens=(),

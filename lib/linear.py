@@ -20,8 +20,8 @@ class Linear(nn.Linear):
 class Int8Linear(nn.Module):
     """A Linear with int8 weights, for sampling: half the bytes of bf16 to read per token.
 
-    weight = int8 * scale, one scale per output channel. On a CPU PyTorch's quantized kernels round
-    the inputs to int8 too, with one scale per call, so a sequence depends slightly on its batch.
+    weight = int8 * scale, one scale per output. On a CPU the kernels round the inputs to int8 too,
+    with one scale per call, so a sequence depends slightly on its batch.
     """
 
     def __init__(self, linear):

@@ -79,13 +79,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(x, weight, targets, cap=0.0, smoothing=0.0):
-    """Mean loss in nats of hidden states x (N, C) through the head weight (V, C).
-
-    targets: (N,), -1 = ignored. cap: softcap. smoothing: label smoothing. Under autocast the
-    matrix products are in its dtype.
-    """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    """Mean loss in nats of hidden states x (N, C) through the head weight (V, C). targets: (N,), -1
+    = ignored. cap: softcap. smoothing: label smoothing."""
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     return ChunkedCrossEntropy.apply(x, weight, targets, cap, smoothing, dtype,
                                      torch.is_grad_enabled())

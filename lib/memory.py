@@ -9,9 +9,8 @@ from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, state_bytes
 def activation_bytes(model, batch_size, half=False):
     """Bytes that a forward pass over batch_size full contexts keeps for backward, without logits.
 
-    half: under autocast to 16 bits. For GPT-2's architecture this is the count of Korthikanti et
-    al. 2022, section 4, without the scores, which fused attention does not keep, and with an fp32
-    residual stream.
+    half: under autocast to 16 bits. For GPT-2: Korthikanti et al. 2022, section 4, without scores,
+    which fused attention does not keep, and with an fp32 residual stream.
     """
     c, n = model.config, 2 if half else 4
     C, kv = c.n_embd, (c.n_kv_head or c.n_head) * c.n_embd // c.n_head
@@ -47,10 +46,7 @@ def mlp_width(model):
 
 
 def step_bytes(model, config, half, parallel=None, world_size=1):
-    """{part: bytes} at the peak of a step in each process.
-
-    half: 16 bits under autocast. parallel: 'ddp', 'fsdp' or None.
-    """
+    """{part: bytes} at the peak of a step in each process. parallel: 'ddp', 'fsdp' or None."""
     n, size = model.get_num_params(False), 2 if half else 4
     weights, gradients, state = 4 * n, 4 * n, state_bytes(model, config)
     activations = activation_bytes(model, config.batch_size, half)

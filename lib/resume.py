@@ -1,5 +1,6 @@
 """What a run takes from its checkpoint and its data, and what it refuses."""
 import shutil
+import typing
 from dataclasses import fields
 
 import torch
@@ -29,20 +30,17 @@ def take_saved_config(config, given, checkpoint):
             f'depth = {config.depth} but {checkpoint.path} has depth = {saved.get("depth")}: '
             f'leave it out')
     own = given - {'init_from'} | {'out_dir', 'eval_only'}
-    for field in fields(config):
-        if field.name in saved and field.name not in own:
+    for key, type_ in typing.get_type_hints(type(config)).items():
+        if key in saved and key not in own:
             try:
-                value = check_type(field.name, saved[field.name], field.type)
+                setattr(config, key, check_type(key, saved[key], type_))
             except UserError as error:
                 raise UserError(f'{checkpoint.path}: {error}') from None
-            setattr(config, field.name, value)
 
 
-def choose_model_config(config, given, checkpoint):
-    """The fields of ModelConfig: the config's, or the checkpoint's.
-
-    Raises UserError if they do not fit together, or a given key differs from the checkpoint's.
-    """
+def choose_model_config(config, given, checkpoint, resuming=False):
+    """The fields of ModelConfig: the config's or the checkpoint's. Raises UserError if they do not
+    fit together, or a given key differs from the checkpoint's."""
     keys = [key for key in MODEL_KEYS if key != 'prefix_lm']  # follows from the data
     chosen = {key: getattr(config, key) for key in keys}
     if checkpoint is None:
@@ -51,38 +49,34 @@ def choose_model_config(config, given, checkpoint):
     saved = checkpoint.model_config
     for key in given & set(keys) - set(FREE_KEYS):
         # finetuning may shorten the context
-        shorter = key == 'block_size' and config.init_from != 'resume' and chosen[key] < saved[key]
+        shorter = key == 'block_size' and not resuming and chosen[key] < saved[key]
         require(shorter or chosen[key] == saved[key],
                 f'{key} = {chosen[key]} but {checkpoint.path} has {key} = {saved[key]}: '
                 f'leave {key} out, or train from scratch')
-    block_size = saved['block_size']
     if 'block_size' in given:
-        block_size = min(chosen['block_size'], block_size)
-    return {key: saved[key] for key in keys} | {'block_size': block_size}
+        saved = saved | {'block_size': chosen['block_size']}
+    return {key: saved[key] for key in keys}
 
 
-def choose_data_config(config, given, checkpoint, data):
-    """The fields of GPTConfig that follow from the data, without vocab_size.
-
-    Sets config.doc_mask and config.prefix_lm to what the run does: the checkpoint's, unless given.
-    All processes call it; raises UserError where it does not fit the data.
-    """
-    T, resume = data.train.block_size, config.init_from == 'resume'
+def choose_data_config(config, given, checkpoint, data, resuming):
+    """The fields DATA_KEYS of GPTConfig. Sets config.doc_mask and prefix_lm: the checkpoint's,
+    unless given. All processes call it; raises UserError if they do not fit the data."""
+    T = data.train.block_size
     if checkpoint is None and T < config.block_size:
         fail(f'block_size = {config.block_size}: the rows of {data.folder} have {T} tokens: give '
              f'--block_size={T}, or prepare it with --block_size={config.block_size}')
     saved = checkpoint.model_config if checkpoint else {}
-    if checkpoint and not resume:
+    if checkpoint and not resuming:
         if 'doc_mask' not in given:
             config.doc_mask = saved['eot_token'] is not None
         if 'prefix_lm' not in given:
             config.prefix_lm = saved['prefix_lm']
-    if resume and config.prefix_lm != saved['prefix_lm']:
+    if resuming and config.prefix_lm != saved['prefix_lm']:
         fail(f'prefix_lm = {config.prefix_lm} but {checkpoint.path} was trained without that: '
              f'leave it out, or begin another run with --init_from={checkpoint.path}')
     if config.prefix_lm and not data.pairs:
-        fail(f'prefix_lm = True: {data.folder} has no sources and targets: give '
-             f'--prefix_lm=False, or prepare some with data/pairs/prepare.py')
+        fail(f'prefix_lm = True: {data.folder} has no sources and targets: give --prefix_lm=False, '
+             f'or prepare some with data/pairs/prepare.py')
     if data.pairs and (data.pairs.packing or config.prefix_lm):
         if 'doc_mask' in given and not config.doc_mask:
             fail(f'doc_mask = False: the pairs of a row must not see one another: leave it out, or '
@@ -92,8 +86,8 @@ def choose_data_config(config, given, checkpoint, data):
     if config.doc_mask and eot is None:
         fail(f'doc_mask = True: {data.folder} has no <|endoftext|> between documents '
              f'({data.tokenizer.kind}): leave it out')
-    turns = data.pairs.turns if data.pairs else 0
-    return {'eot_token': eot, 'turns': turns, 'prefix_lm': config.prefix_lm}
+    return {'eot_token': eot, 'turns': data.pairs.turns if data.pairs else 0,
+            'prefix_lm': config.prefix_lm}
 
 
 def check_same_tokenizer(checkpoint, data):
@@ -110,8 +104,7 @@ def check_same_tokenizer(checkpoint, data):
 
 
 def check_environment(checkpoint, environment, data, allow_other_data):
-    """Report what keeps a resumed run from being bitwise the same. Raises UserError if its data are
-    not the same."""
+    """Report what prevents a bitwise resume. Raises UserError if the data have changed."""
     saved = environment | checkpoint.environment
     require(allow_other_data or saved['data'] == environment['data'],
             f'{data.folder} is not what {checkpoint.path} was trained on: the bins have changed; '
@@ -141,11 +134,10 @@ def load_optimizer(optimizer, scaler, checkpoint):
         scaler.load_state_dict(checkpoint.scaler)
 
 
-def check_disk(config, checkpoint_bytes):
+def check_disk(config, checkpoint_bytes, resuming):
     """Room for the checkpoints to keep, and the one being written. Raises UserError."""
-    n = 1 if config.init_from == 'resume' else config.keep_last + 2
+    n = 1 if resuming else config.keep_last + 2
     need, free = n * checkpoint_bytes, shutil.disk_usage(config.out_dir).free
     require(free >= need,
-            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, '
-            f'{free / 1e6:,.1f} MB are free: free some room, lower --keep_last or choose another '
-            f'--out_dir')
+            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} of '
+            f'{free / 1e6:,.1f} MB: free some room, lower --keep_last or choose another --out_dir')

@@ -13,50 +13,43 @@ import torch
 from tqdm import tqdm
 
 from lib.device import peak_flops
-from lib.distributed import all_gather_ints, fail, gather, print0, rank, world_size
+from lib.distributed import fail, gather, gather_ints, print0, rank, world_size
 from lib.errors import UserError, first_line, os_errors
 from lib.files import lock, write_text
 
 
-class Run:
-    """The folder config.out_dir of a run, in a with statement.
+class Run(contextlib.ExitStack):
+    """The folder config.out_dir of a run, in a with statement: an exception sets status to failed.
 
-    Only the main process writes, and not in an evaluation (eval_only). An exception sets the status
-    to failed. saver: a checkpoint.Saver, waited for at the end.
+    Only the main process writes, and not in an evaluation (eval_only). saver: a checkpoint.Saver.
     """
 
     def __init__(self, config):
+        super().__init__()
         self.config = config
         self.writes = rank() == 0 and not config.eval_only
-        self.log = self.saver = self.signals = None
-        self.stack = contextlib.ExitStack()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return self.stack.__exit__(*error)
+        self.resuming = False  # config.init_from becomes that of the run's first start
+        self.log = None
 
     def claim(self):
         """Keep other runs out of the folder. Raises UserError if one is in it."""
         if self.writes:
-            self.stack.enter_context(claim(self.config.out_dir))
+            self.enter_context(claim(self.config.out_dir))
 
     def start(self, step, saver):
         """Open the log and catch signals. step: 0, or the one to continue from."""
         config = self.config
         if self.writes:
-            if config.init_from != 'resume':
+            if not self.resuming:
                 set_aside(config.out_dir)
             write_config(config.out_dir, asdict(config))
             write_status(config.out_dir, 'running')
-            self.stack.push(self.set_failed)
+            self.push(self.set_failed)
             cut_log(config.out_dir, step)
-            self.saver = saver
-            self.stack.callback(saver.wait)
-            self.log = self.stack.enter_context(contextlib.closing(Log(config)))
-        # an evaluation has nothing to save: it stops at once
-        self.signals = Signals(catch=not config.eval_only)
+            self.callback(saver.wait)
+            self.log = self.enter_context(contextlib.closing(Log(config)))
+        self.saver = saver
+        self.signals = Signals(catch=not config.eval_only)  # an evaluation has nothing to save
 
     def set_failed(self, kind, *rest):
         if kind:
@@ -67,15 +60,6 @@ class Run:
         self.log.sync()
         self.saver.save(checkpoint)
 
-    def check_saves(self):
-        """Raise the error of a background save that has ended."""
-        if self.writes:
-            self.saver.check()
-
-    def wait_for_saves(self):
-        if self.writes:
-            self.saver.wait()
-
     def finish(self, stop):
         """stop: the signal that stopped the run, or 0."""
         if self.writes:
@@ -84,19 +68,14 @@ class Run:
 
 # Files -------------------------------------------------------------------------------------------
 
-
 def claim(out_dir):
-    """Make and lock the folder until the returned file is closed, and delete what a killed run left
-    half-written. Raises UserError.
-
-    Whatever is being written or deleted has a .tmp next to it: nothing else is touched.
-    """
-    held, out_dir, removed = lock(out_dir, f'out_dir = {str(out_dir)!r}'), Path(out_dir), []
-    names = ('ckpt_[0-9]*', 'log.jsonl', 'config.py')
+    """Lock the folder until the returned file is closed, and delete what a killed run left
+    half-written: whatever has a .tmp next to it, nothing else. Raises UserError."""
+    held, out_dir = lock(out_dir, f'out_dir = {str(out_dir)!r}'), Path(out_dir)
+    names, removed = ('ckpt_[0-9]*', 'log.jsonl', 'config.py'), []
     for mark in sorted(path for name in names for path in out_dir.glob(name + '.tmp')):
         data = mark.with_name(mark.name.replace('.json.tmp', '.pt'))
-        committed = mark.with_suffix('').exists()
-        if data != mark and data.exists() and not committed:
+        if data != mark and data.exists() and not mark.with_suffix('').exists():  # not committed
             data.unlink()
             removed.append(data.name)
         mark.unlink()
@@ -109,12 +88,12 @@ def claim(out_dir):
 def set_aside(out_dir):
     """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
     out_dir = Path(out_dir)
-    patterns = ('ckpt_*', 'log.jsonl', 'config.py')
-    files = [path for pattern in patterns for path in out_dir.glob(pattern)]
+    names = ('ckpt_*', 'log.jsonl', 'config.py')
+    files = [path for name in names for path in out_dir.glob(name)]
     if not files:
         return
-    n = next(n for n in itertools.count(1) if not (out_dir / f'earlier-{n}').exists())
-    folder = out_dir / f'earlier-{n}'
+    folders = (out_dir / f'earlier-{n}' for n in itertools.count(1))
+    folder = next(folder for folder in folders if not folder.exists())
     with os_errors(f'out_dir = {str(out_dir)!r}'):
         folder.mkdir()
         for path in files:
@@ -165,8 +144,7 @@ def cut_log(out_dir, step):
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object per line, and wandb if asked for. A wandb that fails never
-    stops training."""
+    """out_dir/log.jsonl, one JSON object per line, and wandb, which never stops training."""
 
     def __init__(self, config):
         self.path = Path(config.out_dir) / 'log.jsonl'
@@ -184,8 +162,7 @@ class Log:
             try:
                 self.wandb.log(line, step=line['step'])
             except Exception as error:
-                print0(f'wandb failed, going on without it: '
-                       f'{type(error).__name__}: {first_line(error)}')
+                report_wandb(error)
                 self.wandb = None
 
     def sync(self):
@@ -217,15 +194,16 @@ def start_wandb(config):
                           config=asdict(config), dir=config.out_dir, mode=mode,
                           settings=wandb.Settings(init_timeout=30))
     except Exception as error:
-        print0(f'wandb failed, going on without it: {type(error).__name__}: {first_line(error)}')
-        return None
+        report_wandb(error)
 
 
-class StepLog:
-    """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout).
+def report_wandb(error):
+    print0(f'wandb failed, going on without it: {type(error).__name__}: {first_line(error)}')
 
-    A step's numbers stay on the device until `flush`, which waits for it.
-    """
+
+class StepLog(contextlib.AbstractContextManager):
+    """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout). A step's
+    numbers stay on the device until `flush`, which waits for it."""
 
     def __init__(self, config, log, model, device, dtype, tokens_per_sample, step):
         """log: a Log on the main process, else None. step: the first one to come."""
@@ -241,9 +219,6 @@ class StepLog:
                         dynamic_ncols=True, disable=None if log else True)
         self.reset_clock(step)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         self.bar.close()
 
@@ -255,16 +230,14 @@ class StepLog:
         self.bar.update()
 
     def flush(self):
-        """Sync with the device and log all steps since the last call.
-
-        Raises UserError if one was not finite and is not to be skipped; its update was a no-op.
-        """
+        """Sync with the device and log all steps since the last call. Raises UserError if one was
+        not finite and is not to be skipped; its update was a no-op."""
         if not self.pending:
             return
         all_values = torch.stack([values for *_, values in self.pending]).tolist()
         done = self.pending[-1][0] + 1
-        tokens = (done - self.step) * self.tokens_per_step
-        speed = tokens / (time.perf_counter() - self.time)
+        seconds = time.perf_counter() - self.time
+        speed = (done - self.step) * self.tokens_per_step / seconds
         for pending, (loss, grad_norm, *losses) in zip(self.pending, all_values):
             step, first_sample, lr, _ = pending
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -317,10 +290,9 @@ class StepLog:
 
 # Signals -----------------------------------------------------------------------------------------
 
-
 class Signals:
-    """SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) save and stop after the running step,
-    or during an evaluation; Ctrl-C again stops at once. SIGUSR1 saves and goes on."""
+    """SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) save and stop after a step or during
+    an evaluation; Ctrl-C again stops at once. SIGUSR1 saves and goes on."""
 
     def __init__(self, catch=True):
         self.stop = 0  # the signal's number
@@ -346,5 +318,5 @@ class Signals:
 
     def exchange(self):
         """(signal to stop by or 0, saves requested so far), the same in all processes."""
-        stops, saves = zip(*all_gather_ints(self.stop, self.saves))
+        stops, saves = zip(*gather_ints(self.stop, self.saves))
         return max(stops), sum(saves)

@@ -18,10 +18,7 @@ GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 
 
 class Tokenizer:
-    """The interface of all tokenizers.
-
-    token_bytes: the bytes of each id. eot: the id that separates documents, or None.
-    """
+    """token_bytes: the bytes of each id. eot: the id that separates documents, or None."""
     eot = None
 
     @property
@@ -38,10 +35,7 @@ class Tokenizer:
         return ids[:-1]
 
     def encode_to_numpy(self, text):
-        """Ids for data, (n,) uint32: `<|endoftext|>` is ordinary text, so no document ends another.
-
-        Raises UserError if the tokenizer does not know a character.
-        """
+        """Ids for data, (n,) uint32: `<|endoftext|>` is ordinary text. Raises UserError."""
         raise NotImplementedError
 
     def add_end_of_text(self):
@@ -143,13 +137,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding (Sennrich et al. 2016), run by tiktoken; the last id is
-    `<|endoftext|>`.
-
-    tokens: the bytes of each other id, in merge order.
-    """
+    """Byte-pair encoding (Sennrich et al. 2016) on bytes, by tiktoken; the last id is eot."""
 
     def __init__(self, kind, pattern, tokens):
+        """tokens: the bytes of each other id, in merge order."""
         import tiktoken  # char and byte tokenizers do without
 
         self.kind, self.pattern = kind, pattern
@@ -203,8 +194,7 @@ def from_huggingface(folder):
 
 
 def printable_bytes():
-    """{character: byte} of GPT-2's vocab.json: printable bytes stand for themselves, the others
-    are U+0100, U+0101, ..."""
+    """{character: byte} of GPT-2's vocab.json: itself if printable, else U+0100, U+0101, ..."""
     ranges = (('!', '~'), ('¡', '¬'), ('®', 'ÿ'))
     printable = [b for first, last in ranges for b in range(ord(first), ord(last) + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -218,8 +208,8 @@ def read_prompt(start):
     try:
         return Path(start[5:]).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'start = {start!r}: cannot read that file: {reason}') from None
+        raise UserError(f'start = {start!r}: cannot read that file: '
+                        f'{getattr(error, "strerror", None) or error}') from None
 
 
 def encode_prompt(text, tokenizer):
@@ -232,10 +222,7 @@ def encode_prompt(text, tokenizer):
 
 
 def encode_turns(texts, tokenizer):
-    """Token ids of source, or source, target, source, ...: what a target follows (lib/pairs.py).
-
-    Raises UserError if a text is empty or cannot be encoded.
-    """
+    """Token ids of source, or source, target, source, ... (lib/pairs.py). Raises UserError."""
     require(all(text.strip() for text in texts), 'start is empty: give a source')
     parts = [encode_start(text.strip(), tokenizer.encode_to_numpy) for text in texts]
     return join_turns(parts, tokenizer.eot).tolist()

@@ -1,13 +1,12 @@
-"""Train one model for each combination of values, and compare them: a table and a plot.
+"""Train one model per combination of values, and compare them in a table and a plot.
 
     python tools/sweep.py config/quickstart.py --learning_rate=1e-3,3e-3 --n_layer=4,6
     python tools/sweep.py config/quickstart.py --activation=gelu,relu2 --seed=1,2,3
 
-Any key of train.py takes several values, with commas between them. Each run has a folder of its own inside --out_dir
-(sweep-<config>). The same command goes on where it stopped; other commands add their runs to the same table, so that one
-key at a time can be changed too. Runs that differ in their seed alone are one line: mean and standard deviation.
+Each run gets its own folder in --out_dir (default: sweep-<config>). The same command continues
+where it stopped; other commands add their runs to the same table, so you can also vary one key at a
+time. Runs that differ only in their seed share a row: mean and standard deviation.
 """
-import json
 import re
 import statistics
 import subprocess
@@ -18,141 +17,177 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train
-from configurator import read_config_file, require, user_errors
+from configurator import TrainConfig, read_config_file
+from lib.errors import require, user_errors
+from lib.recipe import read_train_config
+
+USAGE = """usage: python tools/sweep.py config/file.py [...] [--key=value,value,... ...]
+
+The keys are those of train.py (python train.py --help lists them), and always take the form
+--key=value. Commas separate the values to try. Every combination of values is one run; all of them
+are checked before the first one starts. Config files are applied before the flags."""
 
 
 def read_command(argv):
-    """-> (config files, {key: [texts of its values]}, out_dir). Raises UserError."""
+    """(out_dir, [(folder, train.py's arguments, config) of each run]). Raises UserError."""
     files = [word for word in argv if not word.startswith('-')]
-    require(files, 'name a config file: python tools/sweep.py config/quickstart.py --learning_rate=1e-3,3e-3')
+    require(files, 'name a config file: python tools/sweep.py config/quickstart.py '
+                   '--learning_rate=1e-3,3e-3')
     values = {}
     for word in argv:
         if word.startswith('-'):
             key, equals, text = word.removeprefix('--').partition('=')
             require(equals, f'{word}: write --key=value, or --key=value,value')
             values[key] = text.split(',')
-    out_dir = values.pop('out_dir', [f'sweep-{Path(files[-1]).stem}'])
-    require(len(out_dir) == 1, 'out_dir: one folder for the whole sweep')
-    return files, values, Path(out_dir[0])
+    out_dirs = values.pop('out_dir', [f'sweep-{Path(files[-1]).stem}'])
+    require(len(out_dirs) == 1, 'out_dir: give one folder for the whole sweep')
+    out_dir = Path(out_dirs[0])
+    runs = []
+    for choice in combinations(values):
+        arguments = [*files, *(f'--{key}={text}' for key, text in choice.items())]
+        config, _ = read_train_config(arguments)
+        runs.append((out_dir / folder_name(choice), arguments, config))
+    return out_dir, runs
 
 
 def combinations(values):
-    """Every choice of one value for each key: {key: text}."""
-    chosen = [{}]
+    """Every choice of one value per key: [{key: text}]."""
+    choices = [{}]
     for key, texts in values.items():
-        chosen = [choice | {key: text} for choice in chosen for text in texts]
-    return chosen
+        choices = [choice | {key: text} for choice in choices for text in texts]
+    return choices
 
 
-def folder_of(choice):
+def folder_name(choice):
     name = ','.join(f'{key}={text}' for key, text in choice.items())
     return re.sub(r'[^-+.,=\w]', '_', name) or 'as-it-is'
 
 
-def result_of(folder):
-    """What a run's folder tells: {'config', 'step', 'val_loss', ...}; None where nothing was evaluated yet."""
+if __name__ == '__main__':  # --help and typos are answered before the slow imports
+    if '--help' in sys.argv or '-h' in sys.argv:
+        print(f'{__doc__}\n{USAGE}')
+        sys.exit(0)
+    with user_errors():
+        out_dir, runs = read_command(sys.argv[1:])
+
+from lib.plot import import_pyplot
+from lib.run import read_log
+
+
+def read_result(folder):
+    """{'config', 'step', 'val_loss', ...} of a run; None if it has not been evaluated yet."""
     try:
-        lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
-        config = asdict(train.Config(**read_config_file(folder / 'config.py', train.Config)))
-    except (OSError, ValueError):
+        config = TrainConfig(**read_config_file(str(folder / 'config.py'), TrainConfig))
+    except ValueError:  # not a run, or one of another version
         return None
-    last = next((line for line in reversed(lines) if line.get('val_loss') is not None), None)
-    if last is None:
+    lines = read_log(folder)
+    evaluations = [line for line in lines if line.get('val_loss') is not None]
+    if not evaluations:
         return None
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
-    return {'config': config, 'step': last['step'], 'val_loss': last['val_loss'], 'train_loss': last['train_loss'],
+    last = evaluations[-1]
+    return {'name': folder.name, 'config': asdict(config), 'step': last['step'],
+            'val_loss': last['val_loss'], 'train_loss': last['train_loss'],
             'tokens_per_second': statistics.median(speeds) if speeds else None, 'lines': lines}
 
 
-def differing(results):
-    """The keys in which the runs differ, apart from their folder."""
-    return [key for key in asdict(train.Config()) if key != 'out_dir' and len({repr(r['config'][key]) for r in results}) > 1]
+def varied_keys(results):
+    """The keys in which the runs differ, except for out_dir."""
+    return [key for key in asdict(TrainConfig()) if key != 'out_dir'
+            and len({repr(result['config'][key]) for result in results}) > 1]
 
 
-def table(results):
-    """Markdown, the best first: a line for all runs that differ in their seed alone."""
-    keys = [key for key in differing(results) if key != 'seed']
+def format_table(results):
+    """A Markdown table, best first, with one row for runs that differ only in their seed."""
+    keys = [key for key in varied_keys(results) if key != 'seed']
     groups = {}
     for result in results:
-        groups.setdefault(tuple(str(result['config'][key]) for key in keys), []).append(result)
+        values = tuple(str(result['config'][key]) for key in keys)
+        groups.setdefault(values, []).append(result)
     rows = []
-    for values, runs in groups.items():
-        losses = [run['val_loss'] for run in runs]
-        loss, train_loss = statistics.mean(losses), statistics.mean(run['train_loss'] for run in runs)
-        spread = f' ± {statistics.stdev(losses):.4f}' if len(runs) > 1 else ''
-        speeds = [run['tokens_per_second'] for run in runs if run['tokens_per_second']]
+    for values, group in groups.items():
+        losses = [result['val_loss'] for result in group]
+        val_loss = statistics.mean(losses)
+        spread = f' ± {statistics.stdev(losses):.4f}' if len(group) > 1 else ''
+        train_loss = statistics.mean(result['train_loss'] for result in group)
+        speeds = [result['tokens_per_second'] for result in group if result['tokens_per_second']]
         speed = f'{statistics.median(speeds):,.0f}' if speeds else '-'
-        rows.append((loss, [*values, str(len(runs)), str(runs[0]['step']), f'{loss:.4f}{spread}', f'{train_loss:.4f}', speed]))
-    lines = [[*keys, 'runs', 'steps', 'val loss', 'train loss', 'tokens/s'], *(cells for _, cells in sorted(rows))]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+        rows.append((val_loss, [*values, str(len(group)), str(group[0]['step']),
+                                f'{val_loss:.4f}{spread}', f'{train_loss:.4f}', speed]))
+    header = [*keys, 'runs', 'steps', 'val loss', 'train loss', 'tokens/s']
+    lines = [header, *(cells for _, cells in sorted(rows))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ['-' * width for width in widths])
-    return '\n'.join('| ' + ' | '.join(cell.ljust(width) for cell, width in zip(line, widths)) + ' |' for line in lines)
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in padded)
 
 
 def plot(results, path):
-    """Val loss against each number that was varied, training loss against steps. -> whether matplotlib is there to draw it."""
-    try:
-        import matplotlib
-    except ImportError:
+    """Val loss against each numeric key that varies, and training loss against steps. Returns False
+    without matplotlib."""
+    pyplot = import_pyplot()
+    if pyplot is None:
         return False
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
-
-    keys = [key for key in differing(results)
-            if key != 'seed' and all(type(r['config'][key]) in (int, float) for r in results)]
-    figure, axes = plt.subplots(1, len(keys) + 1, figsize=(5 * (len(keys) + 1), 4), layout='constrained', squeeze=False)
-    for axis, key in zip(axes[0], keys):
-        axis.plot(*zip(*sorted((r['config'][key], r['val_loss']) for r in results)), 'o')
-        values = [r['config'][key] for r in results]
+    keys = [key for key in varied_keys(results) if key != 'seed'
+            and all(type(result['config'][key]) in (int, float) for result in results)]
+    n = len(keys) + 1
+    figure, axes = pyplot.subplots(1, n, figsize=(5 * n, 4), layout='constrained', squeeze=False)
+    *key_axes, loss_axis = axes[0]
+    for axis, key in zip(key_axes, keys):
+        values = [result['config'][key] for result in results]
+        axis.plot(values, [result['val_loss'] for result in results], 'o')
         if min(values) > 0 and max(values) / min(values) > 5:
             axis.set_xscale('log')
         axis.set(xlabel=key, ylabel='val loss')
-    for r in sorted(results, key=lambda r: r['val_loss']):
-        points = [(line['step'], line['loss']) for line in r['lines'] if line.get('loss') is not None]
-        axes[0][-1].plot(*zip(*points), label=r['name'], linewidth=1)
-    axes[0][-1].set(xlabel='step', ylabel='training loss')
+    for result in sorted(results, key=lambda result: result['val_loss']):
+        lines = [line for line in result['lines'] if line.get('loss') is not None]
+        loss_axis.plot([line['step'] for line in lines], [line['loss'] for line in lines],
+                       label=result['name'], linewidth=1)
+    loss_axis.set(xlabel='step', ylabel='training loss')
     if len(results) <= 12:
-        axes[0][-1].legend(fontsize='x-small')
+        loss_axis.legend(fontsize='x-small')
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pyplot.close(figure)
     return True
 
 
-def main(argv):
-    if '--help' in argv or '-h' in argv:
-        print(__doc__)
-        return 0
-    files, values, out_dir = read_command(argv)
-    runs = []
-    for choice in combinations(values):  # all of them are looked at before the first is trained
-        words = [*files, *(f'--{key}={text}' for key, text in choice.items())]
-        config, _ = train.read_command(words)
-        runs.append((out_dir / folder_of(choice), words, config))
-    for i, (folder, words, config) in enumerate(runs):
-        done = result_of(folder)
-        if done and done['step'] >= config.max_iters:
-            print(f'{i + 1}/{len(runs)} {folder.name}: done before')
+def train(folder, arguments):
+    """Run or resume train.py in folder; returns its exit code."""
+    command = [sys.executable, ROOT / 'train.py', *arguments, f'--out_dir={folder}']
+    if any(folder.glob('ckpt_*.json')):
+        command.append('--init_from=resume')
+    return subprocess.run(command).returncode
+
+
+def main(out_dir, runs):
+    """Returns the exit code."""
+    for i, (folder, arguments, config) in enumerate(runs):
+        progress = f'{i + 1}/{len(runs)} {folder.name}'
+        result = read_result(folder)
+        if result and result['step'] >= config.max_iters:
+            print(f'{progress}: already done')
             continue
-        print(f'{i + 1}/{len(runs)} {folder.name}', flush=True)
-        resume = ['--init_from=resume'] * any(folder.glob('ckpt_*.json'))
-        code = subprocess.run([sys.executable, ROOT / 'train.py', *words, f'--out_dir={folder}', *resume]).returncode
+        print(progress, flush=True)
+        code = train(folder, arguments)
         if code > 128 or code < 0:  # a signal, to this run and to the sweep
-            print('stopped; the same command goes on from here')
+            print('stopped; the same command continues from here')
             return code
         if code:
             print(f'{folder.name} failed: it is left out of the table')
-    results = [dict(result, name=path.name) for path in sorted(out_dir.iterdir()) if (result := result_of(path))]
-    results = [result for result in results if result['step'] >= result['config']['max_iters']]
-    require(results, f'{out_dir}: no run has come to its end')
-    text = table(results)
-    (out_dir / 'table.md').write_text(text + '\n', encoding='utf-8')
-    drawn = plot(results, out_dir / 'plot.png')
-    print(text)
-    print(f'{out_dir / "table.md"}' + (f', {out_dir / "plot.png"}' if drawn else '; for a plot: pip install matplotlib'))
+    results = [read_result(path) for path in sorted(out_dir.iterdir())]
+    results = [result for result in results
+               if result and result['step'] >= result['config']['max_iters']]
+    require(results, f'{out_dir}: no run has finished')
+    table = format_table(results)
+    (out_dir / 'table.md').write_text(table + '\n', encoding='utf-8')
+    print(table)
+    if plot(results, out_dir / 'plot.png'):
+        print(f'{out_dir / "table.md"}, {out_dir / "plot.png"}')
+    else:
+        print(f'{out_dir / "table.md"}; for a plot: pip install matplotlib')
     return 0
 
 
 if __name__ == '__main__':
     with user_errors():
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(out_dir, runs))
