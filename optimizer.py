@@ -145,7 +145,8 @@ class Optimizer(torch.optim.Optimizer):
         state, group_sizes = merge_old_format(state_dict)
         expected = [len(group['params']) for group in self.param_groups]
         if group_sizes != expected:
-            raise ValueError(f'it has parameter groups of {group_sizes}, not {expected} tensors')
+            raise ValueError(f'it is not the state of this optimizer: groups of {group_sizes} '
+                             f'parameters, not {expected}')
         params = [(p, group) for group in self.param_groups for p in group['params']]
         for i, (p, group) in enumerate(params):
             saved = state.get(i) or {}  # empty if it was saved before the first step

@@ -1,4 +1,5 @@
-# The loss of OpenAI's gpt2 (12 layers, 12 heads, 768 wide: 124M parameters) on a data set in GPT-2's tokens
+# Evaluate OpenAI's gpt2 (12 layers, 12 heads, n_embd 768: 124M parameters)
+# on data in GPT-2's tokens.
 
 init_from = 'gpt2'
 dataset = 'openwebtext'

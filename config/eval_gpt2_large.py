@@ -1,4 +1,5 @@
-# The loss of OpenAI's gpt2-large (36 layers, 20 heads, 1280 wide: 774M parameters) on a data set in GPT-2's tokens
+# Evaluate OpenAI's gpt2-large (36 layers, 20 heads, n_embd 1280: 774M parameters)
+# on data in GPT-2's tokens.
 
 init_from = 'gpt2-large'
 dataset = 'openwebtext'

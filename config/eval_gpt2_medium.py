@@ -1,4 +1,5 @@
-# The loss of OpenAI's gpt2-medium (24 layers, 16 heads, 1024 wide: 350M parameters) on a data set in GPT-2's tokens
+# Evaluate OpenAI's gpt2-medium (24 layers, 16 heads, n_embd 1024: 350M parameters)
+# on data in GPT-2's tokens.
 
 init_from = 'gpt2-medium'
 dataset = 'openwebtext'

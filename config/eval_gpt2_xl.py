@@ -1,4 +1,5 @@
-# The loss of OpenAI's gpt2-xl (48 layers, 25 heads, 1600 wide: 1558M parameters) on a data set in GPT-2's tokens
+# Evaluate OpenAI's gpt2-xl (48 layers, 25 heads, n_embd 1600: 1558M parameters)
+# on data in GPT-2's tokens.
 
 init_from = 'gpt2-xl'
 dataset = 'openwebtext'

@@ -1,4 +1,5 @@
-# Finetune GPT-2 on Shakespeare. nanoGPT takes gpt2-xl; the smallest one fits any machine: --init_from=gpt2-xl for the other.
+# Finetune GPT-2 on Shakespeare. The smallest one fits on any machine; nanoGPT finetunes gpt2-xl:
+# --init_from=gpt2-xl.
 
 out_dir = 'out-shakespeare'
 init_from = 'gpt2'
@@ -6,11 +7,12 @@ dataset = 'shakespeare'
 
 eval_interval = 5
 eval_iters = 40
-always_save_checkpoint = False  # it overfits soon: keep the best
+always_save_checkpoint = False  # it overfits quickly: keep the best
 wandb_project = 'shakespeare'
 wandb_run_name = 'ft-gpt2'
 
-# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens a step; the data has 301,966: 9 steps an epoch
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per step; the data set has 301,966
+# tokens: 9 steps per epoch
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20

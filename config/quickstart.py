@@ -1,20 +1,21 @@
-# A small GPT learns to write Python from the standard library's own source, found on your machine: nothing to download.
-# About two minutes on 2 CPU cores. Then: python sample.py --out_dir=out-quickstart --start="def main("
+# A small GPT learns Python from the standard library's source, found on your machine: nothing to
+# download. About two minutes on 2 CPU cores. Then:
+#   python sample.py --out_dir=out-quickstart --start="def main("
 
 out_dir = 'out-quickstart'
-dataset = 'python_stdlib'  # prepared when it is missing: BPE with 2048 tokens
+dataset = 'python_stdlib'  # prepared if it is missing: BPE with 2048 tokens
 
-# 2,048 tokens a step, 0.8 million in all: a quarter of the data
+# 2,048 tokens per step, 0.8 million in total: a quarter of the data
 batch_size = 16
 block_size = 128
 gradient_accumulation_steps = 1
 max_iters = 400
 
-# The architecture has moved on since GPT-2; each of these is explained in model.py
+# what has changed since GPT-2: configurator.py names the papers, model.py has the code
 n_layer = 4
 n_head = 4
 n_embd = 256
-ngram = 2  # each pair of tokens has an embedding of its own
+ngram = 2  # bigram embeddings
 position = 'rope'
 norm = 'rmsnorm'
 activation = 'relu2'
@@ -22,7 +23,7 @@ qk_norm = True
 zero_init = True
 tie_weights = False
 
-# Muon for the matrices inside the blocks, AdamW for the rest: optimizer.py
+# Muon for the matrices in the blocks, AdamW for the rest: optimizer.py
 optimizer = 'muon'
 muon_learning_rate = 0.02
 muon_momentum = 0.9
@@ -32,7 +33,7 @@ beta1 = 0.8
 weight_decay = 0.0
 grad_clip = 0.0
 warmup_iters = 0
-schedule = 'wsd'  # constant, then down to 0 over the second half
+schedule = 'wsd'  # constant, then linear decay to 0 over the second half
 decay_fraction = 0.5
 min_lr = 0.0
 

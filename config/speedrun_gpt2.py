@@ -1,10 +1,10 @@
-# A model of GPT-2 124M's size by plainGPT's recipe, on 1.7 billion tokens of FineWeb-Edu: written for one GPU or a few, and not
-# yet run on one. What the dial sets and where its rules come from: turn_dial in train.py.
+# GPT-2 124M's size by plainGPT's recipe, on 1.7 billion tokens of FineWeb-Edu: for one
+# GPU or a few; not run on one yet.
 #   pip install datasets
 #   python data/fineweb_edu/prepare.py --max_tokens=2e9
 #   torchrun --standalone --nproc_per_node=8 train.py config/speedrun_gpt2.py
 
-depth = 12  # 12 blocks of 768, Muon beside AdamW, 131,072 tokens a step; keys below it override what it sets
+depth = 12  # 12 blocks, n_embd 768, Muon, 131,072 tokens per step (lib/recipe.py)
 
 out_dir = 'out-speedrun'
 dataset = 'fineweb_edu'

@@ -1,13 +1,13 @@
-# Tiny Shakespeare, character by character: a minute on 2 CPU cores, seconds on a GPU. nanoGPT's settings, for comparison, are in
-# config/nanogpt_shakespeare_char.py. What each choice below is worth: the table in the README.
+# Tiny Shakespeare at character level by plainGPT's recipe: a minute on 2 CPU cores. The README has a
+# table of what each choice is worth; nanoGPT's settings are in config/train_shakespeare_char.py.
 
-out_dir = 'out-shakespeare-char'
+out_dir = 'out-speedrun-shakespeare'
 dataset = 'shakespeare_char'
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
 
-# 2,048 tokens a step, 1 million in all: the training split once
+# 2,048 tokens per step, 1 million in total: one epoch
 gradient_accumulation_steps = 1
 batch_size = 8
 block_size = 256
@@ -16,7 +16,7 @@ max_iters = 500
 n_layer = 2
 n_head = 3
 n_embd = 192
-ngram = 6  # the last 2, 3, ..., 6 characters have embeddings of their own
+ngram = 6  # hashed embeddings of the last 2, 3, ..., 6 characters
 position = 'rope'
 norm = 'rmsnorm'
 activation = 'relu2'
@@ -33,6 +33,6 @@ beta1 = 0.8
 weight_decay = 0.0
 grad_clip = 0.0
 warmup_iters = 0
-schedule = 'wsd'  # constant, then down to 0 over the second half
+schedule = 'wsd'  # constant, then linear decay to 0 over the second half
 decay_fraction = 0.5
 min_lr = 0.0

@@ -1,4 +1,4 @@
-# GPT-2 124M on OpenWebText, as nanoGPT trains it: 300 billion tokens, about 4 days on 8 A100s there.
+# GPT-2 124M on OpenWebText with nanoGPT's settings: 300 billion tokens, 4 days on 8 A100s there.
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
@@ -8,7 +8,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
 dataset = 'openwebtext'
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens per step
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8

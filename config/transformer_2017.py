@@ -1,6 +1,7 @@
-# The recipe of "Attention Is All You Need" (Vaswani et al. 2017), its base model, for a decoder alone. Each line has its section.
+# The base model of "Attention Is All You Need" (Vaswani et al. 2017) as a decoder-only model; numbers
+# are sections of the paper. To change one ingredient at a time:
 #   python train.py config/transformer_2017.py
-#   python train.py config/transformer_2017.py --norm_position=pre --out_dir=out-pre    # one ingredient at a time
+#   python train.py config/transformer_2017.py --norm_position=pre --out_dir=out-pre
 
 out_dir = 'out-2017'
 dataset = 'python_stdlib'
@@ -14,11 +15,11 @@ n_embd = 512
 bias = True
 norm = 'layernorm'  # 3.1: LayerNorm(x + Sublayer(x))
 norm_position = 'post'
-activation = 'relu'  # 3.3, four times as wide
-tie_weights = True  # 3.4, and embeddings times the root of n_embd, which sinusoidal positions bring with them
+activation = 'relu'  # 3.3, 4 n_embd wide
+tie_weights = True  # 3.4; with sinusoidal positions embeddings are times sqrt(n_embd)
 position = 'sinusoidal'  # 3.5
 
-optimizer = 'adamw'  # 5.3: Adam, so no decay
+optimizer = 'adamw'  # 5.3: Adam, hence no weight decay
 weight_decay = 0.0
 beta1 = 0.9
 beta2 = 0.98
@@ -27,7 +28,7 @@ schedule = 'inverse_sqrt'  # 5.3: n_embd ** -0.5 * min(step ** -0.5, step * warm
 warmup_iters = 4000
 learning_rate = (n_embd * warmup_iters) ** -0.5
 grad_clip = 0.0
-dropout = 0.1  # 5.4: on embeddings and on what attention and MLP add
+dropout = 0.1  # 5.4: on embeddings and sublayer outputs
 label_smoothing = 0.1  # 5.4
 
 max_iters = 100000  # 5.2

@@ -78,11 +78,18 @@ def prepare_shakespeare(folder, tokenizer_kind):
     write_dataset(folder, split_at_end([(text, False)], size), tokenizer, 'tiny shakespeare', size)
 
 
-def prepare_hub(folder, path, name, max_tokens, expected_tokens=None, val_every=2000):
-    """A data set of Hugging Face's hub, or a local folder of parquet or JSON lines, into bins with
-    GPT-2's BPE; every val_every-th document goes to the val split. Streams in bounded memory.
+def prepare_hub(folder, path, name, max_tokens, expected_tokens=None):
+    """A data set of Hugging Face's hub, or a local folder of parquet or JSON lines, into bins in
+    folder with GPT-2's BPE; streams in bounded memory."""
+    pieces, source = hub_documents(path, name)
+    write_dataset(folder, pieces, gpt2(), source, None, max_tokens, expected_tokens)
 
-    Raises UserError if the optional package datasets is missing.
+
+def hub_documents(path, name, val_every=2000):
+    """(function for write_dataset that makes Pieces from a state, the name of the source).
+
+    Every val_every-th document goes to the val split. Raises UserError if the optional package
+    datasets is missing.
     """
     try:
         from datasets import load_dataset  # optional
@@ -112,4 +119,4 @@ def prepare_hub(folder, path, name, max_tokens, expected_tokens=None, val_every=
         source += f', {name}'
     if files:
         source += f', files {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}'
-    write_dataset(folder, pieces, gpt2(), source, None, max_tokens, expected_tokens)
+    return pieces, source

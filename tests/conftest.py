@@ -1,4 +1,4 @@
-"""What the tests share: a clone of the working tree to run the programs in, as a person would, and a small real text."""
+"""Fixtures shared by the tests: a clone of the repository to run programs in, data, and runs."""
 
 import json
 import os
@@ -9,60 +9,46 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import FAULT_RUN, ROOT, TINY
+
+import checkpoint as ckpt
+from lib import write
+from lib.bpe import train_char
+from lib.text import split_at_end
 
 os.environ['OMP_NUM_THREADS'] = '1'  # two tests run at a time, each on one core
-ROOT = Path(__file__).parents[1]
+
+
+# Running programs ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='session')
 def clone(tmp_path_factory):
-    """The repository without what was prepared or trained in it."""
+    """A copy of the repository without prepared data and training runs."""
     folder = tmp_path_factory.mktemp('clone') / 'plaingpt'
-    left_out = shutil.ignore_patterns('*.bin', 'meta.json', 'input.txt', 'out*', 'wandb', '.*', '__pycache__', 'tests')
-    shutil.copytree(ROOT, folder, ignore=left_out)
+    ignored = ('*.bin', 'meta.json', 'input.txt', 'out*', 'wandb', '.*', '__pycache__', 'tests')
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*ignored))
     return folder
-
-
-FORK = '''
-import json, os, signal, sys
-import numpy, tiktoken, torch, torch.distributed, tqdm  # no modules of the repository
-
-def become(script, arguments, cwd, out, err):
-    alarm = signal.alarm
-    os.chdir(cwd)
-    for number, name in enumerate((os.devnull, out, err)):
-        os.dup2(os.open(name, os.O_RDWR), number)
-    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
-    with open(script, encoding='utf-8') as file:
-        code = compile(file.read(), script, 'exec')
-    names = sys.modules['__main__'].__dict__
-    for name in [name for name in names if not name.startswith('__')]:
-        del names[name]
-    names['__file__'] = script
-    alarm(200)  # seconds: ends what hangs
-    exec(code, names)
-
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        become(*json.loads(line))
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-'''
 
 
 @pytest.fixture(scope='session')
 def forked():
-    """forked(script, arguments, cwd) -> the finished process, as subprocess.run would give it, but forked from one that has
-    imported torch, which otherwise takes seconds.
-    """
-    with subprocess.Popen([sys.executable, '-c', FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    """forked(script, arguments, cwd) returns what subprocess.run would, but starts much faster."""
+    command = [sys.executable, Path(__file__).with_name('fork_server.py')]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
 
         def forked(script, arguments, cwd):
-            with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
-                print(json.dumps([script, arguments, str(cwd), out.name, err.name]), file=server.stdin, flush=True)
+            with (
+                tempfile.NamedTemporaryFile('r') as stdout,
+                tempfile.NamedTemporaryFile('r') as stderr,
+            ):
+                request = [script, arguments, str(cwd), stdout.name, stderr.name]
+                print(json.dumps(request), file=server.stdin, flush=True)
                 code = int(server.stdout.readline())
-                return subprocess.CompletedProcess([script, *arguments], code, out.read(), err.read())
+                command = [script, *arguments]
+                return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
 
         yield forked
         server.stdin.close()
@@ -70,16 +56,26 @@ def forked():
 
 @pytest.fixture(scope='session')
 def run(clone, forked):
-    """run('train.py', '--key=value', ...) -> the finished process; code: the exit code it must have."""
+    """run('train.py', '--key=value', ..., code=0) returns the finished process; it must exit with
+    this code.
+    """
 
     def run(script, *arguments, code=0, cwd=clone, env=None, **options):
         command = [str(clone / script), *map(str, arguments)]
         if env or options:
-            result = subprocess.run([sys.executable, *command], cwd=cwd, text=True, timeout=200, capture_output=True,
-                                    env=os.environ | (env or {}), **options)
+            result = subprocess.run(
+                [sys.executable, *command],
+                cwd=cwd,
+                text=True,
+                timeout=200,
+                capture_output=True,
+                env=os.environ | (env or {}),
+                **options,
+            )
         else:
             result = forked(command[0], command[1:], cwd)
-        assert result.returncode == code, f'{script} {arguments}: exit {result.returncode}\n{result.stdout}\n{result.stderr}'
+        output = f'{result.stdout}\n{result.stderr}'
+        assert result.returncode == code, f'{script} {arguments}: {result.returncode}\n{output}'
         return result
 
     return run
@@ -87,50 +83,79 @@ def run(clone, forked):
 
 @pytest.fixture(scope='session')
 def refused(run):
-    """refused('train.py', '--key=value', ..., says=('words',)): one sentence on stderr with the words, exit 2, no traceback."""
+    """refused('train.py', '--key=value', ..., says=('text',)): the program must exit with code 2
+    and a single line on stderr that contains the texts.
+    """
 
     def refused(script, *arguments, says, **options):
         result = run(script, *arguments, code=2, **options)
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         assert len(lines) == 1, result.stderr
         assert lines[0].startswith(Path(script).name + ': '), lines
-        for words in (says,) if isinstance(says, str) else says:
-            assert words in lines[0], f'{words!r} is not in: {lines[0]}'
+        for text in (says,) if isinstance(says, str) else says:
+            assert text in lines[0], f'{text!r} is not in: {lines[0]}'
 
     return refused
 
 
+@pytest.fixture
+def patched_env(tmp_path):
+    """patched_env(code, NAME=value, ...) returns an environment in which Python first runs this
+    code: it imports sitecustomize on startup.
+    """
+
+    def patched_env(code, **values):
+        folder = tmp_path / 'patch'
+        folder.mkdir(exist_ok=True)
+        constants = ''.join(f'{name} = {value!r}\n' for name, value in values.items())
+        (folder / 'sitecustomize.py').write_text(constants + code)
+        return {'PYTHONPATH': str(folder)}
+
+    return patched_env
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope='session')
 def text():
-    """Real text: the source of the programs themselves."""
-    text = ''.join((ROOT / name).read_text(encoding='utf-8') for name in ('model.py', 'train.py', 'README.md'))
+    """Real text: the repository's own source and README."""
+    names = ('model.py', 'train.py', 'README.md')
+    text = ''.join((ROOT / name).read_text(encoding='utf-8') for name in names)
     return text.replace('<|endoftext|>', '')
 
 
 @pytest.fixture(scope='session')
 def char_data(tmp_path_factory, text):
-    """A data set of that text in characters."""
-    from data import bins, tokenizer
-
+    """A character-level dataset of that text."""
     folder = tmp_path_factory.mktemp('data') / 'char'
-    bins.write_dataset(folder, bins.split_at_end([(text, False)], len(text.encode())), tokenizer.train_char([text]), 'test')
+    pieces = split_at_end([(text, False)], len(text.encode()))
+    write.write_dataset(folder, pieces, train_char([text]), 'test')
     return folder
 
 
-# a model that trains in a second
-TINY = (
-    '--device=cpu',
-    '--block_size=32',
-    '--batch_size=4',
-    '--gradient_accumulation_steps=1',
-    '--n_layer=2',
-    '--n_head=2',
-    '--n_embd=32',
-    '--warmup_iters=2',
-    '--learning_rate=3e-3',
-    '--eval_iters=2',
-    '--eval_interval=10',
-)
+@pytest.fixture(scope='module')
+def prepare_pairs(run, clone):
+    """prepare_pairs(lines, '--key=value', ...) returns the dataset folder; a line is a tuple of
+    columns, or an object to be written as JSON.
+    """
+
+    def prepare_pairs(lines, *arguments, name='tested', **options):
+        if isinstance(lines[0], tuple):
+            path = clone / f'{name}.tsv'
+            text = ['\t'.join(line) for line in lines]
+        else:
+            path = clone / f'{name}.jsonl'
+            text = [json.dumps(line, ensure_ascii=False) for line in lines]
+        path.write_text(''.join(line + '\n' for line in text), encoding='utf-8')
+        command = ('data/pairs/prepare.py', f'--input={path}', f'--dataset={name}')
+        prepare_pairs.result = run(*command, *arguments, **options)
+        return clone / 'data' / name
+
+    return prepare_pairs
+
+
+# Runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='session')
@@ -139,3 +164,24 @@ def trained(run, char_data, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp('trained') / 'out'
     run('train.py', f'--dataset={char_data}', f'--out_dir={out_dir}', '--max_iters=20', *TINY)
     return out_dir
+
+
+@pytest.fixture(scope='session')
+def train_args(char_data):
+    """The arguments of train.py in the tests that inject faults."""
+    return (*FAULT_RUN, f'--dataset={char_data}')
+
+
+@pytest.fixture(scope='session')
+def reference_run(run, train_args, tmp_path_factory):
+    """The run without a fault. It has checkpoints at steps 16 and 20."""
+    out_dir = tmp_path_factory.mktemp('reference') / 'out'
+    run('train.py', f'--out_dir={out_dir}', *train_args)
+    assert [manifest['step'] for manifest in ckpt.manifests(out_dir)] == [20, 16]
+    return out_dir
+
+
+@pytest.fixture
+def out_dir(reference_run, tmp_path):
+    """A copy of the reference run, to be damaged."""
+    return shutil.copytree(reference_run, tmp_path / 'out')

@@ -1,19 +1,25 @@
-"""Bins: what is written is what is read, nothing wraps, nothing is half, and batches follow from (seed, samples seen)."""
+"""Datasets on disk: round trips, validation, and batches as a pure function of the seed."""
 
+import hashlib
 import json
 import pickle
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import ROOT, Evil, write_nanogpt_dataset
 
-from configurator import UserError
-from data import bins, tokenizer
+from lib import bins, tokenizer, write
+from lib.bpe import train_bpe, train_char
+from lib.errors import UserError
+from lib.text import read_pieces, split_at_end
 
 
-class Wide(tokenizer.ByteTokenizer):
-    """Ids beyond uint16."""
+class WideTokenizer(tokenizer.ByteTokenizer):
+    """Its ids do not fit into uint16."""
 
     def __init__(self):
         self.token_bytes = [b'?'] * 70000
@@ -25,97 +31,109 @@ class Wide(tokenizer.ByteTokenizer):
         return {'kind': 'byte'}
 
 
-def write(folder, text, made=None, **options):
-    made = made or tokenizer.train_char([text])
-    return bins.write_dataset(folder, bins.split_at_end([(text, False)], len(text.encode())), made, 'a test', **options)
+def write_text(folder, text, tok=None, **options):
+    tok = tok or train_char([text])
+    return write.write_dataset(
+        folder, split_at_end([(text, False)], len(text.encode())), tok, 'a test', **options
+    )
 
 
-def everything(split):
+def read_all(split):
     return split.read([0], split.n_tokens)[0].tolist()
 
 
-def test_text_comes_back_whole(tmp_path, text):
+def test_bins_round_trip_text(tmp_path, text):
     text = text.encode('ascii', errors='ignore').decode()
-    meta = write(tmp_path, text)
+    meta = write_text(tmp_path, text)
     data = bins.open_dataset(tmp_path, 64)
-    assert data.tokenizer.decode(everything(data.train)) + data.tokenizer.decode(everything(data.val)) == text
-    assert data.train.n_tokens == int(len(text) * 0.9)  # as nanoGPT cuts it
+    decode = data.tokenizer.decode
+    assert decode(read_all(data.train)) + decode(read_all(data.val)) == text
+    assert data.train.n_tokens == int(len(text) * 0.9)  # like nanoGPT
     assert meta == json.loads((tmp_path / 'meta.json').read_text())
-    import hashlib
-
     assert meta['source_sha256'] == hashlib.sha256(text.encode()).hexdigest()
-    assert (meta['dtype'], meta['vocab_size'], meta['train_tokens'], meta['train_bytes'], meta['format']) == (
-        'uint16',
-        len(set(text)),
-        data.train.n_tokens,
-        data.train.n_tokens,
-        1,
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'meta.json', 'train.bin', 'val.bin']
+    assert (
+        meta['dtype'],
+        meta['vocab_size'],
+        meta['train_tokens'],
+        meta['train_bytes'],
+        meta['format'],
+    ) == ('uint16', len(set(text)), data.train.n_tokens, data.train.n_tokens, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        '.lock',
+        'meta.json',
+        'train.bin',
+        'val.bin',
+    ]
 
 
-def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path, text):
-    meta = write(tmp_path, text, Wide())
+def test_bins_use_uint32_for_large_vocabulary(tmp_path, text):
+    meta = write_text(tmp_path, text, WideTokenizer())
     assert meta['dtype'] == 'uint32'
     raw = np.fromfile(tmp_path / 'train.bin', dtype='<u4')
     assert raw.tolist() == [b * 270 for b in text[: len(raw)].encode()] and raw.max() > 2**14
 
 
-def test_an_id_beyond_the_vocabulary_is_never_wrapped(tmp_path):
-    with bins.BinWriter(tmp_path, 'train', 65536) as writer:
+def test_bin_writer_rejects_out_of_range_ids(tmp_path):
+    with write.BinWriter(tmp_path, 'train', 65536) as writer:
         writer.append([1, 2, 3])
         for wrong in ([5, 65536], [5, -1]):
             with pytest.raises(UserError, match=f'token id {wrong[1]} at position 4 '):
                 writer.append(wrong)
 
 
-def test_a_failed_prepare_leaves_the_old_data_set(tmp_path, text):
-    write(tmp_path, text)
+def test_write_dataset_keeps_old_dataset_on_failure(tmp_path, text):
+    write_text(tmp_path, text)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(UserError, match='not one of'):
-        write(tmp_path, text + '🙂', tokenizer.train_char([text]))
+        write_text(tmp_path, text + '🙂', train_char([text]))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_documents_end_and_splits_fall_on_whole_characters(tmp_path):
+def test_split_at_end_cuts_between_characters(tmp_path):
     documents = [('é' * 50, True), ('日本' * 30, True)]
     size = sum(len(t.encode()) for t, _ in documents)
-    pieces = list(bins.split_at_end(documents, size, 0.3))
+    pieces = list(split_at_end(documents, size, 0.3))
     assert ''.join(p.text for p in pieces) == 'é' * 50 + '日本' * 30
-    assert [(p.split, p.ends_document) for p in pieces] == [('train', True), ('train', False), ('val', True)]
-    made = tokenizer.train_bpe([t for t, _ in documents], 260)
-    bins.write_dataset(tmp_path, pieces, made, 'two documents')
+    assert [(p.split, p.ends_document) for p in pieces] == [
+        ('train', True),
+        ('train', False),
+        ('val', True),
+    ]
+    tok = train_bpe([t for t, _ in documents], 260)
+    write.write_dataset(tmp_path, pieces, tok, 'two documents')
     data = bins.open_dataset(tmp_path, 4)
-    train, val = everything(data.train), everything(data.val)
-    assert train.count(made.eot) == 1 and val[-1] == made.eot
+    train, val = read_all(data.train), read_all(data.val)
+    assert train.count(tok.eot) == 1 and val[-1] == tok.eot
     assert data.token_bytes[train + val].sum() == size  # eot has no bytes
 
 
-@pytest.mark.parametrize('content', ['日本語 ' * 1000, 'x' * 3000, '🙂' * 800, 'ab\n' * 900, 'short', ''])
-def test_a_file_is_read_in_pieces_of_bounded_size(tmp_path, content):
+@pytest.mark.parametrize(
+    'content', ['日本語 ' * 1000, 'x' * 3000, '🙂' * 800, 'ab\n' * 900, 'short', '']
+)
+def test_read_pieces_bounds_piece_size(tmp_path, content):
     (tmp_path / 'x.txt').write_bytes(content.encode())
     for size in (16, 101, 4096):
-        pieces = list(bins.read_pieces(tmp_path / 'x.txt', size))
+        pieces = list(read_pieces(tmp_path / 'x.txt', size))
         assert ''.join(pieces) == content
         assert all(0 < len(p.encode()) <= 2 * size for p in pieces)
     (tmp_path / 'x.txt').write_bytes(b'fine ' * 10 + b'\xff\xfe' + b' fine' * 10)
     with pytest.raises(UserError, match='byte 50 is not UTF-8'):
-        list(bins.read_pieces(tmp_path / 'x.txt', 16))
+        list(read_pieces(tmp_path / 'x.txt', 16))
 
 
 def make_bin(tmp_path, n_tokens, block_size, lengths=None):
-    """Upwards from 0, in files of these lengths."""
+    """A split that counts upwards from 0, in files of these lengths."""
     ends = np.cumsum(lengths or [n_tokens])
     for number, ids in enumerate(np.split(np.arange(n_tokens, dtype='<u2'), ends[:-1])):
         ids.tofile(tmp_path / (f'train_{number:05d}.bin' if number else 'train.bin'))
     return bins.TokenBin(tmp_path, 'train', np.dtype('<u2'), 65536, block_size, n_tokens)
 
 
-def test_batches_are_a_pure_function_of_seed_and_samples_seen(tmp_path):
+def test_batch_depends_only_on_seed_and_samples_seen(tmp_path):
     data = make_bin(tmp_path, 1000, 16)
     x, y = data.batch(0, 200, seed=1)
     assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (200, 16)
-    np.testing.assert_array_equal(y, x + 1)  # the bin counts upwards: y is what follows x
+    np.testing.assert_array_equal(y, x + 1)  # the split counts upwards
     for first, count in ((0, 1), (7, 50), (190, 10), (60, 9)):
         again_x, again_y = data.batch(first, count, seed=1)
         np.testing.assert_array_equal(again_x, x[first : first + count])
@@ -124,7 +142,7 @@ def test_batches_are_a_pure_function_of_seed_and_samples_seen(tmp_path):
 
 
 @pytest.mark.parametrize('lengths', [[999, 1], [1, 999], [300, 300, 300, 100], [10] * 100])
-def test_batches_are_drawn_over_many_files_as_over_one(tmp_path, lengths):
+def test_batch_is_independent_of_sharding(tmp_path, lengths):
     (tmp_path / 'one').mkdir()
     one, many = make_bin(tmp_path / 'one', 1000, 16), make_bin(tmp_path, 1000, 16, lengths)
     assert len(many.shards) == len(lengths)
@@ -136,16 +154,19 @@ def test_batches_are_drawn_over_many_files_as_over_one(tmp_path, lengths):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('n_tokens, block_size', [(1000, 16), (50, 16), (33, 16), (32, 16), (18, 16), (17, 16), (5, 1), (2, 1)])
-def test_every_epoch_visits_every_block_once(tmp_path, n_tokens, block_size):
+@pytest.mark.parametrize(
+    'n_tokens, block_size',
+    [(1000, 16), (50, 16), (33, 16), (32, 16), (18, 16), (17, 16), (5, 1), (2, 1)],
+)
+def test_batch_visits_every_block_once_per_epoch(tmp_path, n_tokens, block_size):
     data = make_bin(tmp_path, n_tokens, block_size)
     n_blocks = max(1, (n_tokens - 1 - block_size) // block_size)
     starts = data.batch(0, 5 * n_blocks, seed=3)[0][:, 0].reshape(5, n_blocks)
     orders = set()
     if n_blocks > 5:
-        assert len(set((starts % block_size)[:, 0])) > 1  # the cuts fall elsewhere in each epoch
+        assert len(set((starts % block_size)[:, 0])) > 1  # every epoch has its own offset
     for epoch in starts:
-        assert len(set(epoch % block_size)) == 1 or n_blocks == 1  # one offset per epoch
+        assert len(set(epoch % block_size)) == 1 or n_blocks == 1  # shared by all its blocks
         offset = epoch.min()
         assert sorted((epoch - offset).tolist()) == [i * block_size for i in range(n_blocks)]
         orders.add(tuple(epoch.tolist()))
@@ -154,16 +175,18 @@ def test_every_epoch_visits_every_block_once(tmp_path, n_tokens, block_size):
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 10, 64, 65, 1000])
-def test_permute_is_a_permutation_for_every_key(n):
-    results = [bins.permute(np.arange(n, dtype=np.uint64), n, np.uint64(key)).tolist() for key in range(20)]
+def test_permute_is_bijective_for_every_key(n):
+    results = [
+        bins.permute(np.arange(n, dtype=np.uint64), n, np.uint64(key)).tolist() for key in range(20)
+    ]
     assert all(sorted(result) == list(range(n)) for result in results)
     if n >= 64:
         assert len(set(map(tuple, results))) == 20
-        at_first = np.mean([result[0] for result in results]) / n
-        assert 0.2 < at_first < 0.8
+        mean_first = np.mean([result[0] for result in results]) / n
+        assert 0.2 < mean_first < 0.8
 
 
-def test_mix_is_splitmix64():
+def test_mix_matches_splitmix64():
     # the first outputs of Vigna's splitmix64.c for seed 1234567
     gamma, state, out = 0x9E3779B97F4A7C15, 1234567, []
     for _ in range(3):
@@ -173,34 +196,35 @@ def test_mix_is_splitmix64():
 
 
 @pytest.mark.parametrize('n_tokens', [100, 97, 96, 81, 17])
-def test_windows_cover_a_split_once(tmp_path, n_tokens):
+def test_windows_cover_split_exactly_once(tmp_path, n_tokens):
     data = make_bin(tmp_path, n_tokens, 16)
     x, y = data.windows(data.evaluation_windows(-1))
-    assert y[y >= 0].tolist() == list(range(1, n_tokens))  # every token but the first is predicted once
+    # every token except the first is predicted exactly once
+    assert y[y >= 0].tolist() == list(range(1, n_tokens))
     np.testing.assert_array_equal(x[y >= 0] + 1, y[y >= 0])
     some = data.evaluation_windows(3)
     assert len(set(some.tolist())) == min(3, data.n_windows)
     np.testing.assert_array_equal(some, data.evaluation_windows(3))
 
 
-def break_folder(folder, what):
-    if what == 'missing':
+def break_folder(folder, damage):
+    if damage == 'missing':
         (folder / 'val.bin').unlink()
-    elif what == 'empty':
+    elif damage == 'empty':
         (folder / 'train.bin').write_bytes(b'')
-    elif what == 'odd':
+    elif damage == 'odd':
         (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-1])
-    elif what == 'short':
+    elif damage == 'short':
         (folder / 'val.bin').write_bytes((folder / 'val.bin').read_bytes()[:20])
-    elif what == 'beyond':
+    elif damage == 'beyond':
         tokens = np.fromfile(folder / 'train.bin', dtype='<u2')
         tokens[123] = 40000
         tokens.tofile(folder / 'train.bin')
-    elif what == 'other':
+    elif damage == 'other':
         (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-200])
-    elif what == 'meta':
+    elif damage == 'meta':
         (folder / 'meta.json').write_text('{"format": 1}')
-    elif what == 'format':
+    elif damage == 'format':
         (folder / 'meta.json').write_text('{"format": 99}')
 
 
@@ -216,58 +240,43 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize('what, words', BROKEN.items())
-def test_a_broken_data_set_is_named(tmp_path, text, what, words):
-    write(tmp_path, text)
-    break_folder(tmp_path, what)
-    with pytest.raises(UserError, match=re.escape(words)):
+@pytest.mark.parametrize('damage, message', BROKEN.items())
+def test_open_dataset_reports_broken_files(tmp_path, text, damage, message):
+    write_text(tmp_path, text)
+    break_folder(tmp_path, damage)
+    with pytest.raises(UserError, match=re.escape(message)):
         bins.open_dataset(tmp_path, 64).fingerprint()
 
 
-def test_a_split_shorter_than_a_context_is_named(tmp_path):
-    with pytest.raises(UserError, match='train.bin has 16 tokens: block_size = 16 needs at least 17'):
+def test_bins_report_split_shorter_than_block_size(tmp_path):
+    with pytest.raises(
+        UserError, match='train.bin has 16 tokens: block_size = 16 needs at least 17'
+    ):
         make_bin(tmp_path, 16, 16)
 
 
-def test_an_id_beyond_the_vocabulary_is_found_when_it_is_drawn(tmp_path):
+def test_batch_rejects_ids_beyond_vocabulary(tmp_path):
     np.full(1000, 11, dtype='<u2').tofile(tmp_path / 'train.bin')
     data = bins.TokenBin(tmp_path, 'train', np.dtype('<u2'), 10, 16)
     with pytest.raises(UserError, match='token id 11 at position'):
         data.batch(0, 1, seed=0)
 
 
-def nanogpt_folder(folder, text):
-    chars = sorted(set(text))
-    stoi = {c: i for i, c in enumerate(chars)}
-    ids = np.array([stoi[c] for c in text], dtype=np.uint16)
-    ids[: int(len(ids) * 0.9)].tofile(folder / 'train.bin')
-    ids[int(len(ids) * 0.9) :].tofile(folder / 'val.bin')
-    meta = {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': stoi}
-    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
-
-
-def test_nanogpts_bins_are_read(tmp_path, text):
-    nanogpt_folder(tmp_path, text)
+def test_open_dataset_reads_nanogpt_bins(tmp_path, text):
+    write_nanogpt_dataset(tmp_path, text)
     data = bins.open_dataset(tmp_path, 64)
-    assert data.tokenizer.decode(everything(data.train)) + data.tokenizer.decode(everything(data.val)) == text
+    decode = data.tokenizer.decode
+    assert decode(read_all(data.train)) + decode(read_all(data.val)) == text
 
 
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, 'w')
-
-
-@pytest.mark.parametrize('payload', ['evil', 'garbage', 'list', 'words'])
-def test_a_pickle_can_do_nothing(tmp_path, text, payload):
-    nanogpt_folder(tmp_path, text)
+@pytest.mark.parametrize('payload', ['evil', 'garbage', 'list', 'two characters'])
+def test_open_dataset_never_runs_pickled_code(tmp_path, text, payload):
+    write_nanogpt_dataset(tmp_path, text)
     content = {
         'evil': pickle.dumps({'vocab_size': 2, 'itos': Evil(str(tmp_path / 'ran'))}),
         'garbage': b'\x80\x04hello',
         'list': pickle.dumps([1, 2]),
-        'words': pickle.dumps({'vocab_size': 2, 'itos': {0: 'ab', 1: 'c'}}),
+        'two characters': pickle.dumps({'vocab_size': 2, 'itos': {0: 'ab', 1: 'c'}}),
     }[payload]
     (tmp_path / 'meta.pkl').write_bytes(content)
     with pytest.raises(UserError, match='meta.pkl'):
@@ -275,15 +284,19 @@ def test_a_pickle_can_do_nothing(tmp_path, text, payload):
     assert not (tmp_path / 'ran').exists()
 
 
-def test_what_is_too_long_for_one_file_goes_on_in_others(tmp_path, text, monkeypatch):
+def test_bins_are_sharded_above_size_limit(tmp_path, text, monkeypatch):
     monkeypatch.setattr(bins, 'SHARD_BYTES', 2 * 1001)
     text = text[:9999]
-    meta = write(tmp_path, text)
-    names = ['train.bin', *(f'train_{n:05d}.bin' for n in range(1, -(-meta['train_tokens'] // 1001))), 'val.bin']
+    meta = write_text(tmp_path, text)
+    names = [
+        'train.bin',
+        *(f'train_{n:05d}.bin' for n in range(1, -(-meta['train_tokens'] // 1001))),
+        'val.bin',
+    ]
     assert sorted(path.name for path in tmp_path.glob('*.bin')) == names
     assert all((tmp_path / name).stat().st_size == 2002 for name in names[:-2])
     data = bins.open_dataset(tmp_path, 64)
-    assert data.tokenizer.decode(everything(data.train) + everything(data.val)) == text
+    assert data.tokenizer.decode(read_all(data.train) + read_all(data.val)) == text
     before = data.fingerprint()
     ids = np.fromfile(tmp_path / names[3], '<u2')
     ids[:2] = ids[1] + 1, 1
@@ -291,28 +304,46 @@ def test_what_is_too_long_for_one_file_goes_on_in_others(tmp_path, text, monkeyp
     assert bins.open_dataset(tmp_path, 64).fingerprint() != before
 
     (tmp_path / names[3]).rename(tmp_path / 'elsewhere')
-    with pytest.raises(UserError, match=f'has 3003 tokens in 3 files where meta.json says {meta["train_tokens"]}'):
+    with pytest.raises(
+        UserError, match=f'has 3003 tokens in 3 files where meta.json says {meta["train_tokens"]}'
+    ):
         bins.open_dataset(tmp_path, 64)
-    write(tmp_path, text[:999])  # a shorter one leaves nothing of the longer
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['.lock', 'elsewhere', 'meta.json', 'train.bin', 'val.bin']
+    write_text(tmp_path, text[:999])  # no stale shards remain
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        '.lock',
+        'elsewhere',
+        'meta.json',
+        'train.bin',
+        'val.bin',
+    ]
 
 
-def test_no_more_tokens_are_written_than_asked_for(tmp_path):
-    pieces = [bins.Piece('val' if i % 5 == 4 else 'train', 'some words of a document ', True) for i in range(1000)]
-    meta = bins.write_dataset(tmp_path, iter(pieces), tokenizer.ByteTokenizer(), 'test', max_tokens=2000)
+def test_write_dataset_stops_at_max_tokens(tmp_path):
+    pieces = [
+        write.Piece('val' if i % 5 == 4 else 'train', 'some words of a document ', True)
+        for i in range(1000)
+    ]
+    meta = write.write_dataset(
+        tmp_path, iter(pieces), tokenizer.ByteTokenizer(), 'test', max_tokens=2000
+    )
     assert 2000 <= meta['train_tokens'] + meta['val_tokens'] < 2000 + 25
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_it_is_full(tmp_path, text, monkeypatch):
+def test_write_dataset_detects_small_disk_early(tmp_path, text, monkeypatch):
     monkeypatch.setattr(bins, 'ESTIMATE_BYTES', 1000)
-    monkeypatch.setattr(bins.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=len(text)))
-    pieces = [bins.Piece('val' if i % 9 == 8 else 'train', text[at : at + 500]) for i, at in enumerate(range(0, len(text), 500))]
+    monkeypatch.setattr(write.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=len(text)))
+    pieces = [
+        write.Piece('val' if i % 9 == 8 else 'train', text[at : at + 500])
+        for i, at in enumerate(range(0, len(text), 500))
+    ]
     with pytest.raises(UserError, match='0.0 GB are still to come, 0.0 GB are free'):
-        bins.write_dataset(tmp_path, pieces, tokenizer.train_char([text]), 'test', len(text.encode()))
+        write.write_dataset(
+            tmp_path, pieces, train_char([text]), 'test', len(text.encode())
+        )
     assert [path.name for path in tmp_path.iterdir()] == ['.lock']
 
 
-def test_a_large_split_is_known_again_by_parts_of_all_of_it(tmp_path):
+def test_fingerprint_samples_the_whole_split(tmp_path):
     split = make_bin(tmp_path, 1000, 16)
     split.shards, split.ends = [np.zeros(2**26, '<u2')], [2**26]
     before = [ids.sum() for ids in split.samples()]
@@ -321,10 +352,28 @@ def test_a_large_split_is_known_again_by_parts_of_all_of_it(tmp_path):
     assert sum(ids.any() for ids in split.samples()) == 32
 
 
-def test_another_configuration_or_another_file_is_another_data_set(tmp_path):
+def test_hub_documents_name_identifies_config_and_files(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
-    name_of = lambda path, name: bins.hub_documents(str(path), name, val_every=2)[1]  # noqa: E731
-    names = [name_of('someone/something', None), name_of('someone/something', 'x'), name_of(tmp_path, None)]
-    assert names[:2] == ['someone/something', 'someone/something, x'] and name_of(tmp_path, None) == names[2]
+
+    def name_of(path, name):
+        return bins.hub_documents(str(path), name, val_every=2)[1]
+
+    names = [
+        name_of('someone/something', None),
+        name_of('someone/something', 'x'),
+        name_of(tmp_path, None),
+    ]
+    assert names[:2] == ['someone/something', 'someone/something, x']
+    assert name_of(tmp_path, None) == names[2]
     (tmp_path / 'a.jsonl').write_text('{"text": "b", "more": 1}')
     assert name_of(tmp_path, None) not in names
+
+
+def test_bin_writer_writes_nothing_on_out_of_range_id(tmp_path):
+    code = f"""
+writer = BinWriter({str(tmp_path)!r}, "train", 65536)
+writer.append([65535, 65536])
+"""
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert 'token id 65536 at position 1' in result.stderr
+    assert (tmp_path / 'train.bin.tmp').stat().st_size == 0

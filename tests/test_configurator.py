@@ -1,4 +1,4 @@
-"""Config files and the command line, as a nanoGPT user types them."""
+"""Config files and command lines, as a nanoGPT user writes them."""
 
 import subprocess
 import sys
@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from helpers import ROOT
 
-from configurator import UserError, configure, differences
+from configurator import TrainConfig, configure, differences
+from lib.errors import UserError
+from lib.recipe import check
 
 
 @dataclass
 class Config:
-    """What the tests configure."""
+    """A config with every kind of field."""
 
     # numbers
     batch_size: int = 12  # sequences
@@ -21,7 +24,7 @@ class Config:
     # switches
     eval_only: bool = False
     compile: bool | Literal['auto'] = 'auto'
-    # words
+    # text
     out_dir: str = 'out'
     position: Literal['learned', 'rope'] = 'learned'
     start: str | list[str] = '\n'
@@ -63,31 +66,39 @@ def read(*argv):
         ('--stop=END', 'stop', ['END']),
     ],
 )
-def test_a_value_has_the_type_of_its_key(argument, key, value):
-    got = getattr(read(argument), key)
-    assert got == value and type(got) is type(value)
+def test_configurator_converts_values_to_field_type(argument, key, value):
+    actual = getattr(read(argument), key)
+    assert actual == value and type(actual) is type(value)
 
 
-def test_a_value_may_follow_behind_a_space():
+def test_configurator_accepts_value_after_space():
     assert configure(Config, ['--batch_size', '8', '--eval_only', '--out_dir', 'x'])[0] == Config(
         batch_size=8, eval_only=True, out_dir='x'
     )
 
 
-def test_files_and_overrides_apply_in_order(tmp_path):
+def test_configurator_applies_files_and_flags_in_order(tmp_path):
     (tmp_path / 'a.py').write_text(
-        '"""Words."""\nimport time\n# more\nbatch_size = 5 * 8  # forty\nout_dir = "ft-" + str(time.time())\n'
+        '"""Words."""\nimport time\n# more\nbatch_size = 5 * 8  # forty\n'
+        'out_dir = "ft-" + str(time.time())\n'
         'learning_rate = batch_size / 10\nn_kv_head: int = -batch_size // 2\nstop = ["a", 1]\n'
     )
-    config, given = configure(Config, ['--batch_size=1', str(tmp_path / 'a.py'), '--learning_rate=9'])
-    assert (config.batch_size, config.learning_rate, config.n_kv_head, config.stop) == (40, 9.0, -20, ['a', 1])
+    config, given = configure(
+        Config, ['--batch_size=1', str(tmp_path / 'a.py'), '--learning_rate=9']
+    )
+    assert (config.batch_size, config.learning_rate, config.n_kv_head, config.stop) == (
+        40,
+        9.0,
+        -20,
+        ['a', 1],
+    )
     assert config.out_dir.startswith('ft-1')
     assert given == {'batch_size', 'out_dir', 'learning_rate', 'n_kv_head', 'stop'}
     assert differences(Config(batch_size=3)) == ['batch_size = 3']
 
 
 @pytest.mark.parametrize(
-    'argv, words',
+    'argv, message',
     [
         (['--batch_sise=3'], 'batch_sise.*did you mean batch_size'),
         (['--batch_size=x'], "batch_size = 'x': give a whole number"),
@@ -104,18 +115,20 @@ def test_files_and_overrides_apply_in_order(tmp_path):
         (['--n_kv_head=10**10**10'], 'n_kv_head'),
         (['nothing.py'], 'nothing.py'),
         (['--learning_rate=' + '(' * 5000], 'learning_rate'),
-        (['--learning_rate=nan'], 'learning_rate'), (['--learning_rate=1e999'], 'learning_rate = inf'),
-        (['--learning_rate=(10**19)**64'], 'learning_rate'), (['--batch_size=2**63'], 'batch_size'),
+        (['--learning_rate=nan'], 'learning_rate'),
+        (['--learning_rate=1e999'], 'learning_rate = inf'),
+        (['--learning_rate=(10**19)**64'], 'learning_rate'),
+        (['--batch_size=2**63'], 'batch_size'),
         (['--batch_size=1e300'], 'batch_size'),
     ],
 )
-def test_a_mistake_is_named(argv, words):
-    with pytest.raises(UserError, match=words):
+def test_configurator_reports_invalid_arguments(argv, message):
+    with pytest.raises(UserError, match=message):
         read(*argv)
 
 
 @pytest.mark.parametrize(
-    'line, words',
+    'line, message',
     [
         ('batch_sise = 3', 'line 2: batch_sise.*did you mean batch_size'),
         ('batch_size = "x"', "line 2: batch_size = 'x'"),
@@ -131,23 +144,31 @@ def test_a_mistake_is_named(argv, words):
         ('batch_size = "a\0"', 'not a config file'),
     ],
 )
-def test_a_config_file_is_parsed_never_executed(tmp_path, line, words):
+def test_configurator_parses_files_without_executing_them(tmp_path, line, message):
     path = tmp_path / 'bad.py'
     path.write_text(f'out_dir = "x"\n{line}\n')
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read(str(path))
 
 
-NANOGPT = {  # what nanoGPT's config files hold, written as they write it
-    'train_gpt2': "wandb_run_name='gpt2-124M'\nbatch_size = 12\ngradient_accumulation_steps = 5 * 8\nweight_decay = 1e-1\n",
-    'finetune_shakespeare': "import time\nwandb_run_name = 'ft-' + str(time.time())\ninit_from = 'gpt2' # small\ndecay_lr = 0\n",
-    'eval_gpt2': "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n",
+NANOGPT = {  # lines of nanoGPT's own config files
+    'train_gpt2': (
+        "wandb_run_name='gpt2-124M'\nbatch_size = 12\n"
+        'gradient_accumulation_steps = 5 * 8\nweight_decay = 1e-1\n'
+    ),
+    'finetune_shakespeare': (
+        "import time\nwandb_run_name = 'ft-' + str(time.time())\n"
+        "init_from = 'gpt2' # small\ndecay_lr = 0\n"
+    ),
+    'eval_gpt2': (
+        'batch_size = 8\neval_iters = 500\neval_only = True\n'
+        "wandb_log = False\ninit_from = 'gpt2'\n"
+    ),
 }
 
 
 @pytest.mark.parametrize('name', NANOGPT)
-def test_nanogpts_way_of_writing_is_read(name, tmp_path):
-    from train import Config as TrainConfig
+def test_configurator_reads_nanogpt_configs(name, tmp_path):
 
     (tmp_path / 'x.py').write_text(NANOGPT[name])
     config, given = configure(TrainConfig, [str(tmp_path / 'x.py')])
@@ -155,28 +176,33 @@ def test_nanogpts_way_of_writing_is_read(name, tmp_path):
     assert config.gradient_accumulation_steps == 40
 
 
-def test_all_config_files_of_the_repo_are_valid():
-    from pathlib import Path
-
-    from train import Config as TrainConfig
-    from train import check
-
-    files = sorted((Path(__file__).parents[1] / 'config').glob('*.py'))
+def test_configurator_accepts_every_file_in_config():
+    files = sorted((ROOT / 'config').glob('*.py'))
     assert len(files) >= 7
     for path in files:
         check(configure(TrainConfig, [str(path)])[0])
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'data/text/prepare.py'])
-def test_help_shows_every_key_without_importing_torch(clone, script):
-    code = (
-        f'import sys, runpy; sys.argv = [{script!r}, "--help"]\ntry: runpy.run_path({script!r}, run_name="__main__")\n'
-        f'except SystemExit as e: print("code", e.code, "torch" in sys.modules, "numpy" in sys.modules)'
-    )
-    shown = subprocess.run([sys.executable, '-c', code], cwd=clone, capture_output=True, text=True, check=True).stdout
+def test_help_lists_every_key_without_importing_torch(clone, script):
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, '--help']
+try:
+    runpy.run_path({script!r}, run_name='__main__')
+except SystemExit as e:
+    print('code', e.code, 'torch' in sys.modules, 'numpy' in sys.modules)
+"""
+    shown = subprocess.run(
+        [sys.executable, '-c', code], cwd=clone, capture_output=True, text=True, check=True
+    ).stdout
     assert 'code 0 False False' in shown
-    for line in (clone / script).read_text().split('class Config:')[1].split('\n\n')[0].splitlines()[1:]:
+    for line in (
+        (clone / script).read_text().split('class Config:')[1].split('\n\n')[0].splitlines()[1:]
+    ):
         if not line.strip().startswith('#'):
             key, _, comment = line.partition('  # ')
-            shown_line = next(x for x in shown.splitlines() if x.startswith(f'  --{key.split(":")[0].strip()}='))
+            shown_line = next(
+                x for x in shown.splitlines() if x.startswith(f'  --{key.split(":")[0].strip()}=')
+            )
             assert comment and shown_line.endswith(comment), line

@@ -1,4 +1,4 @@
-"""Downloads from a real server on this machine: whole, broken off, resumed, and not what was expected."""
+"""Downloads from a local server: complete, interrupted, resumed, and with unexpected content."""
 
 import hashlib
 import re
@@ -7,10 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from configurator import UserError
-from data.download import download
+from lib.download import download
+from lib.errors import UserError
 
 CONTENT = bytes(range(256)) * 4000
+
+
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -25,7 +27,8 @@ def server():
             if self.path == '/missing':
                 self.send_error(404)
                 return
-            if self.path.startswith('/hub/'):  # as Hugging Face answers: the sha256, and where the file is
+            # like Hugging Face: the sha256 and a redirect
+            if self.path.startswith('/hub/'):
                 self.send_response(302)
                 self.send_header('X-Linked-Etag', f'"{SHA256}"')
                 self.send_header('Location', '/file')
@@ -39,14 +42,23 @@ def server():
             self.send_header('Content-Length', str(len(CONTENT) - start))
             self.end_headers()
             if self.command == 'GET':
-                end = len(CONTENT) if server.breaks_at is None else min(len(CONTENT), start + server.breaks_at)
+                end = (
+                    len(CONTENT)
+                    if server.breaks_at is None
+                    else min(len(CONTENT), start + server.breaks_at)
+                )
                 self.wfile.write(CONTENT[start:end])
 
         def log_message(self, *args):
             pass
 
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.url, server.requests, server.breaks_at, server.resumes = f'http://127.0.0.1:{server.server_port}', [], None, True
+    server.url, server.requests, server.breaks_at, server.resumes = (
+        f'http://127.0.0.1:{server.server_port}',
+        [],
+        None,
+        True,
+    )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -55,7 +67,7 @@ def server():
     thread.join()
 
 
-def test_a_file_comes_once_and_whole(server, tmp_path):
+def test_download_fetches_file_once(server, tmp_path):
     path = tmp_path / 'a' / 'x.bin'
     assert download(server.url + '/file', path, SHA256).read_bytes() == CONTENT
     download(server.url + '/file', path, SHA256)
@@ -63,7 +75,7 @@ def test_a_file_comes_once_and_whole(server, tmp_path):
 
 
 @pytest.mark.parametrize('resumes', [True, False])
-def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path, resumes):
+def test_download_resumes_after_disconnect(server, tmp_path, resumes):
     server.breaks_at, server.resumes = 300_000, resumes
     with pytest.raises(UserError, match='300,000 of 1,024,000 bytes; run the same command again'):
         download(server.url + '/file', tmp_path / 'x.bin', SHA256)
@@ -73,22 +85,28 @@ def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path, resumes):
     assert server.requests[-1][2] == 'bytes=300000-'
 
 
-def test_a_wrong_file_never_gets_the_name(server, tmp_path):
+def test_download_discards_file_with_wrong_sha256(server, tmp_path):
     with pytest.raises(UserError, match='sha256'):
         download(server.url + '/file', tmp_path / 'x.bin', '0' * 64)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_sha256_that_the_hub_announces_is_checked(server, tmp_path):
+def test_download_verifies_sha256_from_hub(server, tmp_path):
     assert download(server.url + '/hub/x', tmp_path / 'x.bin', 'linked').read_bytes() == CONTENT
-    (tmp_path / 'y.bin.part').write_bytes(b'what an attacker left'.ljust(len(CONTENT), b'!'))
+    (tmp_path / 'y.bin.part').write_bytes(b'left by an attacker'.ljust(len(CONTENT), b'!'))
     with pytest.raises(UserError, match='sha256'):
         download(server.url + '/hub/y', tmp_path / 'y.bin', 'linked')
 
 
-def test_what_cannot_be_had_is_one_sentence(tmp_path, server):
-    for url, words in ((server.url + '/missing', 'Not Found'), ('http://127.0.0.1:9/x', 'refused')):
-        with pytest.raises(UserError, match=f'{re.escape(url)} cannot be downloaded to .*x.bin.*{words}.*: do this'):
+def test_download_reports_failure_in_one_line(tmp_path, server):
+    for url, message in (
+        (server.url + '/missing', 'Not Found'),
+        ('http://127.0.0.1:9/x', 'refused'),
+    ):
+        with pytest.raises(
+            UserError,
+            match=f'{re.escape(url)} cannot be downloaded to .*x.bin.*{message}.*: do this',
+        ):
             download(url, tmp_path / 'x.bin', advice='do this')
     for url in ('http://example.com/x', 'ftp://example.com/x', 'file:///etc/passwd'):
         with pytest.raises(UserError, match='only https'):

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_interpret import awake
-from test_model import ARCHITECTURES, tiny, tokens
+from helpers import ARCHITECTURES, awake, tiny, tokens
 
 import checkpoint as ckpt
 import explain
 import interpret
 from checkpoint import load_model
-from data import tokenizer
-from model import GPT, GPTConfig, filter_logits, sample_next
+from lib import tokenizer
+from lib.generation import filter_logits, sample_next_token
+from model import GPT, GPTConfig
 
 NO_RUN = {'run': {'path': 'x', 'step': 0, 'val_loss': None, 'curves': {}}, 'live': False}
 TEXT = 'def main(config):\n    return config\n\n\ndef main(con'
@@ -394,7 +394,7 @@ def test_of_a_large_vocabulary_the_likeliest_are_exact_and_the_others_counted(ch
             draws = tab.locator('#draws .token').evaluate_all('all => all.map(x => x.textContent)')
             if k == 300:  # within what is exact: sample_next's draws, row after row from one generator
                 generator = torch.Generator().manual_seed(1337)
-                drawn = sample_next(logits[:, t].expand(10, -1), 1.5, k, p, generator=generator)
+                drawn = sample_next_token(logits[:, t].expand(10, -1), 1.5, k, p, generator=generator)
                 assert draws == [names.decode([id_]) for id_ in drawn.tolist()]
             base, mass = logits[0, t].softmax(dim=-1), float(tab.locator('#mass').text_content()[:-1]) / 100
             assert mass == pytest.approx(base[expected > 0].sum().item(), abs=0.01)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_model import ARCHITECTURES, POST, tiny, tokens
+from helpers import ARCHITECTURES, POST, tiny, tokens
 from torch.nn import functional as F
 
 import interpret

@@ -1,50 +1,64 @@
-"""The tools as a person uses them: the sweep with its table, the benchmark, the plan, and the one dial of train.py."""
+"""The tools: sweep, bench, plan and compare_rnn, and train.py's --depth."""
 
-import itertools
 import json
 import math
 import re
-import sys
-from dataclasses import fields
 from types import SimpleNamespace
 
+import compare_rnn
 import pytest
 import torch
-from conftest import ROOT, TINY
-from torch.profiler import ProfilerActivity, profile
+from helpers import TINY
 
-import memory
-import train
-from configurator import UserError
-from model import GPT, GPTConfig
-from optimizer import make_optimizer
-
-sys.path.insert(0, str(ROOT / 'tools'))
+from configurator import TrainConfig
+from lib.errors import UserError
+from lib.recipe import read_train_config
 
 
-def test_a_sweep_trains_every_combination_once_and_tables_them_best_first(run, char_data, tmp_path):
-    (tmp_path / 'tiny.py').write_text('\n'.join(flag.removeprefix('--').replace('device=cpu', "device='cpu'") for flag in TINY)
-                                      + f"\ndataset = '{char_data}'\nmax_iters = 20\n")
-    command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/sweep', '--learning_rate=1e-5,1e-2', '--seed=1,2')
+def test_sweep_trains_each_combination_once_and_ranks_them(run, char_data, tmp_path):
+    (tmp_path / 'tiny.py').write_text(
+        '\n'.join(flag.removeprefix('--').replace('device=cpu', "device='cpu'") for flag in TINY)
+        + f"\ndataset = '{char_data}'\nmax_iters = 20\n"
+    )
+    command = (
+        'tools/sweep.py',
+        tmp_path / 'tiny.py',
+        f'--out_dir={tmp_path}/sweep',
+        '--learning_rate=1e-5,1e-2',
+        '--seed=1,2',
+    )
     first = run(*command)
     folders = sorted(path.name for path in (tmp_path / 'sweep').iterdir() if path.is_dir())
-    assert folders == [f'learning_rate={rate},seed={seed}' for rate in ('1e-2', '1e-5') for seed in (1, 2)]
+    assert folders == [
+        f'learning_rate={rate},seed={seed}' for rate in ('1e-2', '1e-5') for seed in (1, 2)
+    ]
     table = (tmp_path / 'sweep' / 'table.md').read_text()
     assert table.strip() in first.stdout
     rows = [[cell.strip() for cell in line.strip('| ').split('|')] for line in table.splitlines()]
     assert rows[0] == ['learning_rate', 'runs', 'steps', 'val loss', 'train loss', 'tokens/s']
-    assert [row[:3] for row in rows[2:]] == [['0.01', '2', '20'], ['1e-05', '2', '20']]  # seeds are one line, the best is first
+    # one line for both seeds, best first
+    assert [row[:3] for row in rows[2:]] == [['0.01', '2', '20'], ['1e-05', '2', '20']]
     losses = []
     for seed in (1, 2):
-        lines = (tmp_path / 'sweep' / f'learning_rate=1e-2,seed={seed}' / 'log.jsonl').read_text().splitlines()
-        losses.append(next(line['val_loss'] for line in map(json.loads, reversed(lines)) if 'val_loss' in line))
+        lines = (
+            (tmp_path / 'sweep' / f'learning_rate=1e-2,seed={seed}' / 'log.jsonl')
+            .read_text()
+            .splitlines()
+        )
+        losses.append(
+            next(
+                line['val_loss'] for line in map(json.loads, reversed(lines)) if 'val_loss' in line
+            )
+        )
     spread = abs(losses[0] - losses[1]) / math.sqrt(2)
     assert rows[2][3] == f'{sum(losses) / 2:.4f} ± {spread:.4f}'
 
-    # one run has lost its end: it alone goes on, and a command with other values adds to the table
+    # only the truncated run continues, and further values extend the table
     broken = tmp_path / 'sweep' / 'learning_rate=1e-2,seed=2'
     lines = (broken / 'log.jsonl').read_text().splitlines(keepends=True)
-    (broken / 'log.jsonl').write_text(''.join(line for line in lines if json.loads(line)['step'] < 15))
+    (broken / 'log.jsonl').write_text(
+        ''.join(line for line in lines if json.loads(line)['step'] < 15)
+    )
     for path in broken.glob('ckpt_00000020.*'):
         path.unlink()
     again = run(*command[:3], '--learning_rate=1e-5,1e-2,1e-3', '--seed=1,2')
@@ -52,169 +66,211 @@ def test_a_sweep_trains_every_combination_once_and_tables_them_best_first(run, c
     assert len((tmp_path / 'sweep' / 'table.md').read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize('words, says', [
-    (('config/quickstart.py', '--learning_rte=1,2'), 'learning_rte: no such key; did you mean learning_rate?'),
-    (('config/quickstart.py', '--n_layer=2,two'), "n_layer = 'two': give a whole number"),
-    (('config/quickstart.py', '--batch_size=4,0'), 'batch_size = 0: give at least 1'),
-    (('--n_layer=2,4',), 'name a config file'),
-    (('config/quickstart.py', '--n_layer', '4'), 'write --key=value'),
-])
-def test_a_mistake_in_a_sweep_is_told_before_anything_is_trained(refused, clone, words, says):
-    refused('tools/sweep.py', *words, says=says)
+@pytest.mark.parametrize(
+    'argv, says',
+    [
+        (
+            ('config/quickstart.py', '--learning_rte=1,2'),
+            'learning_rte: no such key; did you mean learning_rate?',
+        ),
+        (('config/quickstart.py', '--n_layer=2,two'), "n_layer = 'two': give a whole number"),
+        (('config/quickstart.py', '--batch_size=4,0'), 'batch_size = 0: give at least 1'),
+        (('--n_layer=2,4',), 'name a config file'),
+        (('config/quickstart.py', '--n_layer', '4'), 'write --key=value'),
+    ],
+)
+def test_sweep_reports_mistakes_before_training(refused, clone, argv, says):
+    refused('tools/sweep.py', *argv, says=says)
     assert not (clone / 'sweep-quickstart').exists()
 
 
-def dialled(*words):
-    return train.read_command(list(words))[0]
+def read_config(*argv):
+    return read_train_config(list(argv))[0]
 
 
-def test_the_dial_sets_what_was_not_given_behind_it():
-    config = dialled('config/quickstart.py', '--depth=6', '--learning_rate=0.1', '--batch_size=8')
+def test_depth_dial_sets_unspecified_keys():
+    config = read_config(
+        'config/quickstart.py', '--depth=6', '--learning_rate=0.1', '--batch_size=8'
+    )
     assert (config.n_layer, config.n_embd, config.n_head, config.optimizer) == (6, 384, 6, 'muon')
-    assert config.learning_rate == 0.1 and config.batch_size == 8 and config.dataset == 'python_stdlib'
-    tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size * config.max_iters
+    assert config.learning_rate == 0.1
+    assert config.batch_size == 8
+    assert config.dataset == 'python_stdlib'
+    tokens = (
+        config.batch_size
+        * config.gradient_accumulation_steps
+        * config.block_size
+        * config.max_iters
+    )
     assert tokens == pytest.approx(20 * 12 * 6 * 384**2, rel=0.01)  # Hoffmann et al. 2022
-    assert dialled('--depth=12').n_embd == 768  # GPT-2's proportions
-    assert dialled('--n_layer=3', '--depth=2').n_layer == 2 and dialled('--depth=2', '--n_layer=3').n_layer == 3
-    assert dialled('--depth=2').max_iters < dialled('--depth=3').max_iters
-    assert dialled('--max_iters=7').max_iters == 7 and dialled('--max_iters=7').n_layer == train.Config().n_layer
-    for words, says in ((('--depth=0',), 'depth = 0'), (('--depth=2', '--n_embd=0'), 'n_embd = 0: give at least 1'),
-                        (('--depth=2', '--block_size=-1'), 'block_size = -1'),
-                        (('--depth=2', '--init_from=gpt2'), 'from scratch')):
+    assert read_config('--depth=12').n_embd == 768  # GPT-2's proportions
+    assert read_config('--n_layer=3', '--depth=2').n_layer == 2
+    assert read_config('--depth=2', '--n_layer=3').n_layer == 3
+    assert read_config('--depth=2').max_iters < read_config('--depth=3').max_iters
+    assert read_config('--max_iters=7').max_iters == 7
+    assert read_config('--max_iters=7').n_layer == TrainConfig().n_layer
+    for argv, says in (
+        (('--depth=0',), 'depth = 0'),
+        (('--depth=2', '--n_embd=0'), 'n_embd = 0: give at least 1'),
+        (('--depth=2', '--block_size=-1'), 'block_size = -1'),
+        (('--depth=2', '--init_from=gpt2'), 'from scratch'),
+    ):
         with pytest.raises(UserError, match=says):
-            dialled(*words)
+            read_config(*argv)
 
 
-def test_the_benchmark_says_what_it_cannot_do(refused):
-    refused('tools/bench.py', '--parts=speed', says="parts = 'speed': give some of training, sampling, prepare, data, start")
+def test_bench_reports_invalid_arguments(refused):
+    refused(
+        'tools/bench.py',
+        '--parts=speed',
+        says="parts = 'speed': give some of training, sampling, prepare, data, start",
+    )
     refused('tools/bench.py', '--repeats=0', says='repeats = 0: give at least 1')
-    refused('tools/bench.py', '--input=missing.txt', says="input = 'missing.txt': there is no such file")
+    refused(
+        'tools/bench.py', '--input=missing.txt', says="input = 'missing.txt': there is no such file"
+    )
 
 
-def test_the_benchmark_prints_json(run, text, tmp_path):
+def test_bench_prints_json(run, text, tmp_path):
     (tmp_path / 'text.txt').write_text(text * 5)
-    result = json.loads(run('tools/bench.py', '--parts=prepare', f'--input={tmp_path}/text.txt', '--repeats=1', '--json').stdout)
+    result = json.loads(
+        run(
+            'tools/bench.py',
+            '--parts=prepare',
+            f'--input={tmp_path}/text.txt',
+            '--repeats=1',
+            '--json',
+        ).stdout
+    )
     speed, share, memory = (row['value'] for row in result['rows'])
     assert result['device'] and speed > 0 and share > 0 and 0.01 < memory < 2
 
 
-# plan ----------------------------------------------------------------------------------------------------------------------
-
-
 def plan(run, *arguments):
-    """{the words before a line's numbers: the line}"""
+    """{text before the numbers of a line: the line}"""
     lines = run('tools/plan.py', *arguments).stdout.splitlines()
-    return {re.match(r'  [^\d$]*', line)[0].strip(): line for line in lines if line.startswith('  ')}
+    return {
+        re.match(r'  [^\d$]*', line)[0].strip(): line for line in lines if line.startswith('  ')
+    }
 
 
-def test_the_plan_of_gpt2_is_nanogpts_count_and_palms_formula(run):
-    lines = plan(run, 'config/train_gpt2.py', '--vocab_size=50304', '--bias', '--gpu=a100', '--gpus=8')
-    assert ' 123.69M ' in lines['parameters'] and '0.79M of learned positions' in lines['parameters']
+def test_plan_gpt2_matches_nanogpt_and_palm(run):
+    lines = plan(
+        run, 'config/train_gpt2.py', '--vocab_size=50304', '--bias', '--gpu=a100', '--gpus=8'
+    )
+    assert ' 123.69M ' in lines['parameters']
+    assert '0.79M of learned positions' in lines['parameters']
     flops = 6 * 123_689_472 + 12 * 12 * 12 * 64 * 1024
-    assert f' {flops:.4g} ' in lines['FLOPs for a token'] and ' 491,520 ' in lines['tokens of a step']
+    assert f' {flops:.4g} ' in lines['FLOPs for a token']
+    assert ' 491,520 ' in lines['tokens of a step']
     assert f'{flops * 491520 / 8 / 312e12 * 1e3:,.3g} ms' in lines['computing']
     assert f'{2 * 7 / 8 * 4 * 124_475_904 / 1e9:.2f} GB' in lines['sent, DDP']
-    numbers = lambda name: [float(number) for number in re.findall(r'[\d.]+', lines[name])]  # noqa: E731
-    assert numbers('weights')[0] == round(4 * 124_475_904 / 1e9, 2) and numbers('optimizer') == [1.0, 0.12]  # 8 bytes, / 8
+
+    def numbers(name):
+        return [float(number) for number in re.findall(r'[\d.]+', lines[name])]
+
+    assert numbers('weights')[0] == round(4 * 124_475_904 / 1e9, 2)
+    assert numbers('optimizer') == [1.0, 0.12]  # 8 bytes per parameter; sharded over 8 GPUs
     parts = ('weights', 'gradients', 'optimizer', 'activations', 'backward', 'logits')
-    assert numbers('together') == pytest.approx([sum(column) for column in zip(*map(numbers, parts))], abs=0.03)
+    assert numbers('together') == pytest.approx(
+        [sum(column) for column in zip(*map(numbers, parts))], abs=0.03
+    )
 
 
-def test_the_plan_of_muon_and_of_shards_by_hand(run):
-    shape = ('--n_layer=2', '--n_head=4', '--n_embd=256', '--vocab_size=1000', '--position=rope', '--bias=False')
-    command = ('config/train_gpt2.py', *shape, '--optimizer=muon', '--gpus=2', '--gradient_accumulation_steps=4')
+def test_plan_muon_and_fsdp_match_hand_calculation(run):
+    shape = (
+        '--n_layer=2',
+        '--n_head=4',
+        '--n_embd=256',
+        '--vocab_size=1000',
+        '--position=rope',
+        '--bias=False',
+    )
+    command = (
+        'config/train_gpt2.py',
+        *shape,
+        '--optimizer=muon',
+        '--gpus=2',
+        '--gradient_accumulation_steps=4',
+    )
     lines = plan(run, *command, '--block_size=512', '--batch_size=8')
     matrices = {(768, 256): 2, (256, 256): 2, (1024, 256): 2, (256, 1024): 2}
-    products = sum(n * 5 * (2 * 2 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m, n in matrices.items())  # xx', aa, bx: 5 times
+    # xx', aa and bx, five times
+    products = sum(
+        n * 5 * (2 * 2 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m, n in matrices.items()
+    )
     assert f'{products / 989e12 * 1e3:,.3g} ms' in lines["Muon's products"]
     in_muon = sum(n * a * b for (a, b), n in matrices.items())
-    rest = 1000 * 256 + 5 * 256  # embedding and head are one; gains
+    rest = 1000 * 256 + 5 * 256  # tied embedding and head; gains
     total = in_muon + rest
     assert f'{4 * (7 * total - 2 * in_muon) / 3.35e12 * 1e3:,.3g} ms' in lines['update, DDP']
-    sent = (2 * (4 * in_muon + 4 * rest) + 4 * total + 4 * in_muon) / 2  # two micro-batches; gradients; Muon's
+    # weights for two micro-batches, gradients, Muon's updates
+    sent = (2 * (4 * in_muon + 4 * rest) + 4 * total + 4 * in_muon) / 2
     assert f'{sent / 450e9 * 1e3:,.3g} ms' in lines['sent, FSDP']
 
 
-@pytest.mark.parametrize('accumulation', [4, 8])
-def test_the_memory_of_copies_and_shards(accumulation):
-    keys = {'n_layer': 3, 'n_head': 2, 'n_embd': 64, 'block_size': 32}
-    model = GPT(GPTConfig(vocab_size=100, bias=False, **keys))
-    config = train.Config(gradient_accumulation_steps=accumulation, batch_size=2, **keys)
-    total, block = model.get_num_params(False), 12 * 64**2
-    copies, shards = (memory.parts(model, config, True, how, 4) for how in ('ddp', 'fsdp'))
-    assert copies['weights'] == 4 * total and copies['optimizer'] == 8 * total and shards['optimizer'] == 2 * total
-    assert copies['gradients'] == (8 if accumulation > 4 else 4) * total  # buckets beside what is summed here
-    rest = total - 3 * block
-    assert shards['weights'] == total + 4 * rest + 2 * 2 * block  # whole: what is outside of blocks, and two blocks in 16 bits
-    if accumulation > 4:
-        assert shards['gradients'] == 4 * total  # summed whole
-        assert shards['activations'] == copies['activations'] - 2 * 3 * block
-
-
-def test_a_model_of_any_size_is_planned_and_mistakes_are_named(run, refused):
-    large = plan(run, '--config', 'config/train_gpt2.py', '--n_layer=96', '--n_embd=12288', '--n_head=96', '--gpus=40')
-    assert '174,' in large['parameters'] and 'does not fit' in next(line for line in large.values() if 'fit' in line)
+def test_plan_handles_large_models_and_reports_mistakes(run, refused):
+    large = plan(
+        run,
+        '--config',
+        'config/train_gpt2.py',
+        '--n_layer=96',
+        '--n_embd=12288',
+        '--n_head=96',
+        '--gpus=40',
+    )
+    assert '174,' in large['parameters']
+    assert 'does not fit' in next(line for line in large.values() if 'fit' in line)
     refused('tools/plan.py', '--gpu=h1000', says='gpu')
     refused('tools/plan.py', '--gpus=7', says='try 35 or 42')
     refused('tools/plan.py', '--n_head=7', says='n_head')
 
 
-SHAPES = [
-    (2048, {'n_layer': 4, 'n_embd': 256, 'block_size': 128, 'batch_size': 16}),
-    (30000, {'n_layer': 2, 'n_embd': 256, 'block_size': 256, 'batch_size': 4, 'norm': 'rmsnorm', 'activation': 'relu2'}),
-]
-
-
-@pytest.mark.parametrize('accumulation', [1, 2])
-@pytest.mark.parametrize('vocab_size, options', SHAPES)
-def test_the_memory_of_a_step_is_what_pytorch_allocates(vocab_size, options, accumulation):
-    config = train.Config(n_head=4, gradient_accumulation_steps=accumulation, **options)
-    keys = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name not in train.DATA_KEYS}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        model = GPT(GPTConfig(**keys, vocab_size=vocab_size))
-        optimizer = make_optimizer(model, config)
-        for _ in range(2):
-            for _ in range(accumulation):
-                idx = torch.randint(vocab_size, (config.batch_size, config.block_size))
-                model(idx, idx, return_logits=False)[1].backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    allocated = [event for event in events.profiler.kineto_results.events() if event.name() == '[memory]']
-    allocated.sort(key=lambda event: event.start_ns())
-    peak = max(itertools.accumulate(event.nbytes() for event in allocated))
-    assert sum(memory.parts(model, config, half=False).values()) == pytest.approx(peak, rel=0.15)
-
-
-def test_an_lstm_and_a_gpt_of_one_size_are_compared_on_the_same_tokens(run, char_data, tmp_path):
+def test_compare_rnn_trains_lstm_and_gpt_on_same_tokens(run, char_data, tmp_path):
     out = tmp_path / 'compare'
-    small = ('--n_embd=32', '--block_size=32', '--batch_size=4', '--max_iters=40', '--eval_iters=2', '--lengths=[16, 64]')
-    rates = '--gpt_learning_rate=[1e9, 1e-5, 1e-2]'  # one of them leads to nan
+    small = (
+        '--n_embd=32',
+        '--block_size=32',
+        '--batch_size=4',
+        '--max_iters=40',
+        '--eval_iters=2',
+        '--lengths=[16, 64]',
+    )
+    rates = '--gpt_learning_rate=[1e9, 1e-5, 1e-2]'  # 1e9 diverges
     command = ('tools/compare_rnn.py', f'--dataset={char_data}', f'--out_dir={out}', rates, *small)
-    said = run(*command).stdout
+    output = run(*command).stdout
     results = json.loads((out / 'compare.json').read_text())['results']
     gpt, lstm = results['GPT'], results['LSTM']
-    assert lstm['parameters'] == pytest.approx(gpt['parameters'], rel=0.05) and f'{gpt["parameters"]:,}' in said
-    assert gpt['learning_rate'] == 1e-2 and set(gpt['losses_of_rates']) == {'1e-05', '0.01'}  # the best is shown
+    assert lstm['parameters'] == pytest.approx(gpt['parameters'], rel=0.05)
+    assert f'{gpt["parameters"]:,}' in output
+    # the best one is reported
+    assert gpt['learning_rate'] == 1e-2 and set(gpt['losses_of_rates']) == {'1e-05', '0.01'}
     for result in (gpt, lstm):
         points = result['points']
         assert [point['tokens'] for point in points] == [step * 4 * 32 for step in range(0, 41, 2)]
-        assert points[-1]['val_loss'] < points[0]['val_loss'] - 0.3 and points[-1]['seconds'] > points[1]['seconds'] > 0
-        assert len(result['gradient']) == 32 and result['gradient'][0] == 1 and len(result['step_seconds']) == 2
-    assert gpt['points'][0]['val_loss'] == pytest.approx(lstm['points'][0]['val_loss'], abs=0.3)  # of nothing learnt
+        assert points[-1]['val_loss'] < points[0]['val_loss'] - 0.3
+        assert points[-1]['seconds'] > points[1]['seconds'] > 0
+        assert len(result['gradient']) == 32
+        assert result['gradient'][0] == 1
+        assert len(result['step_seconds']) == 2
+    # both are untrained
+    assert gpt['points'][0]['val_loss'] == pytest.approx(lstm['points'][0]['val_loss'], abs=0.3)
 
 
-def test_the_gradient_that_arrives_is_that_of_the_formula():
-    """Against the same model with its embeddings as inputs of their own."""
-    import compare_rnn
-
+def test_compare_rnn_gradient_by_distance_matches_autograd():
+    """Against the same model with the embeddings as differentiable inputs."""
     torch.manual_seed(0)
     model = compare_rnn.LSTM(20, 1, 8, 0.0)
     idx = torch.randint(20, (3, 6))
-    split = SimpleNamespace(evaluation_windows=lambda n: range(3), windows=lambda index: (idx.numpy(), idx.roll(-1, 1).numpy()))
-    got = compare_rnn.gradient_by_distance(model, split, SimpleNamespace(batch_size=2), torch.device('cpu'))
+    split = SimpleNamespace(
+        evaluation_windows=lambda n: range(3),
+        windows=lambda index: (idx.numpy(), idx.roll(-1, 1).numpy()),
+    )
+    actual = compare_rnn.gradient_by_distance(
+        model, split, SimpleNamespace(batch_size=2), torch.device('cpu')
+    )
     x = model.wte(idx).detach().requires_grad_()
     logits = model.lstm(x)[0][:, -1] @ model.wte.weight.T
     torch.nn.functional.cross_entropy(logits, idx[:, 0]).backward()
     norms = x.grad.norm(dim=2).flip(1)
-    assert got == pytest.approx((norms / norms[:, :1]).mean(dim=0).tolist(), rel=1e-4)
+    assert actual == pytest.approx((norms / norms[:, :1]).mean(dim=0).tolist(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What a checkpoint can do: translate or answer, predict a text, LAMBADA, HellaSwag. Nothing is downloaded.
+"""Evaluate a checkpoint on pairs, a text, LAMBADA or HellaSwag. Nothing is downloaded.
 
     python tools/evaluate.py --out_dir=out-translate --num_beams=4 --show=3
     python tools/evaluate.py --init_from=gpt2 --task=text --input=book.txt
@@ -13,44 +13,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from configurator import UserError, configure, require, user_errors
+from configurator import Count, WholeNumber, check_bounds, configure
+from lib.errors import UserError, require, user_errors
 
 
 @dataclass
 class Config:
     # model
-    init_from: str = 'resume'  # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to weights
+    init_from: str = 'resume'  # resume (out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
     out_dir: str = 'out'  # the folder of a run
-    average_last: int = 1  # the mean weights of so many of its last checkpoints (2017: 5)
+    average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)
     # task
-    task: Literal['auto', 'pairs', 'text', 'lambada', 'hellaswag'] = 'auto'  # auto: pairs if it was trained on them, else text
-    input: str = ''  # the file of lambada or hellaswag, or a text; of pairs and text otherwise the val split of --dataset
+    task: Literal['auto', 'pairs', 'text', 'lambada', 'hellaswag'] = 'auto'  # auto: pairs or text
+    input: str = ''  # file of lambada, hellaswag or text; empty: the val split of dataset
     dataset: str = ''  # a folder in data/, or a path; empty: the one that the run was trained on
-    limit: int | None = None  # examples, from the first on; None: all
-    show: int = 0  # so many sources with their targets and answers are printed
+    limit: Count | None = None  # only the first N examples; None: all
+    show: WholeNumber = 0  # print the first N sources with their targets and answers
     # answers
-    num_beams: int = 1  # of beam search; 1: greedy
+    num_beams: Count = 1  # of beam search; 1: greedy
     length_penalty: float = 0.6  # as in sample.py
     # system
-    batch_size: int = 32  # examples at a time
+    batch_size: Count = 32  # examples per batch
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: bfloat16 where it is native
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
 
 
 def check(config):
-    for key in ('batch_size', 'num_beams', 'average_last'):
-        require(getattr(config, key) >= 1, f'{key} = {getattr(config, key)}: give at least 1')
-    require(config.limit is None or config.limit >= 1, f'limit = {config.limit}: give at least 1, or None')
-    require(config.show >= 0, f'show = {config.show}: give 0 or more')
-    require(config.input or config.task not in ('lambada', 'hellaswag'), f'task = {config.task}: name its file with --input=PATH')
-    require(not config.input or config.task != 'pairs', 'task = pairs reads a data set: prepare the file with '
-                                                        'data/pairs/prepare.py, and name it with --dataset=NAME')
-    require(not config.input or Path(config.input).is_file(), f'input = {config.input!r}: there is no such file')
+    """Validate the config. Raises UserError."""
+    check_bounds(config)
+    require(config.input or config.task not in ('lambada', 'hellaswag'),
+            f'task = {config.task}: name its file with --input=PATH')
+    require(not config.input or config.task != 'pairs',
+            'task = pairs reads a data set: prepare the file with data/pairs/prepare.py, and name '
+            'it with --dataset=NAME')
+    require(not config.input or Path(config.input).is_file(),
+            f'input = {config.input!r}: there is no such file')
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # --help and typos are answered before the slow imports
     with user_errors():
         config, _ = configure(Config)
         check(config)
@@ -61,133 +64,189 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import checkpoint as ckpt
-import train
-from data import bins
-from data.tokenizer import encode_turns
-from device import pick_device, pick_dtype
-from model import KVCache
-from processes import Signals
+from lib import bins, evaluation
+from lib.device import dtype_name, pick_device, pick_dtype, to_device
+from lib.generation import KVCache, beam_search, cache_dtype, generate, left_pad
+from lib.run import Signals
+from lib.text import read_pieces
+from lib.tokenizer import encode_turns
 
-# Sources and targets ------------------------------------------------------------------------------------------------------
+# Pairs of sources and targets --------------------------------------------------------------------
+
 
 def read_turns(split, tokenizer):
-    """[([source], its target)] of a split, in chats ([source, target, ..., source], its target)."""
-    documents = [document for number in range(split.n_windows) for document in split.documents(number)]
-    texts = [[tokenizer.decode(ids) for ids in document] for document in documents]
-    return [(text[:i], text[i]) for text in texts for i in range(1, len(text), 2)]
+    """[([source], target)] of a split; in chats ([source, target, ..., source], target)."""
+    turns = []
+    for number in range(split.n_windows):
+        for document in split.documents(number):
+            texts = [tokenizer.decode(ids) for ids in document]
+            turns += [(texts[:i], texts[i]) for i in range(1, len(texts), 2)]
+    return turns
 
 
-def write_targets(model, tokenizer, turns, config):
-    """What the model answers to each turn: greedily, or by beam search."""
-    prompts, answers = [encode_turns(source, tokenizer) for source, _ in turns], [''] * len(turns)
-    block_size, eot, bar = model.config.block_size, tokenizer.eot, tqdm(total=len(turns), disable=None)
-    waiting = sorted(range(len(turns)), key=lambda i: -len(prompts[i]))
+def write_answers(model, tokenizer, turns, config):
+    """The model's answer to each turn, by greedy decoding or beam search."""
+    block_size, eot = model.config.block_size, tokenizer.eot
+    prompts = [encode_turns(source, tokenizer) for source, _ in turns]
+    answers = [''] * len(turns)
+    bar = tqdm(total=len(turns), disable=None)
+    waiting = sorted(range(len(turns)), key=lambda i: -len(prompts[i]))  # longest first
     while waiting:
-        which, waiting = waiting[:config.batch_size], waiting[config.batch_size:]
-        rows = [prompts[i] for i in which]
-        room = block_size - len(rows[0])
-        require(room > 0, f'a source has {len(rows[0])} tokens: there is no room for a target in block_size = {block_size}')
-        if config.num_beams > 1:
-            found = model.beam_search(rows, room, config.num_beams, config.length_penalty, stop_tokens=[eot],
-                                      vocab_size=tokenizer.vocab_size)
-            found = [[ids for ids, _ in results] for results in found]
-        else:
-            found = model.generate(rows, room, temperature=0, stop_tokens=[eot], vocab_size=tokenizer.vocab_size)
-            found = [[row[len(prompt):]] for row, prompt in zip(found, rows)]
-        # the longest prompt of a batch ends what all of them write: those that had more room go on in the next one
-        cut = [i for i, ids in zip(which, found) if len(prompts[i]) < len(rows[0]) and any(eot not in new for new in ids)]
-        waiting = cut + waiting
-        for i, ids in zip(which, found):
-            answers[i] = tokenizer.decode([id_ for id_ in ids[0] if id_ != eot])
-        bar.update(len(which) - len(cut))
+        chosen, waiting = waiting[:config.batch_size], waiting[config.batch_size:]
+        batch = [prompts[i] for i in chosen]
+        longest = len(batch[0])
+        room = block_size - longest
+        require(room > 0, f'a source has {longest} tokens, which leaves no room for a target in '
+                          f'block_size = {block_size}')
+        found = generate_answers(model, batch, room, eot, tokenizer.vocab_size, config)
+        unfinished = []
+        for i, results in zip(chosen, found):
+            ended = all(eot in ids for ids in results)
+            if not ended and len(prompts[i]) < longest:
+                # the longest prompt of the batch limits all of its answers: this one has more room
+                # in the next batch
+                unfinished.append(i)
+            else:
+                answers[i] = tokenizer.decode([token for token in results[0] if token != eot])
+        waiting = unfinished + waiting
+        bar.update(len(chosen) - len(unfinished))
     bar.close()
     return answers
 
 
+def generate_answers(model, batch, max_new_tokens, eot, vocab_size, config):
+    """New tokens for each prompt, best first: a list per beam, or one."""
+    if config.num_beams > 1:
+        found = beam_search(model, batch, max_new_tokens, config.num_beams, config.length_penalty,
+                            stop_tokens=[eot], vocab_size=vocab_size)
+        return [[ids for ids, _ in results] for results in found]
+    found = generate(model, batch, max_new_tokens, temperature=0, stop_tokens=[eot],
+                     vocab_size=vocab_size)
+    return [[ids[len(prompt):]] for ids, prompt in zip(found, batch)]
+
+
 def evaluate_pairs(model, tokenizer, split, config):
+    """Exact match, and chrF and BLEU if sacrebleu is installed."""
     turns = read_turns(split, tokenizer)[:config.limit]
-    answers = write_targets(model, tokenizer, turns, config)
-    targets = [target for _, target in turns]
+    answers = write_answers(model, tokenizer, turns, config)
     for (source, target), answer in list(zip(turns, answers))[:config.show]:
         print(f'source: {" | ".join(source)}\ntarget: {target}\nanswer: {answer}\n')
-    exact = sum(answer.strip() == target.strip() for answer, target in zip(answers, targets)) / len(targets)
-    line = f'{len(targets):,} targets, beam {config.num_beams}: exact match {exact:.2%}'
+    targets = [target for _, target in turns]
+    n_exact = sum(answer.strip() == target.strip() for answer, target in zip(answers, targets))
+    result = (f'{len(targets):,} targets, beam {config.num_beams}: '
+              f'exact match {n_exact / len(targets):.2%}')
     try:
-        import sacrebleu
+        import sacrebleu  # optional
     except ImportError:
-        return line + '; for chrF and BLEU: pip install sacrebleu'
-    chrf, bleu = sacrebleu.corpus_chrf(answers, [targets]), sacrebleu.corpus_bleu(answers, [targets])
-    return line + f', chrF {chrf.score:.2f}, BLEU {bleu.score:.2f}'
+        return result + '; for chrF and BLEU: pip install sacrebleu'
+    chrf = sacrebleu.corpus_chrf(answers, [targets]).score
+    bleu = sacrebleu.corpus_bleu(answers, [targets]).score
+    return f'{result}, chrF {chrf:.2f}, BLEU {bleu:.2f}'
 
 
-# Text ---------------------------------------------------------------------------------------------------------------------
-
-def evaluate_text(model, tokenizer, split, config, device):
-    """Perplexity and bits per byte over windows of block_size laid end to end, as train.py evaluates."""
-    def loss_of(x, y):
-        return model(*train.to_device(x, y, device), return_logits=False)[1]
-
-    windows = np.arange(split.n_windows)[:config.limit]
-    signals = Signals(catch=False)
-    loss, bits, n_tokens = train.evaluate(loss_of, split, windows, config.batch_size, tokenizer.text_bytes(), signals)
-    return f'{n_tokens:,} tokens: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {bits:.4f} bits per byte'
+# Text --------------------------------------------------------------------------------------------
 
 
 class TextFile:
-    """A text file in the place of a split."""
+    """A text file with the windows of a TokenBin."""
 
     def __init__(self, path, tokenizer, block_size):
-        ids = np.concatenate([tokenizer.encode_to_numpy(piece) for piece in bins.read_pieces(path)] or [[]]).astype(np.int64)
-        require(len(ids) > 1, f'input = {str(path)!r}: there is too little text in it')
-        self.block_size, self.n_windows = block_size, -(-(len(ids) - 1) // block_size)
-        self.ids = np.concatenate((ids, np.full(block_size, -1)))
+        pieces = [tokenizer.encode_to_numpy(piece) for piece in read_pieces(path)]
+        n_tokens = sum(map(len, pieces))
+        require(n_tokens > 1, f'input = {str(path)!r}: there is too little text in it')
+        self.block_size = block_size
+        self.n_windows = math.ceil((n_tokens - 1) / block_size)
+        padding = np.full(block_size, -1)
+        self.ids = np.concatenate([*pieces, padding]).astype(np.int64)
 
     def windows(self, index):
-        window = np.stack([self.ids[i * self.block_size:(i + 1) * self.block_size + 1] for i in index])
+        """x, y (len(index), block_size); y is -1 past the end."""
+        T = self.block_size
+        window = np.stack([self.ids[i * T:(i + 1) * T + 1] for i in index])  # (len(index), T + 1)
         return window[:, :-1].clip(min=0), window[:, 1:]
 
 
-# Continuations ------------------------------------------------------------------------------------------------------------
+def evaluate_text(model, tokenizer, split, config, device):
+    """Perplexity and bits per byte over windows laid end to end, as in train.py's evaluations."""
+    def loss_of(x, y):
+        return model(*to_device(x, y, device), return_logits=False)[1]
+
+    windows = np.arange(split.n_windows)[:config.limit]
+    loss, bits, n_tokens = evaluation.evaluate(loss_of, split, windows, config.batch_size,
+                                               tokenizer.text_bytes(), Signals(catch=False))
+    return (f'{n_tokens:,} tokens: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, '
+            f'{bits:.4f} bits per byte')
+
+
+# Endings of a context: LAMBADA and HellaSwag -----------------------------------------------------
+
 
 @torch.no_grad()
-def score(model, context, endings, vocab_size, device):
-    """log p of each token of the endings of each context: a context is read once, whatever the number of its endings.
+def score(model, contexts, endings, vocab_size, device):
+    """log p of every token of every ending; a context is read once for all of its endings.
 
-    context: B lists of ids; endings: for each of them K lists. -> (log p (B K, longest), 0 behind an ending; whether each
-    ending is what the model would write greedily (B K,))
+    contexts: B lists of ids. endings: K lists of ids per context. Returns (log p (B K, longest), 0
+    past an ending; whether greedy decoding would write the ending (B K,)).
     """
-    n_endings = [len(e) for e in endings]
-    flat = [ending for e in endings for ending in e]
+    flat = [ending for endings_i in endings for ending in endings_i]  # B K lists
     longest = max(map(len, flat))
     block_size = model.config.block_size
-    require(longest <= block_size, f'an ending has {longest} tokens: block_size = {block_size} has no room for it')
-    context = [ids[-(block_size - max(map(len, e)) + 1):] for ids, e in zip(context, endings)]  # an ending's last is not read
-    context, tokens, padding = model.left_padded(context, 0)
-    if tokens.size(1) + longest - 1 > block_size:  # a long context beside another one's long ending
-        alone = [score(model, [ids], [e], vocab_size, device) for ids, e in zip(context, endings)]
-        wide = [F.pad(logp, (0, longest - logp.size(1))) for logp, _ in alone]
-        return torch.cat(wide), torch.cat([greedy for _, greedy in alone])
-    cache = KVCache(model.config, len(context), tokens.size(1) + longest, device, model.cache_dtype(),
-                    padding if padding.any() else None)
+    require(longest <= block_size,
+            f'an ending has {longest} tokens, more than block_size = {block_size}')
+    # the end of a context that is too long; the last token of an ending is never an input
+    kept = [block_size - max(map(len, endings_i)) + 1 for endings_i in endings]
+    contexts = [ids[-n:] for ids, n in zip(contexts, kept)]
+    contexts, tokens, padding = left_pad(model, contexts)
+    if tokens.size(1) + longest - 1 > block_size:
+        # a long context and another one's long ending: one context at a time
+        results = [score(model, [ids], [endings_i], vocab_size, device)
+                   for ids, endings_i in zip(contexts, endings)]
+        logps = [F.pad(logp, (0, longest - logp.size(1))) for logp, _ in results]
+        return torch.cat(logps), torch.cat([greedy for _, greedy in results])
+
+    cache = KVCache(model.config, len(contexts), tokens.size(1) + longest, device,
+                    cache_dtype(model), padding if padding.any() else None)
     first = model(tokens, cache=cache)[0][:, -1:]  # (B, 1, V)
-    which = torch.arange(len(context), device=device).repeat_interleave(torch.tensor(n_endings, device=device))  # (B K,)
+    n_endings = torch.tensor([len(endings_i) for endings_i in endings], device=device)  # (B,)
+    context = torch.arange(len(contexts), device=device).repeat_interleave(n_endings)  # (B K,)
     ids = torch.zeros(len(flat), longest, dtype=torch.long)
     for row, ending in zip(ids, flat):
         row[:len(ending)] = torch.tensor(ending)
-    ids = ids.to(device)
-    logits = first[which]  # (B K, 1, V)
+    ids = ids.to(device)  # (B K, longest)
+    logits = first[context]  # (B K, 1, V)
     if longest > 1:
-        rest, _ = model(ids[:, :-1], ids[:, 1:], cache=cache.rows(which))
+        rest, _ = model(ids[:, :-1], ids[:, 1:], cache=cache.select(context))
         logits = torch.cat((logits, rest), dim=1)  # (B K, longest, V)
     logits = logits[..., :vocab_size]
-    there = torch.arange(longest, device=device) < torch.tensor([len(ending) for ending in flat], device=device)[:, None]
-    logp = logits.log_softmax(dim=-1).gather(2, ids[..., None]).squeeze(2).where(there, 0.0)
-    greedy = ((logits.argmax(dim=-1) == ids) | ~there).all(dim=1)
-    return logp, greedy
+    lengths = torch.tensor([len(ending) for ending in flat], device=device)  # (B K,)
+    inside = torch.arange(longest, device=device) < lengths[:, None]  # (B K, longest)
+    logp = logits.log_softmax(dim=-1).gather(2, ids[..., None]).squeeze(2)  # (B K, longest)
+    greedy = (logits.argmax(dim=-1) == ids) | ~inside  # (B K, longest)
+    return logp.where(inside, 0.0), greedy.all(dim=1)
+
+
+def score_examples(model, tokenizer, examples, config, device):
+    """For each example (log p of each ending (K,), whether it is the greedy one (K,))."""
+    contexts = [tokenizer.encode(context) for context, _, _ in examples]
+    endings = [[tokenizer.encode(ending) for ending in texts] for _, texts, _ in examples]
+    results = [None] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: -len(contexts[i]))  # less padding
+    for start in tqdm(range(0, len(order), config.batch_size), disable=None):
+        chosen = order[start:start + config.batch_size]
+        logp, greedy = score(model, [contexts[i] for i in chosen], [endings[i] for i in chosen],
+                             tokenizer.vocab_size, device)
+        n_endings = [len(endings[i]) for i in chosen]
+        sums = logp.double().sum(dim=1).cpu().split(n_endings)
+        for i, *result in zip(chosen, sums, greedy.cpu().split(n_endings)):
+            results[i] = result
+    return results
 
 
 def read_jsonl(path, keys):
-    """[(line number, object)] of a file of JSON lines, each with these keys: {key: type}. Raises UserError with the line."""
+    """[(line number, object)] of a JSON lines file. keys: {key: type} that each object must have.
+
+    Raises UserError that names the line.
+    """
     examples = []
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
@@ -195,83 +254,98 @@ def read_jsonl(path, keys):
                 continue
             try:
                 example = json.loads(line)
-                json.dumps(example, ensure_ascii=False).encode('utf-8')  # JSON can name half a character
+                # JSON can escape half of a surrogate pair
+                json.dumps(example, ensure_ascii=False).encode('utf-8')
             except (ValueError, RecursionError) as error:
                 raise UserError(f'{path} line {number}: not JSON: {error}') from None
             for key, type_ in keys.items():
                 require(isinstance(example, dict) and isinstance(example.get(key), type_),
-                        f'{path} line {number}: there is no {key!r} that is {type_.__name__}')
+                        f'{path} line {number}: {key!r} must be a {type_.__name__}')
             examples.append((number, example))
-    require(examples, f'{path}: there is no example in it')
+    require(examples, f'{path}: there are no examples in it')
     return examples
 
 
 def read_lambada(path):
-    """The last word of a passage (Paperno et al. 2016), {"text": ...} on each line, cut as EleutherAI's evaluation harness does.
-    -> [(context, [ending], 0)]
-    """
+    """Lines of {"text": ...} -> [(context, [ending], 0)]: the task is to predict the last word of a
+    passage (Paperno et al. 2016), split off as in EleutherAI's evaluation harness."""
     examples = []
     for number, example in read_jsonl(path, {'text': str}):
         context, _, word = example['text'].rstrip().rpartition(' ')
-        require(context and word, f'{path} line {number}: there is no last word in {example["text"][:60]!r}')
+        require(context and word,
+                f'{path} line {number}: there is no last word in {example["text"][:60]!r}')
         examples.append((context, [' ' + word], 0))
     return examples
 
 
 def read_hellaswag(path):
-    """Which of four endings (Zellers et al. 2019): lines of hellaswag_val.jsonl, prepared as EleutherAI's harness does.
-    -> [(context, endings, number of the right one)]
-    """
+    """Lines of hellaswag_val.jsonl -> [(context, endings, number of the right one)] (Zellers et al.
+    2019), preprocessed as in EleutherAI's evaluation harness."""
     def clean(text):
-        return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
+        text = text.strip().replace(' [title]', '. ')
+        return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
 
+    keys = {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list}
     examples = []
-    for number, e in read_jsonl(path, {'activity_label': str, 'ctx_a': str, 'ctx_b': str, 'endings': list}):
-        require(all(isinstance(ending, str) for ending in e['endings']), f'{path} line {number}: endings must be texts')
-        label = str(e.get('label'))  # a number, and text in Hugging Face's copy
-        require(label in map(str, range(len(e['endings']))), f'{path} line {number}: label = {label!r} is none of the endings; a '
-                                                             f'test split has none: take hellaswag_val.jsonl')
-        context = clean(f'{e["activity_label"]}: {e["ctx_a"]} {e["ctx_b"].capitalize()}')
-        examples.append((context, [' ' + clean(ending) for ending in e['endings']], int(label)))
+    for number, example in read_jsonl(path, keys):
+        endings = example['endings']
+        require(all(isinstance(ending, str) for ending in endings),
+                f'{path} line {number}: endings must be strings')
+        label = str(example.get('label'))  # an int, or a str in Hugging Face's copy
+        require(label in map(str, range(len(endings))),
+                f'{path} line {number}: label = {label!r} is not the number of an ending; test '
+                f'splits have no labels: take hellaswag_val.jsonl')
+        context = f'{example["activity_label"]}: {example["ctx_a"]} {example["ctx_b"].capitalize()}'
+        examples.append((clean(context), [' ' + clean(ending) for ending in endings], int(label)))
     return examples
 
 
-def scores(model, tokenizer, examples, config, device):
-    """For each example (log p of each ending (K,), whether it is what the model would write (K,))"""
-    ids = [(tokenizer.encode(context), [tokenizer.encode(ending) for ending in endings]) for context, endings, _ in examples]
-    found = [None] * len(ids)
-    ordered = sorted(range(len(ids)), key=lambda i: -len(ids[i][0]))  # about as long together
-    for start in tqdm(range(0, len(ids), config.batch_size), disable=None):
-        which = ordered[start:start + config.batch_size]
-        context, endings = zip(*(ids[i] for i in which))
-        logp, greedy = score(model, context, endings, tokenizer.vocab_size, device)
-        parts = [len(e) for e in endings]
-        for i, *result in zip(which, logp.double().sum(dim=1).cpu().split(parts), greedy.cpu().split(parts)):
-            found[i] = result
-    return found
+def summarize_lambada(results, examples):
+    """Accuracy, and perplexity of the last words."""
+    n = len(results)
+    nats = -sum(logp.item() for logp, _ in results)
+    correct = sum(greedy.item() for _, greedy in results)
+    return (f'{n:,} passages: accuracy {correct / n:.2%}, '
+            f'perplexity {math.exp(min(nats / n, 700)):.2f}')
 
 
-def evaluate_lambada(found, examples):
-    nats, n = -sum(logp.item() for logp, _ in found), len(found)
-    right = sum(greedy.item() for _, greedy in found)
-    return f'{n:,} passages: accuracy {right / n:.2%}, perplexity {math.exp(min(nats / n, 700)):.2f}'
+def summarize_hellaswag(results, examples):
+    """Accuracy by log p, and by log p per character."""
+    n = len(results)
+    correct = correct_by_length = 0
+    for (logp, _), (_, endings, label) in zip(results, examples):
+        n_characters = torch.tensor([len(ending) - 1 for ending in endings])  # without the space
+        correct += int(logp.argmax()) == label
+        correct_by_length += int((logp / n_characters).argmax()) == label
+    return (f'{n:,} contexts: accuracy {correct / n:.2%}, '
+            f'normalized by length {correct_by_length / n:.2%}')
 
 
-def evaluate_hellaswag(found, examples):
-    """Accuracy by log p, and by log p for each character."""
-    n, right, by_length = len(found), 0, 0
-    for (logp, _), (_, endings, label) in zip(found, examples):
-        length = torch.tensor([len(ending) - 1 for ending in endings])  # without the space before it
-        right += int(logp.argmax()) == label
-        by_length += int((logp / length).argmax()) == label
-    return f'{n:,} contexts: accuracy {right / n:.2%}, normalised by length {by_length / n:.2%}'
+READ = {'lambada': read_lambada, 'hellaswag': read_hellaswag}
+SUMMARIZE = {'lambada': summarize_lambada, 'hellaswag': summarize_hellaswag}
+
+# -------------------------------------------------------------------------------------------------
 
 
-ENDINGS = {'lambada': (read_lambada, evaluate_lambada), 'hellaswag': (read_hellaswag, evaluate_hellaswag)}
+def open_val(config, task, checkpoint, tokenizer):
+    """The val split of --dataset, or of the data that the run was trained on. Raises UserError."""
+    dataset = config.dataset or checkpoint.config.get('dataset', '')
+    folder = bins.find_dataset(dataset)
+    require(dataset and (folder / 'val.bin').exists(),
+            f'dataset = {dataset!r}: there is no {folder / "val.bin"}: name a data set with '
+            f'--dataset=NAME, or a text with --input=PATH')
+    data = bins.open_dataset(folder, checkpoint.model_config['block_size'])
+    require(data.tokenizer.to_dict() == tokenizer.to_dict(),
+            f'{folder} was made with another tokenizer than {checkpoint.path}: name another data '
+            f'set')
+    require(task != 'pairs' or data.pairs, f'task = pairs: {folder} is plain text')
+    return data.val
 
 
 def main(config):
-    examples = ENDINGS[config.task][0](config.input)[:config.limit] if config.task in ENDINGS else []
+    examples = []
+    if config.task in READ:
+        examples = READ[config.task](config.input)[:config.limit]
     device = pick_device(config.device)
     where = config.out_dir if config.init_from == 'resume' else config.init_from
     checkpoint = ckpt.load(where, prefer_best=True, mmap=True, average_last=config.average_last)
@@ -281,28 +355,23 @@ def main(config):
     task = config.task
     if task == 'auto':
         task = 'pairs' if model.config.turns and not config.input else 'text'
-    require(task != 'pairs' or model.config.turns, f'task = pairs: {checkpoint.path} was trained on plain text')
-    val = None
+    require(task != 'pairs' or model.config.turns,
+            f'task = pairs: {checkpoint.path} was trained on plain text')
+    split = None
     if not config.input:
-        dataset = config.dataset or checkpoint.config.get('dataset', '')
-        folder = bins.find_dataset(dataset)
-        require(dataset and (folder / 'val.bin').exists(), f'dataset = {dataset!r}: there is no {folder / "val.bin"}: name a '
-                                                           f'data set with --dataset=NAME, or a text with --input=PATH')
-        data = bins.open_dataset(folder, model.config.block_size)
-        same = data.tokenizer.to_dict() == tokenizer.to_dict()
-        require(same, f'{folder} was made with another tokenizer than {checkpoint.path}: name another data set')
-        require(task != 'pairs' or data.pairs, f'task = pairs: {folder} is plain text')
-        val = data.val
+        split = open_val(config, task, checkpoint, tokenizer)
     elif task == 'text':
-        val = TextFile(config.input, tokenizer, model.config.block_size)
-    print(f'{checkpoint.path}: step {checkpoint.step}; {device}, {str(dtype)[6:]}', file=sys.stderr)
+        split = TextFile(config.input, tokenizer, model.config.block_size)
+    print(f'{checkpoint.path}: step {checkpoint.step}; {device}, {dtype_name(dtype)}',
+          file=sys.stderr)
     if task == 'pairs':
-        line = evaluate_pairs(model, tokenizer, val, config)
+        result = evaluate_pairs(model, tokenizer, split, config)
     elif task == 'text':
-        line = evaluate_text(model, tokenizer, val, config, device)
+        result = evaluate_text(model, tokenizer, split, config, device)
     else:
-        line = ENDINGS[task][1](scores(model, tokenizer, examples, config, device), examples)
-    print(f'{task}: {line}')
+        scores = score_examples(model, tokenizer, examples, config, device)
+        result = SUMMARIZE[task](scores, examples)
+    print(f'{task}: {result}')
 
 
 if __name__ == '__main__':

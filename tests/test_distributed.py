@@ -1,0 +1,291 @@
+"""DDP and FSDP under torchrun with gloo: the same losses as a single process."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    PARALLEL_RUN,
+    TINY,
+    TORCHRUN,
+    assert_same_run,
+    log_lines,
+    read_log,
+    start_train,
+    step_losses,
+)
+
+import checkpoint as ckpt
+from lib import device, distributed
+from model import GPT, GPTConfig
+
+
+@pytest.fixture
+def torchrun(clone):
+    """torchrun(n, '--key=value', ..., code=0) runs train.py in n processes; returns its output."""
+
+    def torchrun(n, *arguments, code=0):
+        command = [sys.executable, *TORCHRUN[:-1], f'--nproc_per_node={n}', clone / 'train.py']
+        result = subprocess.run(
+            [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=clone
+        )
+        output = result.stdout + result.stderr
+        assert (result.returncode == 0) == (code == 0), output
+        return output
+
+    return torchrun
+
+
+def test_ddp_matches_single_process(clone, run, char_data, tmp_path):
+    common = (
+        f'--dataset={char_data}',
+        *TINY,
+        '--gradient_accumulation_steps=4',
+        '--max_iters=6',
+        '--dtype=float32',
+        '--dropout=0.1',
+    )
+    run('train.py', f'--out_dir={tmp_path}/one', *common)
+    script = clone / 'train.py'
+    command = [sys.executable, *TORCHRUN, script, f'--out_dir={tmp_path}/two', *common]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=clone)
+    assert result.returncode == 0, result.stderr
+    for key in ('loss', 'val_loss', 'grad_norm'):
+        one, two = (
+            [line[key] for line in log_lines(tmp_path / name, key)] for name in ('one', 'two')
+        )
+        assert one == pytest.approx(two, abs=1e-5) and len(one) in (2, 6)
+
+
+def test_ddp_reports_user_error_once(clone):
+    command = [sys.executable, *TORCHRUN, clone / 'train.py']
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=clone)
+    assert result.stderr.count('train.py: dataset =') == 1 and 'RuntimeError' not in result.stderr
+
+
+def test_ddp_resume_is_bitwise_exact_with_three_processes(clone, train_args, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    command = (*TORCHRUN[:-1], '--nproc_per_node=3')
+    options = ('--gradient_accumulation_steps=3', '--max_iters=8', '--n_embd=128', '--n_layer=4')
+    with start_train(
+        clone, f'--out_dir={whole}', *train_args, *options, command=command
+    ) as process:
+        process.stdout.read()
+    shutil.copytree(whole, parts)
+    (parts / 'ckpt_00000008.pt').unlink()
+    with start_train(clone, f'--out_dir={parts}', '--init_from=resume', command=command) as process:
+        assert 'step 4:' in process.stdout.read()
+    assert_same_run(parts, whole)
+
+
+def test_ddp_resume_with_different_world_size_matches(
+    clone, run, train_args, reference_run, tmp_path
+):
+    common = (f'--out_dir={tmp_path}/out', '--init_from=resume')
+    run('train.py', f'--out_dir={tmp_path}/out', *train_args, '--max_iters=6')
+    with start_train(clone, *common, '--max_iters=13', command=TORCHRUN) as process:
+        assert 'processes 1 then, 2 now' in process.stdout.read()
+    run('train.py', *common, '--max_iters=20')
+    a, b = read_log(tmp_path / 'out'), read_log(reference_run)
+    losses = [
+        [
+            (line['step'], line['samples_seen'], pytest.approx(line['loss'], abs=1e-5))
+            for line in log
+            if 'loss' in line
+        ]
+        for log in (a, b)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+    for name, weight in ckpt.load(reference_run).model.items():
+        torch.testing.assert_close(
+            ckpt.load(tmp_path / 'out').model[name], weight, atol=1e-4, rtol=0
+        )
+
+
+def losses_and_norms(out_dir):
+    lines = [json.loads(line) for line in (out_dir / 'log.jsonl').read_text().splitlines()]
+    return [line[key] for line in lines for key in ('loss', 'grad_norm') if key in line]
+
+
+def test_gradient_accumulation_weights_targets_equally(run, prepare_pairs, clone, tmp_path):
+    """The number of targets varies widely between micro-batches and between processes."""
+    rng = random.Random(1)
+    pairs = [('q' * rng.randint(1, 30), 'a' * rng.choice((1, 2, 60))) for _ in range(60)]
+    data = prepare_pairs(pairs, '--tokenizer=byte', '--block_size=100', '--packing=False')
+    common = (
+        f'--dataset={data}',
+        *TINY,
+        '--block_size=100',
+        '--max_iters=5',
+        '--lr_decay_iters=5',
+        '--dtype=float32',
+    )
+    run('train.py', *common, f'--out_dir={tmp_path}/8', '--batch_size=8')
+    run(
+        'train.py',
+        *common,
+        f'--out_dir={tmp_path}/2',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=4',
+    )
+    arguments = [
+        *common,
+        f'--out_dir={tmp_path}/two',
+        '--batch_size=1',
+        '--gradient_accumulation_steps=8',
+    ]
+    command = [sys.executable, *TORCHRUN, 'train.py', *arguments]
+    subprocess.run(command, cwd=clone, check=True, capture_output=True, timeout=200)
+    whole = losses_and_norms(tmp_path / '8')
+    assert len(whole) == 10
+    assert losses_and_norms(tmp_path / '2') == pytest.approx(whole, abs=2e-5)
+    assert losses_and_norms(tmp_path / 'two') == pytest.approx(whole, abs=2e-5)
+
+
+def test_fsdp_muon_matches_single_process_across_world_sizes(run, torchrun, char_data, tmp_path):
+    common = (f'--dataset={char_data}', '--optimizer=muon', *PARALLEL_RUN)
+    run('train.py', f'--out_dir={tmp_path}/whole', *common)
+    torchrun(2, f'--out_dir={tmp_path}/parts', *common, '--parallel=fsdp', '--max_iters=3')
+    resume = (f'--out_dir={tmp_path}/parts', '--init_from=resume')
+    run('train.py', *resume, '--max_iters=5')
+    output = torchrun(4, *resume, '--max_iters=8', '--sample_every_eval')
+    assert 'sample.py does' in output  # no process has the whole model
+    whole, parts = step_losses(tmp_path / 'whole'), step_losses(tmp_path / 'parts')
+    assert [step for step, *_ in parts] == list(range(8))
+    # in bfloat16, Muon may amplify a difference in fp32's last bit to one in bfloat16's last bit
+    tolerance = 1e-4 if device.has_bfloat16('cpu') else 1e-5
+    for (_, loss, norm), (_, expected, expected_norm) in zip(parts, whole):
+        assert loss == pytest.approx(expected, abs=tolerance)
+        assert norm == pytest.approx(expected_norm, abs=10 * tolerance)
+    one, many = ckpt.load(tmp_path / 'whole'), ckpt.load(tmp_path / 'parts')
+    for name, weight in one.model.items():
+        torch.testing.assert_close(many.model[name], weight, atol=10 * tolerance, rtol=0)
+    assert many.val_loss == pytest.approx(one.val_loss, abs=tolerance)
+
+
+def test_deterministic_sum_is_bitwise_exact_across_world_sizes(run, torchrun, char_data, tmp_path):
+    common = (f'--dataset={char_data}', '--deterministic_sum', *PARALLEL_RUN)
+    run('train.py', f'--out_dir={tmp_path}/1', *common)
+    torchrun(4, f'--out_dir={tmp_path}/4', *common)
+    losses = [step_losses(tmp_path / n) for n in ('1', '4')]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    one, four = ckpt.load(tmp_path / '1').model, ckpt.load(tmp_path / '4').model
+    assert all(torch.equal(four[name], weight) for name, weight in one.items())
+
+
+def test_fsdp_rejects_deterministic_sum_once(torchrun, char_data, tmp_path):
+    common = (f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *PARALLEL_RUN)
+    output = torchrun(2, *common, '--deterministic_sum', '--parallel=fsdp', code=2)
+    assert output.count('train.py: deterministic_sum = True: only for copies') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_torchrun_restart_resumes_run(run, clone, char_data, tmp_path):
+    common = (
+        f'--dataset={char_data}',
+        *PARALLEL_RUN,
+        '--max_iters=80',
+        '--lr_decay_iters=80',
+        '--save_interval=5',
+        '--eval_interval=80',
+    )
+    run('train.py', f'--out_dir={tmp_path}/whole', *common)
+    command = (sys.executable, *TORCHRUN, '--max-restarts=3', clone / 'train.py')
+    log = tmp_path / 'out' / 'log.jsonl'
+    environment = os.environ | {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}  # see README
+    with subprocess.Popen(
+        [*command, f'--out_dir={tmp_path}/out', *common],
+        cwd=clone,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as agent:
+        while not log.exists() or log.read_text().count('grad_norm') < 12:
+            assert agent.poll() is None
+            time.sleep(0.1)
+        workers = Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        output = agent.communicate(timeout=200)[0]
+    assert agent.returncode == 0, output
+    assert 'started the processes again, the run goes on' in output
+    assert (tmp_path / 'out' / 'status').read_text() == 'done\n'
+    parts = step_losses(tmp_path / 'out')
+    assert [step for step, *_ in parts] == list(range(80))
+    assert [loss for _, loss, _ in parts] == pytest.approx(
+        [loss for _, loss, _ in step_losses(tmp_path / 'whole')], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize('n', range(1, 20))
+def test_joins_build_balanced_summation_tree(n):
+    def tree(first, last):
+        middle = (first + last) // 2
+        return first if last - first == 1 else (tree(first, middle), tree(middle, last))
+
+    nodes = []
+    for leaf, count in enumerate(joins(n)):
+        nodes.append(leaf)
+        for _ in range(count):
+            right = nodes.pop()
+            nodes[-1] = (nodes[-1], right)
+    assert nodes == [tree(0, n)]
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'tie_weights': False, 'bias': False, 'position': 'rope', 'norm': 'rmsnorm'},
+        {'ngram': 3, 'ngram_rows': 50, 'zero_init': True, 'activation': 'swiglu', 'n_kv_head': 1},
+    ],
+)
+def test_meta_model_draws_same_initial_weights(options):
+    config = GPTConfig(
+        **{'block_size': 8, 'vocab_size': 40, 'n_layer': 2, 'n_head': 2, 'n_embd': 32} | options
+    )
+    with torch.device('meta'):
+        model = GPT(config)
+    assert all(p.is_meta for p in model.parameters())
+    torch.manual_seed(1)
+    distributed.init_weights(model, torch.device('cpu'))
+    torch.manual_seed(1)
+    expected = GPT(config)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == config.tie_weights
+    assert all(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=0, rtol=0)
+
+
+def test_parallel_auto_selects_fsdp_above_half_of_memory():
+    model = GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=1, n_head=1, n_embd=8))
+    needed = 16 * model.get_num_params(False)  # weights, gradients and two moments in fp32
+    for memory, expected in ((None, 'ddp'), (2 * needed, 'ddp'), (2 * needed - 1, 'fsdp')):
+        assert distributed.choose_parallel('auto', model, memory) == expected
+        assert distributed.choose_parallel('ddp', model, memory) == 'ddp' and distributed.choose_parallel('fsdp', model, memory) == 'fsdp'
+
+
+def test_ddp_reports_different_out_dirs(run, clone, char_data, tmp_path):
+    for rank, steps in ((0, 3), (1, 5)):
+        run(
+            'train.py',
+            f'--out_dir={tmp_path}/out-{rank}',
+            f'--dataset={char_data}',
+            *PARALLEL_RUN,
+            f'--max_iters={steps}',
+        )
+    command = f'{sys.executable} train.py --init_from=resume --out_dir={tmp_path}/out-$RANK'
+    launcher = [sys.executable, *TORCHRUN, '--no-python']
+    result = subprocess.run(
+        [*launcher, 'bash', '-c', command], capture_output=True, text=True, timeout=200, cwd=clone
+    )
+    assert result.returncode
+    assert result.stderr.count('train.py: ') == 1
+    assert 'is not the same folder for all' in result.stderr

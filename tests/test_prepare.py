@@ -1,0 +1,103 @@
+"""The prepare scripts: from text to a dataset."""
+
+import os
+
+from helpers import TINY
+
+from lib import bins
+
+
+def test_prepare_text_builds_dataset_from_file_or_folder(run, refused, clone, tmp_path, text):
+    (tmp_path / 'in' / 'sub').mkdir(parents=True)
+    (tmp_path / 'in' / 'a.txt').write_text(text[:30000])
+    (tmp_path / 'in' / 'sub' / 'b.txt').write_text(text[30000:])
+    (tmp_path / 'in' / os.fsdecode(b'caf\xe9.txt')).write_text('')
+    (tmp_path / 'in' / 'picture.png').write_bytes(b'\x89PNG\0\xff')
+    result = run(
+        'data/text/prepare.py',
+        '--input',
+        tmp_path / 'in',
+        '--tokenizer',
+        'bpe',
+        '--vocab_size',
+        400,
+        '--dataset=mine',
+    )
+    assert '1 files are not UTF-8 text' in result.stdout
+    assert 'train.bin' in result.stdout
+    assert '100%' in result.stderr
+    data = bins.open_dataset(clone / 'data' / 'mine', 32)
+    everything = data.tokenizer.decode(
+        [*data.train.read([0], data.train.n_tokens)[0], *data.val.read([0], data.val.n_tokens)[0]]
+    )
+    assert sorted(filter(None, everything.split('<|endoftext|>'))) == sorted(
+        [text[:30000], text[30000:]]
+    )
+    for kind in ('char', 'byte'):
+        result = run(
+            'data/text/prepare.py',
+            f'--input={tmp_path}/in/a.txt',
+            f'--tokenizer={kind}',
+            '--dataset=mine',
+        )
+        assert 'replacing the data set' in result.stdout
+        data = bins.open_dataset(clone / 'data' / 'mine', 32)
+        ids = [
+            *data.train.read([0], data.train.n_tokens)[0],
+            *data.val.read([0], data.val.n_tokens)[0],
+        ]
+        assert data.tokenizer.decode(ids) == text[:30000]
+    run('train.py', '--dataset=mine', f'--out_dir={tmp_path}/out', '--max_iters=1', *TINY)
+    refused('data/text/prepare.py', says='--input=PATH')
+    for name in ('', '../config', 'text/prepare.py'):
+        refused(
+            'data/text/prepare.py',
+            f'--input={tmp_path}/in/a.txt',
+            f'--dataset={name}',
+            says='dataset = ',
+        )
+    refused('data/text/prepare.py', '--input=/no/such', says='/no/such')
+    refused('data/text/prepare.py', f'--input={tmp_path}/in/picture.png', says='not UTF-8')
+    (tmp_path / 'empty').mkdir()
+    refused('data/text/prepare.py', f'--input={tmp_path}/empty', says='no text')
+
+
+def test_train_prepares_missing_small_dataset(run, clone, tmp_path):
+    result = run(
+        'train.py', '--dataset=python_stdlib', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1'
+    )
+    assert 'running python data/python_stdlib/prepare.py' in result.stdout
+    assert '100%' in result.stderr
+    data = bins.open_dataset(clone / 'data' / 'python_stdlib', 32)
+    assert data.tokenizer.vocab_size == 2048
+    assert 'def ' in data.tokenizer.decode(data.train.read([0], 5000)[0].tolist())
+    assert data.train.n_tokens > 1_000_000
+
+
+def test_prepare_shakespeare_reports_missing_network(refused, run, clone):
+    offline = {'https_proxy': 'http://127.0.0.1:9'}
+    refused(
+        'data/shakespeare_char/prepare.py',
+        env=offline,
+        says=(
+            'https://raw.githubusercontent.com',
+            'data/shakespeare_char/input.txt',
+            'config/quickstart.py',
+        ),
+    )
+    (clone / 'data' / 'shakespeare_char' / 'input.txt').write_text(
+        'First Citizen:\nBefore we proceed any further, hear me speak.\n' * 50
+    )
+    run('data/shakespeare_char/prepare.py', env=offline)
+    (clone / 'data' / 'shakespeare_char' / 'input.txt').unlink()
+
+
+def test_prepare_large_dataset_reports_missing_package(refused, tmp_path):
+    (tmp_path / 'datasets.py').write_text('raise ImportError("not installed")')
+    (tmp_path / 'tiktoken_cache').mkdir()
+    for name in ('openwebtext', 'fineweb_edu'):
+        refused(
+            f'data/{name}/prepare.py',
+            says='pip install datasets',
+            env={'PYTHONPATH': str(tmp_path)},
+        )
