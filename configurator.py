@@ -217,7 +217,7 @@ def read_config_file(path, cls):
         tree = ast.parse(Path(path).read_text(encoding='utf-8'))
     except OSError as error:
         others = [str(p) for p in sorted(Path('config').glob('*.py'))]
-        hint = nearest(path, others) if others else ''
+        hint = nearest(str(path), others) if others else ''
         raise UserError(f'{path}: {error.strerror or error}{hint}; '
                         f'a word without -- is the path of a config file') from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

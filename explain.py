@@ -1,38 +1,45 @@
-"""See inside a GPT: write one HTML page that shows what a checkpoint does with a text, and opens from disk without a network.
+"""Look inside a GPT: write one self-contained HTML page that shows what a checkpoint computes.
+
+The page opens from disk and loads nothing from the network.
 
     python explain.py --out_dir=out-quickstart --start="def main("
     python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
     python explain.py --out_dir=out-quickstart --start="def main(" --serve
 """
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from configurator import UserError, configure, require, user_errors
+from configurator import Bound, check_bounds, configure
+from lib.errors import UserError, os_errors, require, user_errors
+
+Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 
 
 @dataclass
 class Config:
     # model
-    init_from: str = 'resume'  # resume (from out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to weights
-    out_dir: str = 'out'  # the folder of a run; the page becomes explain.html in it
-    checkpoints: Literal['last', 'all'] = 'last'  # all: also how the heads and losses changed over the checkpoints of out_dir
+    init_from: str = 'resume'  # resume (from out_dir), gpt2, ..., gpt2-xl, or a path to weights
+    out_dir: str = 'out'  # folder of a run; the page is its explain.html
+    checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training
     # text
-    start: str = ''  # the text to look at, or FILE:path for that of a file; at most the last 256 tokens, or block_size, are taken
+    start: str = ''  # the text, or FILE:path; only its last min(256, block_size) tokens are used
     # system
-    serve: bool = False  # instead of writing a page, serve it on this machine, where new texts can be typed
-    port: int = 8337  # of --serve, on 127.0.0.1
+    serve: bool = False  # serve the page on this machine instead, with a text box for new texts
+    port: Port = 8337  # for --serve, on 127.0.0.1; 0: any free port
 
 
 def check(config):
-    """What can be seen to be wrong before anything is loaded. Raises UserError."""
-    require(config.start, 'start is empty: give the text to look at, --start="Once upon a time" or --start=FILE:path')
+    """Validate the config. Raises UserError."""
+    check_bounds(config)
+    require(config.start, 'start is empty: give a text, --start="Once upon a time" '
+                          'or --start=FILE:path')
     require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
     require(config.checkpoints == 'last' or config.init_from == 'resume',
-            f'checkpoints = all looks at those of a run: leave init_from = {config.init_from!r} out and give --out_dir')
-    require(0 <= config.port < 2**16, f'port = {config.port}: give 0 (any) to 65535')
+            f'checkpoints = all needs the checkpoints of a run: '
+            f'drop init_from = {config.init_from!r} and set --out_dir')
 
 
-if __name__ == '__main__':  # before the slow imports: --help and a mistyped key are answered at once
+if __name__ == '__main__':  # before the slow imports, so that --help and typos answer at once
     with user_errors():
         config, _ = configure(Config)
         check(config)
@@ -55,126 +62,246 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
-from data.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
-from files import write_text
+from lib.files import write_text
+from lib.run import read_log
+from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 
-LONGEST = 256  # tokens of a text
-LARGEST = 20_000_000  # bytes of a page: beyond it arrays are left out, by DROPPABLE from the first on
-DROPPABLE = {'by_source': 'heads\' effects by source token', 'q': 'scores term by term', 'embeddings': 'embedding rows',
-             'compositions': 'composition', 'promoted': 'what each head promotes', 'neurons': 'neurons', 'attention': 'attention'}
-NEXT_TO_IT = {'promoted': ('promoted_by',), 'q': ('k',), 'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens')}
-TAIL_BINS, BINS_PER_NAT = 2048, 32  # of the logits below the likeliest that are not kept one by one
+MAX_TOKENS = 256  # of the text
+MAX_PAGE_BYTES = 20_000_000  # a larger page drops arrays in the order of DROPPABLE
+CODE_BYTES = 500_000  # upper bound for style and scripts
+DROPPABLE = {
+    'by_source': 'head contributions by source token',
+    'q': 'attention scores term by term',
+    'embeddings': 'embedding vectors',
+    'compositions': 'head composition',
+    'promoted': 'tokens promoted by each head',
+    'neurons': 'neurons',
+    'attention': 'attention patterns',
+}
+DROPPED_TOGETHER = {
+    'promoted': ('promoted_by',),
+    'q': ('k',),
+    'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens'),
+}
+# histogram of the logits outside the top 512: counts by distance from the largest logit
+TAIL_BINS = 2048
+BINS_PER_NAT = 32
+MODEL_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
+              'qk_norm', 'logit_softcap', 'bias')
 
 
-# What the page shows ----------------------------------------------------------------------------------------------------------
+# Data for the page --------------------------------------------------------------------------------
+# Each function returns (facts, arrays): JSON-serializable values, and {name: tensor} for web/*.js.
 
 def collect_weights(model, tokenizer):
-    """(facts, arrays) of what does not depend on a text: JSON values, and {name: tensor}. web/ says what becomes of them."""
-    c, V = model.config, tokenizer.vocab_size
-    vocabulary = json.dumps([token_text(token) for token in tokenizer.token_bytes], ensure_ascii=False)
-    eigenvalues = interpret.ov_eigenvalues(model, V)
-    scores, losses = interpret.head_scores(model, V, eigenvalues)
+    """(facts, arrays) that depend on the weights only."""
+    config = model.config
+    vocab_size = tokenizer.vocab_size
+    vocabulary = json.dumps([token_text(t) for t in tokenizer.token_bytes], ensure_ascii=False)
+    eigenvalues = interpret.ov_eigenvalues(model, vocab_size)
+    scores, losses = interpret.head_scores(model, vocab_size, eigenvalues)
+    compositions = interpret.composition_scores(model)
     facts = {
-        'model': {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
-                                                   'qk_norm', 'logit_softcap', 'bias')},
-        'n_kv_head': c.n_kv_head or c.n_head, 'parameters': model.get_num_params(False), 'vocab_size': V,
-        'tables': model.transformer.ngram.tables.weight.numel() if c.ngram > 1 else 0, 'score_names': list(scores)}
-    arrays = {'vocabulary': torch.tensor(list(vocabulary.encode()), dtype=torch.uint8),  # JSON, too, is smaller deflated
-              'scores': torch.stack(list(scores.values())), 'repeat_losses': losses,  # (4, L, nh), (2 length - 1,)
-              'compositions': half(torch.stack(list(interpret.composition_scores(model).values()))),  # q, k, v
-              'eigenvalues': half(torch.stack((eigenvalues.real, eigenvalues.imag), dim=-1))}
-    if V <= 512:
-        whole, direct = interpret.bigrams(model, torch.arange(V), V)
-        arrays |= {name: (x.sqrt() * 255).round().byte() for name, x in (('bigrams_whole', whole), ('bigrams_direct', direct))}
+        'model': {key: getattr(config, key) for key in MODEL_KEYS},
+        'n_kv_head': config.n_kv_head or config.n_head,
+        'parameters': model.get_num_params(False),
+        'vocab_size': vocab_size,
+        'tables': model.transformer.ngram.tables.weight.numel() if config.ngram > 1 else 0,
+        'score_names': list(scores),
+    }
+    arrays = {
+        # stored as an array so that it is compressed too
+        'vocabulary': torch.tensor(list(vocabulary.encode()), dtype=torch.uint8),
+        'scores': torch.stack(list(scores.values())),  # (4, L, nh)
+        'repeat_losses': losses,  # (2 length - 1,)
+        'compositions': to_half(torch.stack(list(compositions.values()))),  # (3, L nh, L nh)
+        'eigenvalues': to_half(torch.view_as_real(eigenvalues)),  # (L, nh, hs, 2)
+    }
+    if vocab_size <= 512:
+        whole, direct = interpret.bigrams(model, torch.arange(vocab_size), vocab_size)
+        arrays['bigrams_whole'] = root_in_8_bits(whole)  # (V, V)
+        arrays['bigrams_direct'] = root_in_8_bits(direct)
     return facts, arrays
 
 
 def collect_text(model, tokenizer, ids):
-    """(facts, arrays) of what the model does with a text, token ids [T]."""
-    c, V, T = model.config, tokenizer.vocab_size, len(ids)
+    """(facts, arrays) of a forward pass over ids, a list of T token ids.
+
+    Raises UserError if the logits are not finite.
+    """
+    vocab_size = tokenizer.vocab_size
     idx = torch.tensor([ids])
     trace = interpret.run(model, idx)
-    plain, _ = model(idx, idx)
-    require(plain.isfinite().all(), 'the logits of this model are not finite: its weights are too large')
-    logits = trace.logits[0, :, :V]
-    following = idx[0, 1:]
+    expected, _ = model(idx, idx)
+    require(expected.isfinite().all(),
+            'the logits of this model are not finite: its weights are too large')
+    logits = trace.logits[0, :, :vocab_size]  # (T, V)
+    next_tokens = idx[0, 1:]
+    # the token after the last one is unknown: explain the most likely one instead
+    target = torch.cat((next_tokens, logits[-1:].argmax(dim=-1)))  # (T,)
     distinct = list(dict.fromkeys(ids))
-    target = torch.cat((following, logits[-1:].argmax(dim=-1)))  # the next token, behind the text the likeliest
-    facts = {'ids': ids, 'text': tokenizer.decode(ids), 'distinct': distinct, 'embeddings': list(trace.embeddings),
-             'difference': (trace.logits - plain).abs().max().item(), 'largest': plain.abs().max().item()}
+    facts = {
+        'ids': ids,
+        'text': tokenizer.decode(ids),
+        'distinct': distinct,
+        'difference': (trace.logits - expected).abs().max().item(),
+        'largest': expected.abs().max().item(),
+    }
     arrays = {}
-
-    # the next token: all logits, or, of a large vocabulary, those of the last position and the most likely of the others
-    arrays['loss'] = F.cross_entropy(logits[:-1], following, reduction='none')
-    arrays['rank'] = 1 + (logits[:-1] > logits[:-1].gather(1, following[:, None])).sum(dim=1)
-    if T * V <= 2**18:
-        arrays['logits'] = logits
-    else:
-        arrays['last_logits'] = logits[-1]
-        arrays['top_logits'], arrays['top_ids'] = logits.topk(min(512, V))
-        below = ((logits.max(dim=1, keepdim=True).values - logits) * BINS_PER_NAT).floor().clamp(max=TAIL_BINS - 1).long()
-        counts = torch.ones_like(below).scatter_(1, arrays['top_ids'], 0)
-        facts['bins_per_nat'] = BINS_PER_NAT
-        arrays['tail'] = torch.zeros(T, TAIL_BINS, dtype=torch.long).scatter_add_(1, below, counts)
-
-    # the stream: how much each part writes, which part moves which logit
-    for name, part in trace.embeddings.items():
-        arrays[f'size_{name}'] = part[0].norm(dim=-1)
-    arrays['size_attn'], arrays['size_mlp'] = trace.attn_out[:, 0].norm(dim=-1), trace.mlp_out[:, 0].norm(dim=-1)  # (L, T)
-    arrays['size_stream'] = trace.residual[:, 0].norm(dim=-1)  # (L + 1, T)
-    n_parts = c.n_layer * (c.n_head + 1) + 5
-    n_others = min(V - 1, max(2, min(24, 75_000 // (T * n_parts))))
-    others = logits.scatter(1, target[:, None], float('-inf')).topk(n_others).indices
-    tokens = torch.cat((target[:, None], others), dim=1)  # (T, K)
-    facts['parts'], arrays['parts'] = interpret.attribute(model, trace, tokens)
-    arrays['part_tokens'], arrays['part_logits'] = tokens, logits.gather(1, tokens)
-    lens = [probs.topk(min(10, V)) for probs in interpret.logit_lens(model, trace, vocab_size=V)]
-    arrays['lens_ids'], arrays['lens'] = torch.stack([x.indices for x in lens]), half(torch.stack([x.values for x in lens]))
-
-    # embeddings
-    arrays['embeddings'] = half(torch.stack([part[0] for part in trace.embeddings.values()]))  # (parts, T, C)
-    arrays['near'], cosines = interpret.nearest_tokens(model, torch.tensor(distinct), 8, V)
-    arrays['cosines'] = half(cosines)
-    rotary = model.rotary(torch.arange(T))
-    if rotary is not None:
-        arrays['rotary'] = half(rotary[0][0, 0])  # cos (T, hs/2)
-
-    # heads: attention as its root in 8 bits, which keeps the small ones apart; lower triangles, row by row
-    row, column = torch.tril_indices(T, T)
-    attention = trace.attention[:, 0][..., row, column]  # (L, nh, T (T + 1) / 2)
-    arrays['attention'] = (attention.sqrt() * 255).round().byte()
-    arrays['q'], arrays['k'] = half(trace.q[:, 0]), half(trace.k[:, 0])
-    arrays['promoted'], values = interpret.promoted(model, trace, min(5, V // 2), vocab_size=V)
-    arrays['promoted_by'] = half(values)
-    arrays['by_source'] = half(interpret.effect_by_source(model, trace, target)[..., row, column])
-
-    # neurons
-    chosen = interpret.strongest_neurons(model, trace, 8)  # (L, T, 8)
-    facts['neurons_in_a_layer'] = trace.post.size(-1)
-    arrays['neurons'] = chosen
-    arrays['neuron_pre'], arrays['neuron_post'] = (half(x[:, 0].gather(2, chosen)) for x in (trace.pre, trace.post))
-    facts['neuron_ids'] = [layer.unique().tolist() for layer in chosen]  # the rows of neuron_tokens, layer after layer
-    arrays['neuron_tokens'] = torch.cat([interpret.neuron_tokens(model, layer, torch.tensor(rows), min(5, V // 2), V)
-                                         for layer, rows in enumerate(facts['neuron_ids'])])
-
-    # single tokens of the text
-    few = distinct[:max(4, min(32, int(math.sqrt(40_000 / (c.n_layer * c.n_head)))))]
-    facts['circuit_ids'] = few
-    qk, ov = interpret.token_circuits(model, torch.tensor(few), trace.final_scale.mean().item(), V)
-    arrays['qk'], arrays['ov'] = half(qk), half(ov)
-    for name, x in zip(('whole', 'direct'), interpret.bigrams(model, torch.tensor(distinct), V)):
-        best = x.topk(min(8, V))
-        arrays[f'bigram_{name}_ids'], arrays[f'bigram_{name}_p'] = best.indices, half(best.values)
+    for more_facts, more_arrays in (
+        collect_next_token(logits, next_tokens),
+        collect_stream(model, trace, vocab_size),
+        collect_attribution(model, trace, logits, target),
+        collect_embeddings(model, trace, distinct, vocab_size),
+        collect_heads(model, trace, target, vocab_size),
+        collect_neurons(model, trace, vocab_size),
+        collect_circuits(model, trace, distinct, vocab_size),
+    ):
+        facts |= more_facts
+        arrays |= more_arrays
     return facts, arrays
 
 
-def half(x):
-    """In 16 bits, which leaves three digits; what is beyond their range is its end."""
+def collect_next_token(logits, next_tokens):
+    """Loss and rank of next_tokens (T - 1,), and the logits (T, V).
+
+    If those are too many: all logits at the last position; at the others the top 512 and a
+    histogram of the rest.
+    """
+    T, vocab_size = logits.shape
+    next_logits = logits[:-1].gather(1, next_tokens[:, None])
+    facts = {}
+    arrays = {
+        'loss': F.cross_entropy(logits[:-1], next_tokens, reduction='none'),
+        'rank': 1 + (logits[:-1] > next_logits).sum(dim=1),
+    }
+    if T * vocab_size <= 2**18:
+        arrays['logits'] = logits
+        return facts, arrays
+    facts['bins_per_nat'] = BINS_PER_NAT
+    arrays['last_logits'] = logits[-1]
+    arrays['top_logits'], arrays['top_ids'] = logits.topk(min(512, vocab_size))
+    distance = logits.max(dim=1, keepdim=True).values - logits
+    bins = (distance * BINS_PER_NAT).floor().clamp(max=TAIL_BINS - 1).long()
+    counts = torch.ones_like(bins).scatter_(1, arrays['top_ids'], 0)  # the top 512 do not count
+    histogram = torch.zeros(T, TAIL_BINS, dtype=torch.long)
+    arrays['tail'] = histogram.scatter_add_(1, bins, counts)
+    return facts, arrays
+
+
+def collect_stream(model, trace, vocab_size):
+    """Norms of the residual stream and of everything added to it; the logit lens."""
+    arrays = {f'size_{name}': x[0].norm(dim=-1) for name, x in trace.embeddings.items()}  # (T,)
+    arrays['size_attn'] = trace.attn_out[:, 0].norm(dim=-1)  # (L, T)
+    arrays['size_mlp'] = trace.mlp_out[:, 0].norm(dim=-1)
+    arrays['size_stream'] = trace.residual[:, 0].norm(dim=-1)  # (L + 1, T)
+    top = [probs.topk(min(10, vocab_size))
+           for probs in interpret.logit_lens(model, trace, vocab_size=vocab_size)]
+    arrays['lens_ids'] = torch.stack([x.indices for x in top])  # (L + 1, T, 10)
+    arrays['lens'] = to_half(torch.stack([x.values for x in top]))
+    return {}, arrays
+
+
+def collect_attribution(model, trace, logits, target):
+    """Direct effect of each part on the logits of the target and of its strongest rivals."""
+    T, vocab_size = logits.shape
+    config = model.config
+    n_parts = config.n_layer * (config.n_head + 1) + 5
+    n_rivals = min(vocab_size - 1, max(2, min(24, 75_000 // (T * n_parts))))
+    rivals = logits.scatter(1, target[:, None], float('-inf')).topk(n_rivals).indices
+    tokens = torch.cat((target[:, None], rivals), dim=1)  # (T, K)
+    names, parts = interpret.attribute(model, trace, tokens)
+    facts = {'parts': names}
+    arrays = {
+        'parts': parts,  # (parts, T, K)
+        'part_tokens': tokens,
+        'part_logits': logits.gather(1, tokens),
+    }
+    return facts, arrays
+
+
+def collect_embeddings(model, trace, distinct, vocab_size):
+    """Embedding vectors, their nearest neighbors, and the angles of rotary positions."""
+    nearest, cosines = interpret.nearest_tokens(model, torch.tensor(distinct), 8, vocab_size)
+    facts = {'embeddings': list(trace.embeddings)}
+    arrays = {
+        'embeddings': to_half(torch.stack([x[0] for x in trace.embeddings.values()])),  # (n, T, C)
+        'near': nearest,  # (N, 8)
+        'cosines': to_half(cosines),
+    }
+    rotary = model.rotary(torch.arange(trace.idx.size(1)))
+    if rotary is not None:
+        cos, _ = rotary
+        arrays['rotary'] = to_half(cos[0, 0])  # (T, hs/2)
+    return facts, arrays
+
+
+def collect_heads(model, trace, target, vocab_size):
+    """Attention patterns, queries and keys, and the effect of each head on the logits."""
+    T = len(target)
+    row, column = torch.tril_indices(T, T)  # lower triangles are stored row by row
+    attention = trace.attention[:, 0][..., row, column]  # (L, nh, T (T + 1) / 2)
+    by_source = interpret.effect_by_source(model, trace, target)[..., row, column]
+    ids, values = interpret.promoted(model, trace, min(5, vocab_size // 2), vocab_size=vocab_size)
+    arrays = {
+        'attention': root_in_8_bits(attention),
+        'q': to_half(trace.q[:, 0]),  # (L, nh, T, hs)
+        'k': to_half(trace.k[:, 0]),  # (L, nkv, T, hs)
+        'promoted': ids,  # (L, nh, T, 10)
+        'promoted_by': to_half(values),
+        'by_source': to_half(by_source),
+    }
+    return {}, arrays
+
+
+def collect_neurons(model, trace, vocab_size):
+    """The most active neurons of each layer and position, and the tokens they promote."""
+    neurons = interpret.strongest_neurons(model, trace, 8)  # (L, T, 8)
+    neuron_ids = [layer.unique().tolist() for layer in neurons]
+    n_tokens = min(5, vocab_size // 2)
+    tokens = [interpret.neuron_tokens(model, layer, torch.tensor(ids), n_tokens, vocab_size)
+              for layer, ids in enumerate(neuron_ids)]
+    facts = {
+        'neurons_in_a_layer': trace.post.size(-1),
+        'neuron_ids': neuron_ids,  # the rows of neuron_tokens, layer by layer
+    }
+    arrays = {
+        'neurons': neurons,
+        'neuron_pre': to_half(trace.pre[:, 0].gather(2, neurons)),
+        'neuron_post': to_half(trace.post[:, 0].gather(2, neurons)),
+        'neuron_tokens': torch.cat(tokens),
+    }
+    return facts, arrays
+
+
+def collect_circuits(model, trace, distinct, vocab_size):
+    """QK and OV circuits among the first distinct tokens, and bigrams of all of them."""
+    n_heads = model.config.n_layer * model.config.n_head
+    limit = max(4, min(32, int(math.sqrt(40_000 / n_heads))))
+    circuit_ids = distinct[:limit]
+    scale = trace.final_scale.mean().item()
+    qk, ov = interpret.token_circuits(model, torch.tensor(circuit_ids), scale, vocab_size)
+    arrays = {'qk': to_half(qk), 'ov': to_half(ov)}  # (L, nh, N, N)
+    whole, direct = interpret.bigrams(model, torch.tensor(distinct), vocab_size)
+    for name, probs in (('whole', whole), ('direct', direct)):
+        top = probs.topk(min(8, vocab_size))
+        arrays[f'bigram_{name}_ids'] = top.indices  # (N, 8)
+        arrays[f'bigram_{name}_p'] = to_half(top.values)
+    return {'circuit_ids': circuit_ids}, arrays
+
+
+def to_half(x):
+    """x in fp16, about three significant digits; values out of range are clamped."""
     return x.clamp(-65504, 65504).half()
 
 
+def root_in_8_bits(probs):
+    """Probabilities as 255 * sqrt(p) in uint8: the root keeps small ones apart."""
+    return (probs.sqrt() * 255).round().byte()
+
+
 def token_text(token):
-    """The bytes of a token as text; those of half a character as numbers."""
+    """The bytes of a token as text; bytes that are not valid UTF-8 in hex."""
     try:
         return token.decode('utf-8')
     except UnicodeDecodeError:
@@ -182,168 +309,226 @@ def token_text(token):
 
 
 def run_facts(checkpoint, out_dir):
-    """What the run's folder says of it: its step, val loss and training curves up to there."""
-    facts = {'path': checkpoint.path, 'step': checkpoint.step, 'val_loss': checkpoint.val_loss, 'curves': {}}
+    """Path, step and val loss of the checkpoint, and the training curves up to its step."""
     curves = {name: [] for name in ('loss', 'val_loss', 'lr', 'tokens_per_second')}
-    for _, line in ckpt.log_lines(out_dir):
+    for line in read_log(out_dir):
+        if line['step'] > checkpoint.step:
+            continue
         for name, curve in curves.items():
             value = line.get(name)
-            if isinstance(value, (int, float)) and math.isfinite(value) and line['step'] <= checkpoint.step:
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 curve.append((line['step'], value))
     for name, curve in curves.items():
-        every = max(1, len(curve) // 400)
-        facts['curves'][name] = curve[::-every][::-1]  # the last one is there
-    return facts
+        stride = max(1, len(curve) // 400)
+        curves[name] = curve[::-stride][::-1]  # at most about 400 points, the last one included
+    return {
+        'path': checkpoint.path,
+        'step': checkpoint.step,
+        'val_loss': checkpoint.val_loss,
+        'curves': curves,
+    }
 
 
-def collect_history(out_dir, ids, V):
-    """How scores and losses changed over the whole checkpoints of a run: ({'steps', ...}, {'history': (n, 4, L, nh)})."""
-    facts, scores = {'steps': [], 'val_losses': [], 'losses': [], 'first_half': [], 'second_half': []}, []
+def collect_history(out_dir, ids, vocab_size):
+    """(facts, arrays) over the checkpoints of a run: losses, and head scores (n, 4, L, nh).
+
+    Checkpoints that cannot be loaded are skipped with a warning.
+    """
+    facts = {'steps': [], 'val_losses': [], 'losses': [], 'first_half': [], 'second_half': []}
+    history = []
+    idx = torch.tensor([ids])
     for manifest in reversed(ckpt.manifests(out_dir, ckpt.warn)):
         try:
             checkpoint = ckpt.load(Path(out_dir) / manifest['file'], mmap=True)
         except UserError as error:
-            ckpt.warn(f'left out: {error}')
+            ckpt.warn(f'skipped: {error}')
             continue
         model = checkpoint.build_model(dropout=0.0).eval()
-        found, losses = interpret.head_scores(model, V)
-        length = (len(losses) + 1) // 2
-        idx = torch.tensor([ids])
-        with torch.no_grad():
-            logits = model(idx, idx)[0][0, :-1, :V]
-        facts['losses'].append(F.cross_entropy(logits, idx[0, 1:]).item() if len(ids) > 1 else None)
+        scores, repeat_losses = interpret.head_scores(model, vocab_size)
+        length = (len(repeat_losses) + 1) // 2
+        loss = first_half = second_half = None
+        if len(ids) > 1:
+            with torch.no_grad():
+                logits, _ = model(idx, idx)
+            loss = F.cross_entropy(logits[0, :-1, :vocab_size], idx[0, 1:]).item()
+        if length > 1:
+            first_half = repeat_losses[:length - 1].mean().item()
+            second_half = repeat_losses[length:].mean().item()
         facts['steps'].append(checkpoint.step)
         facts['val_losses'].append(manifest['val_loss'])
-        facts['first_half'].append(losses[:length - 1].mean().item() if length > 1 else None)
-        facts['second_half'].append(losses[length:].mean().item() if length > 1 else None)
-        scores.append(torch.stack(list(found.values())))
-    return facts, {'history': half(torch.stack(scores))} if scores else {}
+        facts['losses'].append(loss)
+        facts['first_half'].append(first_half)
+        facts['second_half'].append(second_half)
+        history.append(torch.stack(list(scores.values())))
+    arrays = {'history': to_half(torch.stack(history))} if history else {}
+    return facts, arrays
 
 
-# The page ---------------------------------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 
 def pack(facts, arrays):
-    """facts, with where each array lies, as JSON; and the arrays: base64 of a deflate stream for each, one behind the other.
+    """(facts as JSON, arrays as base64). Each array is one deflate stream.
 
-    Numbers of several bytes are split into planes (all first bytes, all second bytes, ...), which deflate better.
+    facts['arrays'] has the dtype, shape and byte range of each. Multi-byte numbers are split into
+    byte planes (all first bytes, then all second bytes, ...), which compress better. Arrays that
+    would make the page larger than MAX_PAGE_BYTES are left out and listed in facts['dropped'].
     """
-    facts, streams = finite(facts), {}
-    for name, array in arrays.items():
-        array = array.numpy()
-        if array.dtype.kind in 'iu':  # ids: as few bytes as the largest needs
+    facts = nan_to_none(facts)
+    streams = {}  # name -> (dtype, shape, compressed bytes)
+    for name, tensor in arrays.items():
+        array = tensor.numpy()
+        if array.dtype.kind in 'iu':  # ids: the smallest dtype that holds the largest
             array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
-        planes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize).T
-        streams[name] = str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6)
-    dropped, room = [], LARGEST - 500_000 - len(json.dumps(facts))  # style and scripts take 0.2 MB
-    for name, what in DROPPABLE.items():
-        if sum(len(data) for *_, data in streams.values()) * 4 / 3 < room:
+        as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        planes = as_bytes.reshape(-1, array.dtype.itemsize).T
+        streams[name] = (str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6))
+    room = MAX_PAGE_BYTES - CODE_BYTES - len(json.dumps(facts))
+    dropped = []
+    for name, description in DROPPABLE.items():
+        size = sum(len(data) for _, _, data in streams.values()) * 4 / 3  # in base64
+        if size < room:
             break
         if name in streams:
-            dropped.append(what)
-            for each in (name, *NEXT_TO_IT.get(name, ())):
+            dropped.append(description)
+            for each in (name, *DROPPED_TOGETHER.get(name, ())):
                 del streams[each]
-    index, blob = {}, b''
+    index = {}
+    blob = b''
     for name, (dtype, shape, data) in streams.items():
-        index[name] = {'dtype': dtype, 'shape': shape, 'start': len(blob), 'end': len(blob) + len(data)}
+        end = len(blob) + len(data)
+        index[name] = {'dtype': dtype, 'shape': shape, 'start': len(blob), 'end': end}
         blob += data
-    facts = facts | {'arrays': index, 'dropped': dropped, 'largest_page': f'{LARGEST / 1e6:.0f} MB'}
-    return json.dumps(facts, ensure_ascii=False, separators=(',', ':')), base64.b64encode(blob).decode()
+    facts |= {
+        'arrays': index,
+        'dropped': dropped,
+        'largest_page': f'{MAX_PAGE_BYTES / 1e6:.0f} MB',
+    }
+    text = json.dumps(facts, ensure_ascii=False, separators=(',', ':'))
+    return text, base64.b64encode(blob).decode()
 
 
-def finite(value):
-    """JSON has no nan: None."""
+def nan_to_none(value):
+    """value with every NaN and infinity replaced by None: JSON has neither."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [nan_to_none(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def build_page(facts, arrays):
-    """The page as text: web/page.html with its style, its modules and the data put in."""
+    """The HTML of the page: web/page.html with its style, scripts and data inlined."""
     web = Path(__file__).parent / 'web'
     page = (web / 'page.html').read_text(encoding='utf-8')
-    modules = re.findall(r'<script type="module" src="(.+)"></script>', page)
-    # in one file modules cannot import each other: they become one, and their top-level names must differ
-    code = '\n'.join(re.sub(r'^import .*?;\n|^export ', '', (web / name).read_text(encoding='utf-8'), flags=re.M | re.S)
-                     for name in modules)
-    text, blob = pack(facts, arrays)
     style = (web / 'style.css').read_text(encoding='utf-8')
-    scripts = (f'<script type="application/json" id="facts">{text.replace("<", chr(92) + "u003c")}</script>\n'
-               f'<script type="text/plain" id="arrays">{blob}</script>\n<script type="module">\n{code}</script>\n')
-    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda found: scripts, page)
+    # Inline modules cannot import each other. They are concatenated into one, so names at their
+    # top level must be unique across files.
+    sources = []
+    for name in re.findall(r'<script type="module" src="(.+)"></script>', page):
+        source = (web / name).read_text(encoding='utf-8')
+        sources.append(re.sub(r'^import .*?;\n|^export ', '', source, flags=re.M | re.S))
+    code = '\n'.join(sources)
+    facts_json, blob = pack(facts, arrays)
+    facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
+    scripts = (
+        f'<script type="application/json" id="facts">{facts_json}</script>\n'
+        f'<script type="text/plain" id="arrays">{blob}</script>\n'
+        f'<script type="module">\n{code}</script>\n'
+    )
+    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda match: scripts, page)
     return page.replace('<link rel="stylesheet" href="style.css">', f'<style>\n{style}</style>')
 
 
 def main(config):
-    where = config.out_dir if config.init_from == 'resume' else config.init_from
     path = Path(config.out_dir) / 'explain.html'
-    require(not path.is_dir(), f'{path}: there is a folder of that name; move it or choose another --out_dir')
+    require(not path.is_dir(), f'{path} is a folder: move it, or choose another --out_dir')
     start = read_prompt(config.start)
-    checkpoint = ckpt.load(where, prefer_best=True, mmap=True)
+    source = config.out_dir if config.init_from == 'resume' else config.init_from
+    checkpoint = ckpt.load(source, prefer_best=True, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()
-    require(model.config.norm_position == 'pre', f'{checkpoint.path}: norm_position = {model.config.norm_position!r}: only '
-                                                 f'pre-norm models can be taken apart; name another')
-    require(not model.config.prefix_lm, f'{checkpoint.path}: prefix_lm = True: the page draws only what looks back; name another')
+    norm_position = model.config.norm_position
+    require(norm_position == 'pre',
+            f'{checkpoint.path}: norm_position = {norm_position!r}: '
+            f'explain.py supports pre-norm models only')
+    require(not model.config.prefix_lm,
+            f'{checkpoint.path}: prefix_lm = True: explain.py supports causal attention only')
     model.requires_grad_(False).float()
-    require(all(p.isfinite().all() for p in model.parameters()), f'{checkpoint.path}: its weights are not finite; name another')
-    longest = min(LONGEST, model.config.block_size)
+    require(all(p.isfinite().all() for p in model.parameters()),
+            f'{checkpoint.path}: the weights are not finite; choose another checkpoint')
+    max_tokens = min(MAX_TOKENS, model.config.block_size)
 
-    def encode(text):  # of sources and targets: with `<|endoftext|>` between them
-        return encode_turns(text.split(END_OF_TEXT), tokenizer) if model.config.turns else encode_prompt(text, tokenizer)
+    def encode(text):
+        if model.config.turns:  # sources and targets, with <|endoftext|> between them
+            return encode_turns(text.split(END_OF_TEXT), tokenizer)
+        return encode_prompt(text, tokenizer)
 
     ids = encode(start)
-    cut = f'the last {longest} of ' if len(ids) > longest else ''
-    ckpt.warn(f'{checkpoint.path}: step {checkpoint.step}, {model.get_num_params(False):,} parameters; computing what it does '
-              f'with {cut}{len(ids)} tokens')
+    cropped = f'the last {max_tokens} of ' if len(ids) > max_tokens else ''
+    ckpt.warn(f'{checkpoint.path}: step {checkpoint.step}, '
+              f'{model.get_num_params(False):,} parameters; '
+              f'analyzing {cropped}{len(ids)} tokens')
     if not config.serve:
-        path.parent.mkdir(parents=True, exist_ok=True)  # whether it can be is seen before it costs
+        with os_errors(f'{path}: cannot write there'):  # before the work, not after it
+            path.parent.mkdir(parents=True, exist_ok=True)
     facts, arrays = collect_weights(model, tokenizer)
-    facts |= {'run': run_facts(checkpoint, where), 'live': config.serve}
+    facts['run'] = run_facts(checkpoint, source)
+    facts['live'] = config.serve
     if config.checkpoints == 'all':
-        facts['history'], history = collect_history(config.out_dir, ids[-longest:], tokenizer.vocab_size)
-        arrays |= history
+        history = collect_history(config.out_dir, ids[-max_tokens:], tokenizer.vocab_size)
+        facts['history'] = history[0]
+        arrays |= history[1]
 
-    def page_of(prompt, **more):
+    def render(prompt, **more_facts):
         ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids[-longest:])
-        text_facts |= {'left_out': len(ids[:-longest])} | more
-        return build_page(facts | text_facts, arrays | text_arrays)
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:])
+        text_facts['left_out'] = max(0, len(ids) - max_tokens)
+        return build_page(facts | text_facts | more_facts, arrays | text_arrays)
 
-    page = page_of(start)
+    def render_error(text, error):
+        return render(start, text=text, error=error)
+
+    page = render(start)
     if config.serve:
-        serve(page, page_of, lambda text, error: page_of(start, text=text, error=error), config.port)
+        serve(page, render, render_error, config.port)
         return
-    instead = ', in place of the one before' if path.exists() else ''
-    write_text(path, page)
-    print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{instead}; open it in a browser')
+    replaced = ', replacing the previous page' if path.exists() else ''
+    with os_errors(f'{path}: cannot write'):
+        write_text(path, page)
+    print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{replaced}; open it in a browser')
 
 
-def serve(page, page_of, page_with, port):
-    """Serve page at /, and page_of(text) at /?start=text, to this machine alone, until Ctrl-C; where the text is a mistake,
-    page_with(text, error)."""
-    one_at_a_time = threading.Lock()  # each takes memory and all cores
+def serve(page, render, render_error, port):
+    """Serve page at / and render(text) at /?start=text on 127.0.0.1 until Ctrl-C.
+
+    If render raises a UserError, the answer is render_error(text, message) with status 400.
+    Raises UserError if the port cannot be used.
+    """
+    lock = threading.Lock()  # one forward pass at a time: each takes memory and all cores
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             path, _, query = self.path.partition('?')
-            # a foreign name that leads here is not let in
-            if path != '/' or self.headers.get('Host', '').rsplit(':', 1)[0] not in ('127.0.0.1', 'localhost'):
+            host = self.headers.get('Host', '').rsplit(':', 1)[0]
+            if path != '/' or host not in ('127.0.0.1', 'localhost'):  # against DNS rebinding
                 self.send_error(404)
                 return
             text = parse_qs(query, keep_blank_values=True).get('start', [None])[0]
-            with one_at_a_time:
+            status = 200
+            with lock:
                 try:
-                    answer, status = page if text is None else page_of(text), 200
+                    answer = page if text is None else render(text)
                 except UserError as error:
-                    answer, status = page_with(text, str(error)), 400
+                    answer = render_error(text, str(error))
+                    status = 400
             body = answer.encode()
             self.send_response(status)
             self.send_header('Content-Type', 'text/html; charset=utf-8')
             self.send_header('Content-Length', str(len(body)))
             self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the reader has gone
+            with contextlib.suppress(ConnectionError):  # the browser has disconnected
                 self.wfile.write(body)
 
         def log_message(self, *args):
@@ -352,14 +537,15 @@ def serve(page, page_of, page_with, port):
     try:
         server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
     except OSError as error:
-        raise UserError(f'port = {port}: cannot serve there: {error.strerror}; give another --port (0: any)') from None
+        raise UserError(f'port = {port}: cannot listen: {error.strerror}; '
+                        f'choose another --port (0: any free one)') from None
     with server:
-        print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)', flush=True)
+        print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C to stop)', flush=True)
         try:
             server.serve_forever()
-        except KeyboardInterrupt:  # a page may be on its way: torch's threads do not survive the interpreter's own end
+        except KeyboardInterrupt:
             ckpt.warn('stopped')
-            os._exit(130)
+            os._exit(130)  # a pass may be running: torch threads can crash a normal exit
 
 
 if __name__ == '__main__':

@@ -1,18 +1,20 @@
-"""What a GPT does inside: for a text, and by its weights alone. Functions for a notebook; explain.py makes a page of them.
+"""Look inside a GPT: traces, attribution, head scores, circuits. explain.py makes a page of them.
 
     model, tokenizer = checkpoint.load_model('out-quickstart')
     trace = run(model, torch.tensor([tokenizer.encode('def main(')]))
-    trace.attention[0, 0, 3]  # layer 0, first text, head 3: (T, T)
+    trace.attention[0, 0, 3]  # layer 0, batch element 0, head 3: (T, T)
 
-Sources: Elhage et al. 2021 (A Mathematical Framework for Transformer Circuits), Olsson et al. 2022 (In-context Learning and
-Induction Heads), nostalgebraist 2020 (interpreting GPT: the logit lens).
+Sources: Elhage et al. 2021 (A Mathematical Framework for Transformer Circuits), Olsson et al. 2022
+(In-context Learning and Induction Heads), nostalgebraist 2020 (interpreting GPT: the logit lens).
 
-A norm is a gain, for LayerNorm a centering before it, and a division by a number that depends on its input. Gain and centering
-are folded into the matrix behind the norm. The division is kept as it was in the run (`Trace.final_scale`) wherever a text is
-looked at: what is said of it adds up exactly. It is left out where weights are looked at alone, as in Elhage et al.
+A norm centers its input (LayerNorm only), divides it by its standard deviation or RMS, and
+multiplies by a gain. Centering and gain are linear: they are folded into the next matrix. The
+division is not. Functions that take a trace keep its value from that forward pass
+(Trace.final_scale), so their results add up exactly. Functions of the weights alone leave it out,
+as Elhage et al. do.
 
-Letters in shapes as in model.py: B texts, T tokens, C = n_embd, nh heads, nkv key/value heads, hs = C / nh, S source tokens,
-V = vocab_size; and L = n_layer, F neurons of an MLP.
+Shapes use the letters of model.py: B batch, T tokens, C = n_embd, nh heads, nkv key/value heads,
+hs = C / nh, V = vocab_size, S source tokens (keys). Also L = n_layer, F neurons in an MLP.
 """
 import math
 from dataclasses import dataclass
@@ -23,136 +25,176 @@ from torch.nn import functional as F
 
 @dataclass
 class Trace:
-    """A forward pass, kept whole. What the parts write into the residual stream sums to residual[-1]."""
+    """All activations of a forward pass.
+
+    sum(embeddings) + sum(attn_out) + sum(mlp_out) = residual[-1].
+    """
     idx: torch.Tensor  # (B, T)
-    embeddings: dict  # 'token', 'n-grams', 'position': (B, T, C); their sum is residual[0]
-    residual: torch.Tensor  # (L + 1, B, T, C) before the first block, ..., behind the last
-    q: torch.Tensor  # (L, B, nh, T, hs) as they meet: turned and normalised, if the model does so
-    k: torch.Tensor  # (L, B, nkv, T, hs)
+    embeddings: dict  # 'token', 'n-grams', 'position': (B, T, C); they sum to residual[0]
+    residual: torch.Tensor  # (L + 1, B, T, C) the residual stream before each block and at the end
+    q: torch.Tensor  # (L, B, nh, T, hs) after RoPE and QK-norm
+    k: torch.Tensor  # (L, B, nkv, T, hs) after RoPE and QK-norm
     v: torch.Tensor  # (L, B, nkv, T, hs)
-    attention: torch.Tensor  # (L, B, nh, T, S) softmax(q k^T / sqrt(hs)) under the causal mask: each row sums to 1
-    mixed: torch.Tensor  # (L, B, nh, T, hs) attention times v: what a head writes, before the output projection
+    attention: torch.Tensor  # (L, B, nh, T, S) causal softmax(q k^T / sqrt(hs)); rows sum to 1
+    mixed: torch.Tensor  # (L, B, nh, T, hs) attention @ v, before the output projection
     attn_out: torch.Tensor  # (L, B, T, C)
-    pre: torch.Tensor  # (L, B, T, F) neurons before the activation (for swiglu the gates)
-    post: torch.Tensor  # (L, B, T, F) and behind it
+    pre: torch.Tensor  # (L, B, T, F) before the activation; for SwiGLU, the gate
+    post: torch.Tensor  # (L, B, T, F) after the activation
     mlp_out: torch.Tensor  # (L, B, T, C)
-    final_scale: torch.Tensor  # (B, T) 1 / the number by which the final norm divides
+    final_scale: torch.Tensor  # (B, T) 1 / the divisor of the final norm
     logits: torch.Tensor  # (B, T, V)
 
 
 @torch.no_grad()
 def run(model, idx):
-    """model's forward pass over idx (B, T), written out and kept: a Trace, whose logits are model(idx, idx)[0].
+    """The forward pass of a model in eval mode over idx (B, T), as a Trace.
 
-    Raises ValueError if idx is longer than the model's block_size, or the model's norms are behind its sums.
+    trace.logits equals model(idx, idx)[0]. Raises ValueError if T exceeds block_size or the model
+    is post-norm.
     """
     B, T = idx.shape
-    if model.config.norm_position != 'pre':
-        raise ValueError(f'norm_position = {model.config.norm_position!r}: only pre-norm models can be taken apart here')
-    if T > model.config.block_size:
-        raise ValueError(f'{T} tokens do not fit into block_size = {model.config.block_size}')
+    config = model.config
+    if config.norm_position != 'pre':
+        raise ValueError(f'norm_position = {config.norm_position!r}: '
+                         f'only pre-norm models are supported')
+    if T > config.block_size:
+        raise ValueError(f'{T} tokens do not fit into block_size = {config.block_size}')
     position = torch.arange(T, device=idx.device)
-    tokens = torch.cat((idx.new_full((B, model.config.ngram - 1), -1), idx), dim=1)  # nothing stands before the text
-    embeddings = {name: part.expand(B, T, -1) for name, part in model.embeddings(idx, position, tokens).items()}
+    padding = idx.new_full((B, config.ngram - 1), -1)  # no n-gram reaches back before the text
+    parts = model.embed(idx, position, torch.cat((padding, idx), dim=1))
+    embeddings = {name: part.expand(B, T, -1) for name, part in parts.items()}
     rotary = model.rotary(position)
     mask = model.attention_mask(idx, position)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-    kept = {name: [] for name in ('q', 'k', 'v', 'attention', 'mixed', 'attn_out', 'pre', 'post', 'mlp_out')}
-    residual = [sum(embeddings.values())]
+    x = sum(embeddings.values())
+    residual = [x]
+    layers = []
     for block in model.transformer.h:
-        x = residual[-1]
         q, k, v = block.attn.project(block.ln_1(x), rotary)
         scores = q @ per_head(model, k).transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, S)
         attention = scores.masked_fill(~mask, float('-inf')).softmax(dim=-1)
         mixed = attention @ per_head(model, v)  # (B, nh, T, hs)
         attn_out = block.attn.c_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
         x = x + attn_out
-        pre = block.mlp.c_fc(block.ln_2(x))  # (B, T, F), or gates and values (B, T, 2 F)
+        pre = block.mlp.c_fc(block.ln_2(x))  # (B, T, F); for SwiGLU (B, T, 2 F), gate first
         post = block.mlp.activate(pre)  # (B, T, F)
         mlp_out = block.mlp.c_proj(post)
-        residual.append(x + mlp_out)
-        for name, value in zip(kept, (q, k, v, attention, mixed, attn_out, pre[..., :post.size(-1)], post, mlp_out)):
-            kept[name].append(value)
-    x = residual[-1]
-    logits = model.to_logits(model.transformer.ln_f(x))
-    return Trace(idx, embeddings, torch.stack(residual), **{name: torch.stack(kept.pop(name)) for name in list(kept)},
-                 final_scale=norm_scale(model.transformer.ln_f, x), logits=logits)
+        x = x + mlp_out
+        residual.append(x)
+        layers.append({
+            'q': q, 'k': k, 'v': v, 'attention': attention, 'mixed': mixed, 'attn_out': attn_out,
+            'pre': pre[..., :post.size(-1)], 'post': post, 'mlp_out': mlp_out,
+        })
+    activations = {}
+    for name in list(layers[0]):
+        # popped so that only one name at a time is in memory twice
+        activations[name] = torch.stack([layer.pop(name) for layer in layers])
+    return Trace(
+        idx=idx,
+        embeddings=embeddings,
+        residual=torch.stack(residual),
+        **activations,
+        final_scale=norm_scale(model.transformer.ln_f, x),
+        logits=model.to_logits(model.transformer.ln_f(x)),
+    )
 
 
 def per_head(model, k):
-    """Keys or values (B, nkv, T, hs) -> (B, nh, T, hs): each group of query heads shares one."""
+    """Repeat shared keys or values for each query head: (B, nkv, T, hs) -> (B, nh, T, hs)."""
     return k.repeat_interleave(model.config.n_head // k.size(-3), dim=-3)
 
 
-# Norms and matrices ---------------------------------------------------------------------------------------------------------
+# Norms and weight matrices ------------------------------------------------------------------------
 
 def norm_scale(norm, x):
-    """1 / what the norm divides x (..., C) by: its root mean square, for LayerNorm after centering (...,)."""
+    """1 / the divisor of a norm at x (..., C): the RMS, for LayerNorm after centering. (...,)"""
     if isinstance(norm, torch.nn.LayerNorm):
         x = x - x.mean(dim=-1, keepdim=True)
     return (x.square().mean(dim=-1) + norm.eps).rsqrt()
 
 
 def fold(norm, weight):
-    """weight (out, C) behind a norm -> the matrix that gives the same of x * norm_scale(norm, x), up to the norm's bias."""
+    """Fold a norm's centering and gain into the weight (out, C) that follows it.
+
+    weight @ norm(x) = fold(norm, weight) @ x * norm_scale(norm, x), up to the bias of the norm.
+    """
     weight = weight * norm.weight
-    return weight - weight.mean(dim=1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else weight
+    if isinstance(norm, torch.nn.LayerNorm):
+        weight = weight - weight.mean(dim=1, keepdim=True)
+    return weight
 
 
 @torch.no_grad()
 def unembedding(model):
-    """(U (V, C), b (V,)): logits before a softcap = final_scale * residual[-1] @ U.T + b."""
-    norm, weight = model.transformer.ln_f, model.lm_head.weight
-    bias = getattr(norm, 'bias', None)
-    return fold(norm, weight), weight @ bias if bias is not None else weight.new_zeros(len(weight))
+    """(U (V, C), b (V,)), with logits = final_scale * residual[-1] @ U.T + b before any softcap."""
+    norm = model.transformer.ln_f
+    weight = model.lm_head.weight
+    norm_bias = getattr(norm, 'bias', None)
+    bias = weight.new_zeros(len(weight)) if norm_bias is None else weight @ norm_bias
+    return fold(norm, weight), bias
 
 
 def against_mean(model, vocab_size=None):
-    """U of `unembedding` without its mean over the vocabulary, which a softmax does not see: (V, C)"""
+    """U of `unembedding` minus its mean over the vocabulary, which softmax ignores. (V, C)"""
     U = unembedding(model)[0][:vocab_size]
     return U - U.mean(dim=0)
 
 
 def output_matrices(model, block):
-    """What each head of a block writes through: (nh, C, hs)"""
+    """The output projection of a block split by head, W_O: (nh, C, hs)."""
     return block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
 
 
 def most_and_least(effect, n):
-    """(ids, values) of the n largest of each row (..., V), then of the n smallest: (..., 2 n) each."""
-    ends = effect.topk(n), effect.topk(n, largest=False)
-    return torch.cat([end.indices for end in ends], dim=-1), torch.cat([end.values for end in ends], dim=-1)
+    """The n largest values of each row of effect (..., V), then the n smallest.
+
+    Returns (ids, values), each (..., 2 n), both ends with the most extreme first.
+    """
+    largest = effect.topk(n)
+    smallest = effect.topk(n, largest=False)
+    ids = torch.cat((largest.indices, smallest.indices), dim=-1)
+    values = torch.cat((largest.values, smallest.values), dim=-1)
+    return ids, values
 
 
 @torch.no_grad()
 def head_matrices(model):
-    """{'q', 'k', 'v': (L, nh, hs, C), 'o': (L, nh, C, hs)}: heads that share keys and values each have a copy. The gain of the
-    norm before is folded in; biases, rotary positions and the norm of queries and keys are not in it."""
-    nh, hs = model.config.n_head, model.config.n_embd // model.config.n_head
-    matrices = {name: [] for name in 'qkvo'}
+    """Weights of every head: {'q', 'k', 'v': (L, nh, hs, C), 'o': (L, nh, C, hs)}.
+
+    With grouped-query attention, shared keys and values are repeated. The gain of ln_1 is folded
+    in. Biases, RoPE and QK-norm are not included.
+    """
+    n_head = model.config.n_head
+    hs = model.config.n_embd // n_head
+    matrices = {'q': [], 'k': [], 'v': [], 'o': []}
     for block in model.transformer.h:
+        n_kv_head = block.attn.n_kv_head
         weight = fold(block.ln_1, block.attn.c_attn.weight)
-        nkv = block.attn.n_kv_head
-        q, k, v = (part.unflatten(0, (-1, hs)) for part in weight.split((nh * hs, nkv * hs, nkv * hs)))
-        for name, value in zip(matrices, (q, per_head(model, k), per_head(model, v), output_matrices(model, block))):
-            matrices[name].append(value)
+        q, k, v = weight.split((n_head * hs, n_kv_head * hs, n_kv_head * hs))
+        matrices['q'].append(q.unflatten(0, (-1, hs)))
+        matrices['k'].append(per_head(model, k.unflatten(0, (-1, hs))))
+        matrices['v'].append(per_head(model, v.unflatten(0, (-1, hs))))
+        matrices['o'].append(output_matrices(model, block))
     return {name: torch.stack(matrices.pop(name)) for name in list(matrices)}
 
 
-# A text: which part did what -------------------------------------------------------------------------------------------------
+# One text: direct effects on the logits -----------------------------------------------------------
 
 @torch.no_grad()
 def attribute(model, trace, tokens, b=0):
-    """By how much each part moves the logits of some tokens (Elhage et al. 2021: direct effects on the logits).
+    """Direct logit attribution: the contribution of each part to the logits of some tokens.
 
-    tokens (T, K): K of them for each position. Returns ([(kind, layer, head)], (parts, T, K)): kinds token, n-grams, position,
-    head, mlp, bias (of output projections and the final norm; others act inside their part), softcap. The parts sum to the
-    logits: final_scale * part @ U.T is linear in the part, and what a softcap takes away is a part of its own.
+    Elhage et al. 2021, "Logit attribution". tokens: (T, K), K token ids per position; b: the batch
+    element. Returns ([(kind, layer, head), ...], contributions (parts, T, K)), which sum to the
+    logits. kind is token, n-grams, position, head, mlp, bias (output projections and the final
+    norm; other biases act inside their part) or softcap (the capped minus the uncapped logit).
     """
     U, b_U = unembedding(model)
+    # contributions are linear: final_scale * part @ U.T
     read = U[tokens] * trace.final_scale[b][:, None, None]  # (T, K, C)
-    names, values = [], []
+    names = []
+    values = []
 
     def add(name, value):
         names.append(name)
@@ -162,8 +204,9 @@ def attribute(model, trace, tokens, b=0):
         add((kind, None, None), torch.einsum('tkc,tc->tk', read, vector[b]))
     bias = b_U[tokens]
     for layer, block in enumerate(model.transformer.h):
-        back = torch.einsum('tkc,hcd->tkhd', read, output_matrices(model, block))
-        for head, value in enumerate(torch.einsum('tkhd,htd->htk', back, trace.mixed[layer, b])):
+        read_head = torch.einsum('tkc,hcd->tkhd', read, output_matrices(model, block))
+        per_head_values = torch.einsum('tkhd,htd->htk', read_head, trace.mixed[layer, b])
+        for head, value in enumerate(per_head_values):
             add(('head', layer, head), value)
         mlp = trace.mlp_out[layer, b]
         for c_proj in (block.attn.c_proj, block.mlp.c_proj):
@@ -181,57 +224,92 @@ def attribute(model, trace, tokens, b=0):
 
 @torch.no_grad()
 def effect_by_source(model, trace, tokens, b=0):
-    """By how much each head moves the logit of tokens[t] at t, by the token it looks at: (L, nh, T, S).
+    """The contribution of each head to the logit of tokens[t] at t, split by source token.
 
-    A head writes sum over s of attention[t, s] * W_O v[s], so that the sum over s is the head's part in `attribute`.
+    A head writes sum over s of attention[t, s] * W_O v[s]; each term is one source token s, and
+    they sum to the head's value in `attribute`. tokens: (T,). Returns logits (L, nh, T, S).
     """
-    read = unembedding(model)[0][tokens] * trace.final_scale[b][:, None]  # (T, C)
+    U, _ = unembedding(model)
+    read = U[tokens] * trace.final_scale[b][:, None]  # (T, C)
     effects = []
     for layer, block in enumerate(model.transformer.h):
-        back = torch.einsum('tc,hcd->htd', read, output_matrices(model, block))  # (nh, T, hs)
-        effects.append(trace.attention[layer, b] * (back @ per_head(model, trace.v[layer, b]).transpose(-2, -1)))
+        read_head = torch.einsum('tc,hcd->htd', read, output_matrices(model, block))  # (nh, T, hs)
+        v = per_head(model, trace.v[layer, b])  # (nh, S, hs)
+        effects.append(trace.attention[layer, b] * (read_head @ v.transpose(-2, -1)))
     return torch.stack(effects)
 
 
 @torch.no_grad()
 def promoted(model, trace, n, b=0, vocab_size=None):
-    """The n tokens whose logits each head raises most, then the n it lowers most, against their mean: (ids, values), each
-    (L, nh, T, 2 n), values in logits. The mean over the vocabulary is taken off, since a softmax does not see it."""
-    U, found = against_mean(model, vocab_size), []
+    """The n tokens whose logits each head raises most, then the n it lowers most.
+
+    Returns (ids, values), each (L, nh, T, 2 n). Values are logits relative to the mean over the
+    vocabulary, which softmax ignores.
+    """
+    U = against_mean(model, vocab_size)
+    shape = (model.config.n_layer, model.config.n_head)
+    all_ids = []
+    all_values = []
     for layer, block in enumerate(model.transformer.h):
         for head, W_O in enumerate(output_matrices(model, block)):
-            mixed, W = trace.mixed[layer, b, head], W_O.T  # (T, hs), (hs, C)
-            effect = (mixed @ W) @ U.T if len(mixed) < len(W) else mixed @ (W @ U.T)  # (T, V), the cheaper way round
-            found.append(most_and_least(effect * trace.final_scale[b][:, None], n))
-    return tuple(torch.stack(x).unflatten(0, (model.config.n_layer, -1)) for x in zip(*found))
+            mixed = trace.mixed[layer, b, head]  # (T, hs)
+            if len(mixed) < W_O.size(1):  # T < hs: multiply in the cheaper order
+                effect = (mixed @ W_O.T) @ U.T
+            else:
+                effect = mixed @ (W_O.T @ U.T)
+            ids, values = most_and_least(effect * trace.final_scale[b][:, None], n)
+            all_ids.append(ids)
+            all_values.append(values)
+    ids = torch.stack(all_ids).unflatten(0, shape)
+    values = torch.stack(all_values).unflatten(0, shape)
+    return ids, values
 
 
 @torch.no_grad()
 def logit_lens(model, trace, b=0, vocab_size=None):
-    """What the model would predict if it ended behind each block (nostalgebraist 2020): yields (T, V), L + 1 times."""
+    """The final norm and output head applied to the stream before each block and at the end.
+
+    nostalgebraist 2020. Yields L + 1 times the next-token probabilities (T, V).
+    """
     for x in trace.residual[:, b]:
         yield model.to_logits(model.transformer.ln_f(x))[:, :vocab_size].softmax(dim=-1)
 
 
 @torch.no_grad()
 def strongest_neurons(model, trace, n, b=0):
-    """The n neurons of each MLP that write most: by |activation| times the length of the row they write. (L, T, n) indices."""
-    lengths = torch.stack([block.mlp.c_proj.weight.norm(dim=0) for block in model.transformer.h])  # (L, F)
-    return (trace.post[:, b].abs() * lengths[:, None]).topk(min(n, lengths.size(1))).indices
+    """The n neurons of each MLP that write the longest vectors: indices (L, T, n).
+
+    Ranked by |activation| times the norm of the neuron's output weights.
+    """
+    norms = torch.stack([block.mlp.c_proj.weight.norm(dim=0) for block in model.transformer.h])
+    written = trace.post[:, b].abs() * norms[:, None]  # (L, T, F)
+    return written.topk(min(n, norms.size(1))).indices
 
 
 @torch.no_grad()
 def neuron_tokens(model, layer, neurons, n, vocab_size=None):
-    """The n tokens whose logits each of some neurons (N,) of a layer raises most when it is on, then the n it lowers: (N, 2 n)"""
-    U, W_out = against_mean(model, vocab_size), model.transformer.h[layer].mlp.c_proj.weight
-    return torch.cat([most_and_least(W_out[:, part].T @ U.T, n)[0] for part in neurons.split(256)])  # not all of (N, V) at once
+    """The n tokens each neuron raises most when its activation is positive, then the n it lowers.
+
+    neurons: (N,) indices in the MLP of the layer. Returns token ids (N, 2 n).
+    """
+    U = against_mean(model, vocab_size)
+    W_out = model.transformer.h[layer].mlp.c_proj.weight  # (C, F)
+    all_ids = []
+    for chunk in neurons.split(256):  # not all of (N, V) at once
+        ids, _ = most_and_least(W_out[:, chunk].T @ U.T, n)
+        all_ids.append(ids)
+    return torch.cat(all_ids)
 
 
-# The weights alone -----------------------------------------------------------------------------------------------------------
+# Weights alone ------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def nearest_tokens(model, ids, n, vocab_size=None):
-    """The n tokens whose embeddings have the largest cosine with those of ids (N,): (their ids, cosines), each (N, n)."""
+    """The n tokens whose embeddings have the largest cosine similarity with those of ids (N,).
+
+    The token itself is excluded. Returns (ids, cosines), each (N, n), or (N, V - 1) if that is
+    less.
+    """
     E = F.normalize(model.transformer.wte.weight[:vocab_size], dim=1)
     cosines = E[ids] @ E.T  # (N, V)
     cosines.scatter_(1, ids[:, None], float('-inf'))
@@ -240,107 +318,151 @@ def nearest_tokens(model, ids, n, vocab_size=None):
 
 
 def repeated_tokens(vocab_size, length, batch):
-    """Random tokens, each of them once, and the same again (Olsson et al. 2022): (batch, 2 * length)
+    """Distinct random tokens followed by the same tokens again: (batch, 2 * length).
 
-    Nothing but the first half tells what comes in the second. Raises ValueError if there are not enough tokens.
+    Only the first half helps to predict the second (Olsson et al. 2022, "prefix matching" test).
+    The seed is fixed. Raises ValueError if length exceeds vocab_size.
     """
     if length > vocab_size:
         raise ValueError(f'length = {length} is more than the {vocab_size} tokens')
     generator = torch.Generator().manual_seed(0)
-    half = torch.stack([torch.randperm(vocab_size, generator=generator)[:length] for _ in range(batch)])
+    rows = [torch.randperm(vocab_size, generator=generator)[:length] for _ in range(batch)]
+    half = torch.stack(rows)
     return torch.cat((half, half), dim=1)
 
 
 def attention_scores(attention, length):
-    """How far each head does one of three things on `repeated_tokens`: {name: (L, nh)}, from 0 to 1, means over all that it sees.
+    """Scores of each head on `repeated_tokens`, {name: (L, nh)}: mean attention, from 0 to 1.
 
-    attention: (L, B, nh, 2 length, 2 length). previous-token: the attention that goes to the token before. duplicate-token: in
-    the second half, to the same token in the first. induction: in the second half, to the token behind that one (Olsson et al.
-    2022, prefix matching), which is the one that comes next.
+    previous: from each token to the one before it.
+    induction: from each token of the second half to the token after its first occurrence, which
+        is the next token to predict (prefix matching, Olsson et al. 2022).
+    duplicate: from each token of the second half to its first occurrence.
+
+    attention: (L, B, nh, 2 length, 2 length).
     """
-    T = 2 * length
-    later = torch.arange(length, T)
-    every = torch.arange(1, T)
-    return {name: attention[..., query, query - back].mean(dim=(1, 3))
-            for name, query, back in (('previous', every, 1), ('induction', later, length - 1), ('duplicate', later, length))}
+    all_queries = torch.arange(1, 2 * length)
+    second_half = torch.arange(length, 2 * length)
+
+    def mean_attention(queries, distance):
+        return attention[..., queries, queries - distance].mean(dim=(1, 3))
+
+    return {
+        'previous': mean_attention(all_queries, 1),
+        'induction': mean_attention(second_half, length - 1),
+        'duplicate': mean_attention(second_half, length),
+    }
 
 
 @torch.no_grad()
 def head_scores(model, vocab_size=None, eigenvalues=None):
-    """({'previous', 'induction', 'duplicate', 'copying': (L, nh)}, losses (2 length - 1,)) by `repeated_tokens` and eigenvalues.
+    """({'previous', 'induction', 'duplicate', 'copying': (L, nh)}, losses (2 length - 1,)).
 
-    losses[i] is the mean loss of predicting token i + 1: the model that finds repetitions has a low one from token length + 1 on.
-    length is at most 50 and half of block_size; the scores from attention are nan, and losses empty, if that is less than 3.
-    eigenvalues: those of `ov_eigenvalues`, where they are known already.
+    The first three are `attention_scores`, the last is `copying_scores`; eigenvalues are those of
+    `ov_eigenvalues`, if already computed. losses[i] is the mean cross-entropy, in nats, of token
+    i + 1 of `repeated_tokens`: it drops from token length + 1 on if the model does induction.
+
+    length is 50, or less if block_size / 2 or vocab_size is. Below 3 the attention scores are NaN
+    and losses is empty.
     """
     vocab_size = vocab_size or model.config.vocab_size
     length = min(50, model.config.block_size // 2, vocab_size)
-    copying = {'copying': copying_scores(ov_eigenvalues(model, vocab_size) if eigenvalues is None else eigenvalues)}
+    if eigenvalues is None:
+        eigenvalues = ov_eigenvalues(model, vocab_size)
+    copying = copying_scores(eigenvalues)
     if length < 3:
-        nan = torch.full_like(copying['copying'], float('nan'))
-        return {'previous': nan, 'induction': nan, 'duplicate': nan} | copying, torch.empty(0)
+        nan = torch.full_like(copying, float('nan'))
+        scores = {'previous': nan, 'induction': nan, 'duplicate': nan, 'copying': copying}
+        return scores, torch.empty(0)
     idx = repeated_tokens(vocab_size, length, batch=4).to(model.transformer.wte.weight.device)
     trace = run(model, idx)
-    logits = trace.logits[:, :-1, :vocab_size].transpose(1, 2)
-    return attention_scores(trace.attention, length) | copying, F.cross_entropy(logits, idx[:, 1:], reduction='none').mean(dim=0)
+    logits = trace.logits[:, :-1, :vocab_size].transpose(1, 2)  # (B, V, T - 1)
+    losses = F.cross_entropy(logits, idx[:, 1:], reduction='none').mean(dim=0)
+    scores = attention_scores(trace.attention, length)
+    scores['copying'] = copying
+    return scores, losses
 
 
 @torch.no_grad()
 def ov_eigenvalues(model, vocab_size=None):
-    """Eigenvalues of each head's OV circuit, tokens to logits, W_U W_O W_V W_E: (L, nh, hs), complex.
+    """Eigenvalues of each head's OV circuit from tokens to logits, W_U W_O W_V W_E.
 
-    Those of the V x V matrix that are not 0 are those of the hs x hs matrix W_V W_E W_U W_O (Elhage et al. 2021, "Copying").
+    Elhage et al. 2021, "Copying". The nonzero eigenvalues of this V x V matrix are those of the
+    hs x hs matrix W_V W_E W_U W_O. Returns (L, nh, hs), complex.
     """
-    E, U = model.transformer.wte.weight[:vocab_size], unembedding(model)[0][:vocab_size]
+    E = model.transformer.wte.weight[:vocab_size]
+    U = unembedding(model)[0][:vocab_size]
     m = head_matrices(model)
     return torch.linalg.eigvals(m['v'] @ (E.T @ U) @ m['o'])
 
 
 def copying_scores(eigenvalues):
-    """Sum of the eigenvalues (L, nh, hs) of an OV circuit over the sum of their sizes: 1 if a head only raises what it looks at,
-    -1 if it only lowers it (Elhage et al. 2021). (L, nh)"""
+    """Sum of the eigenvalues (L, nh, hs) of an OV circuit over the sum of their magnitudes.
+
+    1 if all are positive, so the head raises the logits of the tokens it attends to; -1 if all are
+    negative (Elhage et al. 2021, "Copying"). (L, nh)
+    """
     return eigenvalues.real.sum(dim=-1) / eigenvalues.abs().sum(dim=-1).clamp(min=1e-30)
 
 
 @torch.no_grad()
 def composition_scores(model):
-    """How much each head reads of what an earlier one writes: {'q', 'k', 'v': (L nh, L nh)}, [reader, writer], 0 if not earlier.
+    """Q-, K- and V-composition: {'q', 'k', 'v': (L nh, L nh)}, [reader, writer].
 
-    |W_QK^T W_OV|, |W_QK W_OV| and |W_OV W_OV|, each over the product of the two norms (Frobenius; Elhage et al. 2021,
-    "Composition"). Random matrices have 1 / sqrt(C). Positions that are rotary and the norm of queries and keys are left out.
+    How much a head reads of the output of a head in an earlier layer, 0 for other pairs: Frobenius
+    norms |W_QK^T W_OV|, |W_QK W_OV| and |W_OV W_OV|, each over the product of the two norms (Elhage
+    et al. 2021, "Composition"). Random matrices score about 1 / sqrt(C). RoPE and QK-norm are not
+    included.
     """
-    m = {name: matrix.flatten(0, 1) for name, matrix in head_matrices(model).items()}  # (N, hs, C) or (N, C, hs), N = L nh
+    # N = L nh heads: q, k, v (N, hs, C); o (N, C, hs)
+    m = {name: matrix.flatten(0, 1) for name, matrix in head_matrices(model).items()}
     q, k, v, o = m['q'], m['k'], m['v'], m['o']
-    gram_q, gram_k, gram_v = (x @ x.transpose(1, 2) for x in (q, k, v))  # (N, hs, hs)
+    # only hs x hs matrices are multiplied: |A B|^2 = trace((A^T A) (B B^T))
+    gram_q = q @ q.transpose(1, 2)  # (N, hs, hs)
+    gram_k = k @ k.transpose(1, 2)
+    gram_v = v @ v.transpose(1, 2)
     gram_o = o.transpose(1, 2) @ o
-    size_qk = (gram_q * gram_k).sum(dim=(1, 2)).clamp(min=0).sqrt()  # |A B|^2 is the trace of (A^T A)(B B^T)
-    size_ov = (gram_o * gram_v).sum(dim=(1, 2)).clamp(min=0).sqrt()
-    nh, scores = model.config.n_head, {}
-    for kind, outer, inner, size in (('q', gram_k, q, size_qk), ('k', gram_q, k, size_qk), ('v', gram_o, v, size_ov)):
-        score = q.new_zeros(len(q), len(q))
-        for reader in range(nh, len(q)):
-            writers = slice(0, reader // nh * nh)  # all of earlier layers
+    norm_qk = (gram_q * gram_k).sum(dim=(1, 2)).clamp(min=0).sqrt()  # (N,)
+    norm_ov = (gram_o * gram_v).sum(dim=(1, 2)).clamp(min=0).sqrt()
+    n_head = model.config.n_head
+
+    def scores(outer, inner, norm):
+        result = q.new_zeros(len(q), len(q))
+        for reader in range(n_head, len(q)):
+            writers = slice(0, reader // n_head * n_head)  # all heads of earlier layers
             middle = inner[reader] @ o[writers]  # (n, hs, hs)
             squared = ((outer[reader] @ middle @ gram_v[writers]) * middle).sum(dim=(1, 2))
-            score[reader, writers] = squared.clamp(min=0).sqrt() / (size[reader] * size_ov[writers]).clamp(min=1e-30)
-        scores[kind] = score
-    return scores
+            norms = (norm[reader] * norm_ov[writers]).clamp(min=1e-30)
+            result[reader, writers] = squared.clamp(min=0).sqrt() / norms
+        return result
+
+    return {
+        'q': scores(gram_k, q, norm_qk),
+        'k': scores(gram_q, k, norm_qk),
+        'v': scores(gram_o, v, norm_ov),
+    }
 
 
 @torch.no_grad()
 def token_circuits(model, ids, scale=1.0, vocab_size=None):
-    """What each head does with single tokens: (QK (L, nh, N, N), OV (L, nh, N, N)) for ids (N,).
+    """QK and OV circuits of each head among the tokens ids (N,): two tensors (L, nh, N, N).
 
-    QK[query, key] is the score, divided by sqrt(hs), of two such tokens that stand at one place, by their embeddings alone, with
-    the norms and biases of the model. OV[source, out] is what looking at source adds to the logit of out, against the mean over
-    all tokens, if the final norm multiplies by scale. Elhage et al. 2021, "QK and OV circuits"; exact for the first layer of a
-    model without positions, else what its tokens contribute.
+    Elhage et al. 2021, "Query-Key" and "Output-Value" circuits. QK[query, key] is the attention
+    score, divided by sqrt(hs), of two tokens at the same position, from their embeddings alone.
+    OV[source, out] is what attending to source adds to the logit of out, relative to the mean over
+    the vocabulary, with final_scale = scale.
+
+    Exact in layer 0 of a model without positions; elsewhere the part due to the embeddings.
     """
     E = model.transformer.wte.weight[ids]  # (N, C)
     U = against_mean(model, vocab_size)[ids]
-    qk, ov = [], []
+    qk = []
+    ov = []
     for block in model.transformer.h:
-        q, k, v = (per_head(model, x)[0] if i else x[0] for i, x in enumerate(block.attn.project(block.ln_1(E)[None])))
+        q, k, v = block.attn.project(block.ln_1(E)[None])
+        q = q[0]  # (nh, N, hs)
+        k = per_head(model, k)[0]
+        v = per_head(model, v)[0]
         qk.append(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)))  # (nh, N, N)
         ov.append(v @ output_matrices(model, block).transpose(1, 2) @ U.T * scale)
     return torch.stack(qk), torch.stack(ov)
@@ -348,12 +470,14 @@ def token_circuits(model, ids, scale=1.0, vocab_size=None):
 
 @torch.no_grad()
 def bigrams(model, ids, vocab_size=None):
-    """What follows a single token: (by the whole model (N, V), by the direct path (N, V)), probabilities, for ids (N,). The model
-    is to be in evaluation mode.
+    """Next-token probabilities after each single token of ids (N,): (full (N, V), direct (N, V)).
 
-    The direct path is W_U W_E: the token's embedding, normalised, read by the head of the model with nothing in between. A
-    zero-layer Transformer can only learn bigrams (Elhage et al. 2021).
+    full is a forward pass of the model, which must be in eval mode. direct is the direct path
+    W_U W_E: embedding, final norm, output head, no blocks. A zero-layer Transformer has only that
+    path and can only learn bigrams (Elhage et al. 2021, "Zero-Layer Transformers").
     """
-    whole = torch.cat([model(part[:, None])[0][:, 0, :vocab_size] for part in ids.split(64)])
-    direct = model.to_logits(model.transformer.ln_f(model.transformer.wte.weight[ids]))[:, :vocab_size]
-    return whole.softmax(dim=-1), direct.softmax(dim=-1)
+    logits = [model(chunk[:, None])[0][:, 0, :vocab_size] for chunk in ids.split(64)]
+    full = torch.cat(logits)
+    embedding = model.transformer.wte.weight[ids]
+    direct = model.to_logits(model.transformer.ln_f(embedding))[:, :vocab_size]
+    return full.softmax(dim=-1), direct.softmax(dim=-1)

@@ -154,7 +154,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f'it has {", ".join(saved)} for a parameter of {group["kind"]}')
             for name, value in saved.items():
                 value = torch.as_tensor(value)
-                if value.shape != self.state[p][name].shape:
+                if value.shape != (() if name == 'step' else p.shape):
                     raise ValueError(f'{name} has shape {tuple(value.shape)} for a parameter of '
                                      f'{tuple(p.shape)}')
                 if value.dim() > 0:

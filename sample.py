@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from configurator import Bound, Count, NonNegative, Share, WholeNumber, check_bounds, configure
+from configurator import Bound, Count, Share, WholeNumber, check_bounds, configure
 from lib.errors import UserError, first_line, require, user_errors
 
 Penalty = Annotated[float, Bound(lambda x: 0.01 <= x <= 100, '0.01 to 100; 1 is off')]

@@ -1,4 +1,4 @@
-# Tiny Shakespeare at character level by plainGPT's recipe: a minute on 2 CPU cores. The README has a
+# Tiny Shakespeare at character level, plainGPT's recipe: a minute on 2 CPU cores. The README has a
 # table of what each choice is worth; nanoGPT's settings are in config/train_shakespeare_char.py.
 
 out_dir = 'out-speedrun-shakespeare'

@@ -1,4 +1,4 @@
-# Tiny Shakespeare at character level with nanoGPT's settings: GPT-2's architecture, AdamW, 5000 steps
+# Tiny Shakespeare at character level, nanoGPT's settings: GPT-2's architecture, AdamW, 5000 steps
 # on a GPU. On a CPU, as in nanoGPT's README:
 #   python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 \
 #     --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 \

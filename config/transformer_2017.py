@@ -1,5 +1,5 @@
-# The base model of "Attention Is All You Need" (Vaswani et al. 2017) as a decoder-only model; numbers
-# are sections of the paper. To change one ingredient at a time:
+# The base model of "Attention Is All You Need" (Vaswani et al. 2017), decoder-only; numbers are
+# sections of the paper. To change one ingredient at a time:
 #   python train.py config/transformer_2017.py
 #   python train.py config/transformer_2017.py --norm_position=pre --out_dir=out-pre
 

@@ -62,17 +62,17 @@ class KVCache:
             self.filled += T
         else:
             end = self.length = self.length + T
-        self.columns = position = columns
+        position = columns
         if self.padding is not None:
             position = (columns - self.padding[:, None]).clamp(min=0)  # (B, T)
             idx = idx.where(columns >= self.padding[:, None], -1)
         self.tokens.index_copy_(1, columns, idx)
-        return self.tokens[:, :end], columns, position, None if plain else self.mask(end)
+        return self.tokens[:, :end], columns, position, None if plain else self.mask(columns, end)
 
-    def mask(self, end):
-        """Which of the columns up to end each new token sees: (B or 1, 1, T, end)"""
+    def mask(self, columns, end):
+        """Which of the columns up to end each query in columns (T,) sees: (B or 1, 1, T, end)"""
         column = torch.arange(end, device=self.k.device)
-        query = self.columns[:, None]
+        query = columns[:, None]
         visible = column <= query  # (T, S)
         if self.padding is not None:
             visible = visible & (column >= self.padding[:, None, None])  # (B, T, S)
@@ -82,14 +82,14 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Store k, v (B, nkv, T, hs) of a layer; returns all that it has, (B, nkv, S, hs) each."""
-        k, v = k.type_as(self.k), v.type_as(self.v)
+        T, end = k.size(2), self.length
         if self.static:
-            self.k[layer].index_copy_(2, self.columns, k)
-            self.v[layer].index_copy_(2, self.columns, v)
+            columns = self.filled - T + torch.arange(T, device=k.device)
+            self.k[layer].index_copy_(2, columns, k.type_as(self.k))
+            self.v[layer].index_copy_(2, columns, v.type_as(self.v))
             return self.k[layer], self.v[layer]
-        start, end = self.length - k.size(2), self.length
-        self.k[layer, :, :, start:end] = k
-        self.v[layer, :, :, start:end] = v
+        self.k[layer, :, :, end - T:end] = k
+        self.v[layer, :, :, end - T:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
@@ -185,11 +185,9 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
     if not 1 <= slide <= block_size:
         raise ValueError(f'slide = {slide} must be from 1 to block_size = {block_size}')
     prompts, tokens, start = left_pad(model, idx, max_new_tokens)
-    device = tokens.device
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    device, seen = tokens.device, None
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    shortest = min(len(prompt) for prompt in prompts)
-    longest = max(len(prompt) for prompt in prompts)
-    seen = None
     if repetition_penalty != 1.0:
         shape = len(prompts), model.config.vocab_size
         seen = torch.zeros(shape, dtype=torch.bool, device=device)  # (B, V)
@@ -210,9 +208,8 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
             if cache is None or not use_cache:
                 share = end == longest and len(readers) < len(prompts)
                 part = readers if share else slice(None)
-                padding = None
-                if first < longest - shortest:
-                    padding = (start[part] - first).clamp(min=0)
+                padded = first < longest - shortest
+                padding = (start[part] - first).clamp(min=0) if padded else None
                 size = block_size if compile else min(block_size, longest + max_new_tokens - first)
                 cache = KVCache(model.config, len(tokens[part]), size, device, cache_dtype(model),
                                 padding, static=compile)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lib.device import peak_flops
 from lib.distributed import fail, gather, gather_ints, print0, rank, world_size
-from lib.errors import UserError, first_line, os_errors
+from lib.errors import first_line, os_errors
 from lib.files import lock, write_text
 
 

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import FAULT_RUN, ROOT, TINY
 
 import checkpoint as ckpt
+from helpers import FAULT_RUN, ROOT, TINY
 from lib import write
 from lib.bpe import train_char
 from lib.text import split_at_end
@@ -33,18 +33,18 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def forked():
-    """forked(script, arguments, cwd) returns what subprocess.run would, but starts much faster."""
+    """forked(script, arguments, cwd, env) is a faster subprocess.run."""
     command = [sys.executable, Path(__file__).with_name('fork_server.py')]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
 
-        def forked(script, arguments, cwd):
+        def forked(script, arguments, cwd, env):
             with (
                 tempfile.NamedTemporaryFile('r') as stdout,
                 tempfile.NamedTemporaryFile('r') as stderr,
             ):
-                request = [script, arguments, str(cwd), stdout.name, stderr.name]
+                request = [script, arguments, str(cwd), env, stdout.name, stderr.name]
                 print(json.dumps(request), file=server.stdin, flush=True)
                 code = int(server.stdout.readline())
                 command = [script, *arguments]
@@ -62,18 +62,19 @@ def run(clone, forked):
 
     def run(script, *arguments, code=0, cwd=clone, env=None, **options):
         command = [str(clone / script), *map(str, arguments)]
-        if env or options:
+        env = env or {}
+        if options or 'OMP_NUM_THREADS' in env:  # which is read when torch is imported
             result = subprocess.run(
                 [sys.executable, *command],
                 cwd=cwd,
                 text=True,
                 timeout=200,
                 capture_output=True,
-                env=os.environ | (env or {}),
+                env=os.environ | env,
                 **options,
             )
         else:
-            result = forked(command[0], command[1:], cwd)
+            result = forked(command[0], command[1:], cwd, env)
         output = f'{result.stdout}\n{result.stderr}'
         assert result.returncode == code, f'{script} {arguments}: {result.returncode}\n{output}'
         return result

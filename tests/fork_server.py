@@ -1,9 +1,11 @@
 """Forks processes from one that has already imported torch, which otherwise takes seconds.
 
-Each line on stdin is JSON, [script, arguments, working directory, stdout file, stderr file]. The
-server runs it in a forked child and prints the exit code.
+Each line on stdin is JSON: [script, arguments, working directory, environment, stdout, stderr],
+the last two being file names. The server runs it in a forked child and prints the exit code.
 """
 
+import gc
+import importlib.util
 import json
 import os
 import signal
@@ -12,17 +14,24 @@ import sys
 # the slow imports, but none of the repository's modules
 import numpy  # noqa: F401
 import tiktoken  # noqa: F401
+import torch._inductor  # noqa: F401  torch.use_deterministic_algorithms imports it
+import torch.distributed  # noqa: F401
 import tqdm  # noqa: F401
 
 TIMEOUT = 200  # seconds
 
 
-def run_script(script, arguments, cwd, stdout, stderr):
+def run_script(script, arguments, cwd, env, stdout, stderr):
     """Turn this process into `python script *arguments`."""
     os.chdir(cwd)
+    os.environ.update(env)
     for fd, path in enumerate((os.devnull, stdout, stderr)):
         os.dup2(os.open(path, os.O_RDWR), fd)
     sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+    if 'PYTHONPATH' in env:
+        sys.path[1:1] = env['PYTHONPATH'].split(os.pathsep)
+        if importlib.util.find_spec('sitecustomize'):
+            importlib.import_module('sitecustomize')
     with open(script, encoding='utf-8') as file:
         code = compile(file.read(), script, 'exec')
     signal.alarm(TIMEOUT)
@@ -34,6 +43,7 @@ def run_script(script, arguments, cwd, stdout, stderr):
     exec(code, namespace)
 
 
+gc.freeze()  # otherwise every child traverses and thereby copies all objects when it exits
 for request in sys.stdin:
     pid = os.fork()
     if pid == 0:

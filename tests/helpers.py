@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 import checkpoint as ckpt
-from lib import bins
+import explain
+from lib import bins, tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
+TEXT = 'def main(config):\n    return config\n\n\ndef main(con'  # of the pages
 
 # a model that trains in a second
 TINY = (
@@ -261,3 +263,17 @@ def read_documents(data, split):
                 documents.append((row, document))
                 document = []
     return documents
+
+
+# explain.py ---------------------------------------------------------------------------------------
+
+
+def char_tokenizer(first, n):
+    """n characters with consecutive code points."""
+    return tokenizer.CharTokenizer(''.join(map(chr, range(first, first + n))))
+
+
+def collect(model, names, ids):
+    facts, arrays = explain.collect_weights(model, names)
+    text_facts, text_arrays = explain.collect_text(model, names, ids)
+    return facts | text_facts, arrays | text_arrays

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, Evil, write_nanogpt_dataset
 
+from helpers import ROOT, Evil, write_nanogpt_dataset
 from lib import bins, tokenizer, write
 from lib.bpe import train_bpe, train_char
 from lib.errors import UserError
-from lib.text import read_pieces, split_at_end
+from lib.text import hub_documents, read_pieces, split_at_end
 
 
 class WideTokenizer(tokenizer.ByteTokenizer):
@@ -231,7 +231,7 @@ def break_folder(folder, damage):
 BROKEN = {
     'missing': 'val.bin',
     'empty': 'train.bin: its size, 0 bytes',
-    'odd': 'bytes, is no multiple of 2',
+    'odd': 'bytes, is not a multiple of 2',
     'short': 'val.bin has 10 tokens where meta.json says',
     'beyond': 'train.bin: token id 40000 at position 123',
     'other': 'tokens where meta.json says',
@@ -285,7 +285,7 @@ def test_open_dataset_never_runs_pickled_code(tmp_path, text, payload):
 
 
 def test_bins_are_sharded_above_size_limit(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(bins, 'SHARD_BYTES', 2 * 1001)
+    monkeypatch.setattr(write, 'SHARD_BYTES', 2 * 1001)
     text = text[:9999]
     meta = write_text(tmp_path, text)
     names = [
@@ -330,7 +330,7 @@ def test_write_dataset_stops_at_max_tokens(tmp_path):
 
 
 def test_write_dataset_detects_small_disk_early(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(bins, 'ESTIMATE_BYTES', 1000)
+    monkeypatch.setattr(write, 'ESTIMATE_BYTES', 1000)
     monkeypatch.setattr(write.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=len(text)))
     pieces = [
         write.Piece('val' if i % 9 == 8 else 'train', text[at : at + 500])
@@ -346,17 +346,17 @@ def test_write_dataset_detects_small_disk_early(tmp_path, text, monkeypatch):
 def test_fingerprint_samples_the_whole_split(tmp_path):
     split = make_bin(tmp_path, 1000, 16)
     split.shards, split.ends = [np.zeros(2**26, '<u2')], [2**26]
-    before = [ids.sum() for ids in split.samples()]
+    before = [ids.sum() for ids in split.fingerprint_parts()]
     assert len(before) == 64 and not any(before)
     split.shards[0][2**25 :] = 1  # the second half
-    assert sum(ids.any() for ids in split.samples()) == 32
+    assert sum(ids.any() for ids in split.fingerprint_parts()) == 32
 
 
 def test_hub_documents_name_identifies_config_and_files(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
 
     def name_of(path, name):
-        return bins.hub_documents(str(path), name, val_every=2)[1]
+        return hub_documents(str(path), name, val_every=2)[1]
 
     names = [
         name_of('someone/something', None),
@@ -371,6 +371,7 @@ def test_hub_documents_name_identifies_config_and_files(tmp_path):
 
 def test_bin_writer_writes_nothing_on_out_of_range_id(tmp_path):
     code = f"""
+from lib.write import BinWriter
 writer = BinWriter({str(tmp_path)!r}, "train", 65536)
 writer.append([65535, 65536])
 """

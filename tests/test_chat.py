@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import evaluate
 import pytest
 import torch
-from helpers import ROOT, TINY, read_documents
 
 import checkpoint as ckpt
+from helpers import ROOT, TINY, read_documents
 from lib import bins
 
 
@@ -73,14 +73,12 @@ def test_chat_answers_with_limited_history(run, chat_run):
     ).stdout
     assert beams.startswith(f'{texts[0]}\n') and '<|endoftext|>' not in beams and 'score' in beams
     too_long = run('sample.py', *options, f'--start={"x" * 70}', code=2)
-    assert (
-        'start has 72 tokens: a source and its target have block_size = 64 together'
-        in too_long.stderr
-    )
+    message = 'start has 72 tokens: a source and its target have block_size = 64 together'
+    assert message in too_long.stderr
 
 
-def test_chat_finetuning_learns_answer_format(run, prepare_pairs, tmp_path, text):
-    """A model pretrained on plain text answers unseen questions in the format of 50 chats."""
+def finetune_on_chats(run, prepare_pairs, tmp_path, text, pretrain_iters, finetune_iters):
+    """Pretrain on plain text and finetune on 50 chats; returns the answers to 8 new questions."""
     (tmp_path / 'text.txt').write_text(text[:60000], encoding='utf-8')
     run(
         'data/text/prepare.py',
@@ -107,7 +105,7 @@ def test_chat_finetuning_learns_answer_format(run, prepare_pairs, tmp_path, text
         f'--out_dir={tmp_path}/base',
         *small,
         '--block_size=64',
-        '--max_iters=40',
+        f'--max_iters={pretrain_iters}',
     )
     rng = random.Random(0)
     words = sorted({word for word in re.findall('[a-z]{4,9}', text)})
@@ -123,7 +121,7 @@ def test_chat_finetuning_learns_answer_format(run, prepare_pairs, tmp_path, text
     ]
     data = prepare_pairs(lines, f'--init_from={tmp_path}/base', '--block_size=64', name='chats')
     assert bins.open_tokenizer(data).to_dict() == ckpt.load(tmp_path / 'base').tokenizer
-    chat = ('--max_iters=120', f'--out_dir={tmp_path}/chat', *small[5:])
+    chat = (f'--max_iters={finetune_iters}', f'--out_dir={tmp_path}/chat', *small[5:])
     run('train.py', f'--init_from={tmp_path}/base', f'--dataset={data}', *chat)
     tuned = ckpt.load(tmp_path / 'chat').model_config
     # packed chats are masked from each other
@@ -137,9 +135,18 @@ def test_chat_finetuning_learns_answer_format(run, prepare_pairs, tmp_path, text
         '--temperature=0',
     ).stdout
     answers = [part.strip().split('\n')[-1] for part in shown.split('-' * 15)[:-1]]
-    assert len(answers) == 8 and all(
-        re.fullmatch(r'[A-Z]+: a word\.', answer) for answer in answers
-    ), answers
+    assert len(answers) == 8
+    return answers
+
+
+def test_chat_finetuning_keeps_tokenizer_and_masks_chats(run, prepare_pairs, tmp_path, text):
+    finetune_on_chats(run, prepare_pairs, tmp_path, text, pretrain_iters=1, finetune_iters=2)
+
+
+@pytest.mark.slow
+def test_chat_finetuning_learns_answer_format(run, prepare_pairs, tmp_path, text):
+    answers = finetune_on_chats(run, prepare_pairs, tmp_path, text, 40, 120)
+    assert all(re.fullmatch(r'[A-Z]+: a word\.', answer) for answer in answers), answers
 
 
 def test_chat_answer_is_independent_of_batch(run, chat_run):
@@ -163,7 +170,6 @@ def test_chat_answer_is_independent_of_batch(run, chat_run):
 
 
 def test_evaluate_reads_every_turn_of_a_chat(chat_run):
-
     split = bins.open_dataset(chat_run[1], 64).val
     expected = []
     for _, (a, b, c, d) in read_documents(chat_run[1], 'val'):

@@ -79,38 +79,26 @@ def test_peak_flops_are_looked_up_by_gpu_name(monkeypatch, name, peak):
     assert device.peak_flops(torch.device('cpu'), torch.bfloat16) is None
 
 
-def test_compile_falls_back_to_eager_on_error(monkeypatch):
-    model, messages, tried = torch.nn.Linear(2, 2), [], []
+def test_compile_falls_back_to_eager_on_error(monkeypatch, capsys):
+    model, tried = torch.nn.Linear(2, 2), []
+    cpu, failed = torch.device('cpu'), 'torch.compile failed, going on without it'
 
     def broken(*args, **kwargs):
         raise RuntimeError('no C++ compiler\nlong trace')
 
     monkeypatch.setattr(torch, 'compile', broken)
-    assert (
-        device.compile_model(model, True, torch.device('cpu'), tried.append, messages.append)
-        is model
-    )
-    assert tried == [model]
-    assert (
-        messages[-1] == 'torch.compile failed, going on without it: RuntimeError: no C++ compiler'
-    )
+    result = device.compile_model(model, True, cpu, tried.append, messages.append)
+    assert result is model and tried == [model]
+    assert messages[-1] == f'{failed}: RuntimeError: no C++ compiler'
     monkeypatch.setattr(
         torch, 'compile', lambda *args, **kwargs: (_ for _ in ()).throw(AssertionError())
     )
-    assert (
-        device.compile_model(model, True, torch.device('cpu'), lambda m: None, messages.append)
-        is model
-    )
-    assert (
-        messages.pop()
-        == 'torch.compile failed, going on without it: AssertionError: AssertionError'
-    )
+    result = device.compile_model(model, True, cpu, lambda m: None, messages.append)
+    assert result is model
+    assert messages.pop() == f'{failed}: AssertionError: AssertionError'
     assert messages.pop()
-    assert (
-        device.compile_model(model, 'auto', torch.device('cpu'), lambda m: None, messages.append)
-        is model
-    )
-    assert len(messages) == 2
+    result = device.compile_model(model, 'auto', cpu, lambda m: None, messages.append)
+    assert result is model and len(messages) == 2
 
 
 def test_compile_preserves_loss():
@@ -126,13 +114,12 @@ def test_compile_preserves_loss():
             norm='rmsnorm',
         )
     )
-    idx, steps, messages = torch.randint(11, (2, 8)), [], []
+    idx, steps = torch.randint(11, (2, 8)), []
     compiled = device.compile_model(
         model,
         True,
         torch.device('cpu'),
         lambda m: steps.append(m(idx, idx)[1].backward()),
-        messages.append,
     )
-    assert compiled is not model and len(steps) == 1 and len(messages) == 1
+    assert compiled is not model and len(steps) == 1
     torch.testing.assert_close(compiled(idx, idx)[1], model(idx, idx)[1])

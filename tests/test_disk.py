@@ -4,9 +4,8 @@ import resource
 import subprocess
 import sys
 
-from helpers import assert_same_run, error_line, folder_contents
-
 import checkpoint as ckpt
+from helpers import assert_same_run, error_line, folder_contents
 
 
 def test_train_stops_on_full_disk_and_keeps_checkpoints(run, out_dir):

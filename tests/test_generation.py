@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import transformers
-from helpers import ARCHITECTURES, POSITIONS, POST, tiny, tokens
 
+from helpers import ARCHITECTURES, POSITIONS, POST, tiny, tokens
 from lib.generation import KVCache, beam_search, filter_logits
 from model import GPT
 

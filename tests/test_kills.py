@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import TINY, assert_same_run
 
 import checkpoint as ckpt
+from helpers import TINY, assert_same_run
 from lib import bins
 
 KILL_AT = """
@@ -266,5 +266,10 @@ def test_prepare_stream_resumes_without_rereading_documents(clone, text, tmp_pat
     assert 'UserError' in result.stderr and 'nowhere: cannot be read' in result.stderr
 
 
+def test_crashtest_survives_one_random_kill(run):
+    assert run('tools/crashtest.py', '--kills=1').stdout.endswith('OK\n')
+
+
+@pytest.mark.slow
 def test_crashtest_survives_random_kills(run):
     assert run('tools/crashtest.py', '--kills=3').stdout.endswith('OK\n')

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers import tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import tiny, tokens
 
 
 @pytest.mark.parametrize('multiple', [1, 64])
@@ -24,9 +25,8 @@ def test_chunked_loss_matches_plain_loss_and_gradients(monkeypatch, multiple):
             results.append((loss, [p.grad.clone() for p in model.parameters()]))
         (plain, gradients), (chunked, same_gradients) = results
         if 'label_smoothing' in options:
-            assert (
-                abs(plain - model.eval()(idx, targets)[1]) > 0.1
-            )  # smoothing acts only in training
+            # smoothing acts only in training
+            assert abs(plain - model.eval()(idx, targets)[1]) > 0.1
             model.train()
         torch.testing.assert_close(chunked, plain, atol=0, rtol=1e-6)
         for a, b in zip(same_gradients, gradients, strict=True):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import tiny
 
+from helpers import tiny
 from lib.generation import KVCache, beam_search
 
 DOCUMENTS = [
@@ -36,7 +36,7 @@ def test_doc_mask_isolates_documents_with_cache_and_padding(options, static):
     padded = torch.tensor([long[:7], [0, 0, 0, 0] + short[:3]])
     with torch.no_grad():
         actual = [model(padded, cache=cache)[0]]
-        cache = cache.rows([1, 0])
+        cache = cache.select([1, 0])
         actual += [
             model(torch.tensor([[short[t - 4]], [long[t]]]), cache=cache)[0].flip(0)
             for t in (7, 8, 9)

@@ -6,19 +6,18 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
-from helpers import ARCHITECTURES, POST, tiny, tokens
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import checkpoint as ckpt
-from lib.linear import quantize
+from helpers import ARCHITECTURES, POST, tiny, tokens
+from lib.linear import Int8Linear, quantize
 from lib.ngram import NgramEmbedding
 from model import (
     GPT,
     MLP,
     CausalSelfAttention,
     GPTConfig,
-    Int8Linear,
     apply_rotary,
     math_attention,
     position_angles,
@@ -148,7 +147,6 @@ def test_sinusoidal_embedding_matches_paper():
 
 
 def test_rotary_embedding_matches_transformers():
-
     q, k = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8)
     angles = position_angles(torch.arange(9), 8)
     both = torch.cat((angles, angles), dim=-1)[None]
@@ -281,7 +279,7 @@ def test_ngram_embedding_depends_only_on_preceding_tokens():
     model = tiny(ngram=3, ngram_rows=10**6, n_layer=1)
     ngram = model.transformer.ngram
     text = torch.tensor([[-1, -1, 5, 6, 7, 5, 6, 5, 6, 7]])  # no token before the first
-    rows = ngram.row_numbers(text)  # (1, 8, 2)
+    rows = ngram.hash(text)  # (1, 8, 2)
     assert rows.shape == (1, 8, 2)
     assert rows.min() >= 0
     assert rows[..., 0].max() < 10**6 <= rows[..., 1].min()
@@ -296,7 +294,7 @@ def test_ngram_embedding_depends_only_on_preceding_tokens():
 
 def test_ngram_embedding_hashes_uniformly():
     ngram = NgramEmbedding(GPTConfig(vocab_size=65, ngram=5, ngram_rows=1024, n_embd=12))
-    rows = ngram.row_numbers(tokens(1, 20000, vocab_size=65))
+    rows = ngram.hash(tokens(1, 20000, vocab_size=65))
     for i in range(4):
         counts = torch.bincount(rows[0, :, i] - i * 1024, minlength=1024).float()
         # over 65^2 n-grams in 1024 rows: about 19.5 each, with a variance near that of chance

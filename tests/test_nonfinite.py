@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from helpers import TINY, TORCHRUN, assert_same_run, error_line, read_log, start_train
 
 import checkpoint as ckpt
+from helpers import TINY, TORCHRUN, assert_same_run, error_line, read_log, start_train
 
 
 def test_nonfinite_loss_stops_run_and_keeps_checkpoints(refused, char_data, tmp_path):

@@ -1,8 +1,7 @@
 """Out of memory: the micro-batch is halved, and the step keeps its samples."""
 
-from helpers import TORCHRUN, assert_same_run, start_train
-
 import checkpoint as ckpt
+from helpers import TORCHRUN, assert_same_run, start_train
 
 OUT_OF_MEMORY = """
 import torch
@@ -24,9 +23,8 @@ def test_out_of_memory_halves_micro_batch_and_preserves_step(
         *train_args,
         env=patched_env(OUT_OF_MEMORY, LIMIT=2 * 32),
     )
-    assert (
-        'out of memory with batch_size = 4: going on with 2, and 2 times as many' in result.stdout
-    )
+    message = 'out of memory with batch_size = 4: going on with 2, and 2 times as many'
+    assert message in result.stdout
     cut = ('--batch_size=2', '--gradient_accumulation_steps=4', '--eval_iters=4')
     run('train.py', f'--out_dir={tmp_path}/asked', *train_args, *cut)
     assert_same_run(tmp_path / 'small', tmp_path / 'asked')

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from data.pairs.prepare import read_json
-from helpers import TINY, random_pairs, read_documents
 
+from helpers import TINY, random_pairs, read_documents
 from lib import bins
 from model import GPT, GPTConfig
 
@@ -155,9 +155,8 @@ def test_pairs_report_and_drop_overlong_pairs(prepare_pairs):
     pairs[11] = ('x', 'y' * 90)
     data = prepare_pairs(pairs, '--tokenizer=byte', '--block_size=90')
     output = prepare_pairs.result.stdout
-    assert (
-        '2 longer than block_size = 90 left out (lines 4, 12); --block_size=104 keeps all' in output
-    )
+    message = '2 longer than block_size = 90 left out (lines 4, 12); --block_size=104 keeps all'
+    assert message in output
     kept = [tuple(pair) for split in ('train', 'val') for _, pair in read_documents(data, split)]
     assert Counter(kept) == Counter(pair for i, pair in enumerate(pairs) if i not in (3, 11))
 

@@ -3,7 +3,6 @@
 import os
 
 from helpers import TINY
-
 from lib import bins
 
 

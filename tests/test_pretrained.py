@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 import transformers
-from helpers import error_line, write_nanogpt_dataset
 
 import checkpoint as ckpt
+from helpers import error_line, write_nanogpt_dataset
 from lib import bins, write
 from lib.bpe import train_bpe
 from lib.text import split_at_end
@@ -158,11 +158,8 @@ def test_gpt2_is_downloaded_once_and_verified(run, refused, gpt2_folder, tmp_pat
         'model.safetensors',
         'vocab.json',
     ]
-    assert (
-        run(*common, env=hub).stdout
-        == first.stdout
-        == run(*common, f'--init_from={gpt2_folder}').stdout
-    )
+    assert run(*common, env=hub).stdout == first.stdout
+    assert run(*common, f'--init_from={gpt2_folder}').stdout == first.stdout
     refused(
         'sample.py', '--init_from=gpt2-medium', env=hub, says=('gpt2-medium', 'put config.json')
     )

@@ -7,9 +7,9 @@ import sys
 import threading
 
 import torch
-from helpers import read_until, start_train
 
 import checkpoint as ckpt
+from helpers import read_until, start_train
 from lib import tokenizer
 from lib.generation import beam_search
 from sample import Text

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import TORCHRUN, assert_same_run, deep_equal, read_log, read_until, start_train
 
 import checkpoint as ckpt
+from helpers import TORCHRUN, assert_same_run, deep_equal, read_log, read_until, start_train
 
 
 def test_ctrl_c_stops_eval_only_immediately(clone, trained):

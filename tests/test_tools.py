@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import compare_rnn
 import pytest
 import torch
-from helpers import TINY
 
 from configurator import TrainConfig
+from helpers import TINY
 from lib.errors import UserError
 from lib.recipe import read_train_config
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from helpers import PARALLEL_RUN, step_losses
 
 HOSTS = {'a': '10.77.0.1', 'b': '10.77.0.2'}
@@ -87,6 +88,7 @@ def wait_for_steps(out_dir, n, *agents):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_hosts_survives_killed_worker_and_agent(
     run, start_on, clone, char_data, tmp_path
 ):

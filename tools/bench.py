@@ -1,13 +1,15 @@
-"""What training, sampling, preparing data and starting cost on this machine, in one table.
+"""Benchmark training, sampling, data preparation, startup and checkpoints on this machine.
 
-    python tools/bench.py                              # everything, about ten minutes on 2 CPU cores
-    python tools/bench.py --parts=training --compare   # beside the plain way: fp32, eager, full logits, no cache, as in nanoGPT
-    python tools/bench.py --parts=training --profile=trace.json   # of three training steps, for chrome://tracing
+    python tools/bench.py                              # everything: ten minutes on 2 CPU cores
+    python tools/bench.py --parts=training --compare   # against a plain baseline
+    python tools/bench.py --parts=training --profile=trace.json   # 3 steps, for chrome://tracing
 
-Every measurement has a process of its own, so that peak memory is its own too; figures are medians. CPU seconds count all
-threads. The model is GPT-2's 124M with random weights: what it writes does not matter here.
+The baseline works as nanoGPT does: fp32, eager, full logits, no KV cache. Every measurement runs in
+its own process, so that peak memory is its own too. Figures are medians; CPU seconds count all
+threads. The model is GPT-2 124M with random weights, except where a row says otherwise.
 """
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -23,88 +25,111 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import configure, read_config_file, require, user_errors
+from configurator import Count, TrainConfig, check_bounds, configure, read_config_file
+from lib.errors import UserError, require, user_errors
 
 PARTS = ('training', 'sampling', 'prepare', 'data', 'start', 'saving')
 
 
 @dataclass
 class Config:
-    parts: list[str] = field(default_factory=lambda: list(PARTS))  # which ones: --parts='["training", "sampling"]'
-    repeats: int = 5  # of each measurement; the table has the medians
+    parts: list[str] = field(default_factory=lambda: list(PARTS))  # e.g. '["training", "data"]'
+    repeats: Count = 5  # of each measurement; the table shows medians
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    compare: bool = False  # measure the plain way too, and print the ratio
+    compare: bool = False  # measure the baseline too, and print the ratio
     json: bool = False  # print JSON instead of a table
     profile: str | None = None  # write a Chrome trace of training to this file
-    compile: bool = False  # torch.compile for training and for the step of one token
-    input: str | None = None  # a text file for prepare; None: the source of Python's standard library, several times over
+    compile: bool = False  # torch.compile for training and for the decode step
+    input: str | None = None  # text file for prepare; None: Python's standard library, 8 copies
 
 
-if __name__ == '__main__':  # before the slow imports
+def check(config):
+    """Validate the config. Raises UserError."""
+    check_bounds(config)
+    for part in config.parts:
+        require(part in PARTS, f'parts = {part!r}: give some of {", ".join(PARTS)}')
+    require(config.profile is None or Path(config.profile).parent.is_dir(),
+            f'profile = {config.profile!r}: there is no such folder')
+    require(config.input is None or Path(config.input).is_file(),
+            f'input = {config.input!r}: there is no such file')
+
+
+if __name__ == '__main__':  # --help and typos are answered before the slow imports
     with user_errors():
         config, _ = configure(Config)
-        require(config.repeats >= 1, f'repeats = {config.repeats}: give at least 1')
-        for part in config.parts:
-            require(part in PARTS, f'parts = {part!r}: give some of {", ".join(PARTS)}')
-        require(config.profile is None or Path(config.profile).parent.is_dir(), f'profile = {config.profile!r}: no such folder')
-        require(config.input is None or Path(config.input).is_file(), f'input = {config.input!r}: there is no such file')
+        check(config)
 
 import numpy as np
 import torch
 
 import checkpoint as ckpt
-import train
-from data import bins, tokenizer
-from device import autocast, peak_memory, pick_device, pick_dtype
+from lib.bins import TokenBin, shard_path
+from lib.bpe import train_bpe
+from lib.device import (
+    autocast,
+    dtype_name,
+    math_attention_is_faster,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+)
+from lib.linear import quantize
+from lib.resume import choose_model_config
+from lib.text import read_pieces, split_at_end
+from lib.tokenizer import gpt2
+from lib.write import write_dataset
 from model import GPT, GPTConfig
 from optimizer import adamw, make_optimizer
 
-BATCH, CONTEXT, PROMPT, NEW = 2, 512, 480, 64
-
-
-def main(config):
-    device = pick_device(config.device)
-    head = {'device': str(device), 'threads': torch.get_num_threads(), 'torch': str(torch.__version__)}
-    rows = []
-    for part in config.parts:
-        rows += measure(part, config)
-    if config.json:
-        print(json.dumps({**head, 'rows': rows}, indent=1))
-        return
-    print(', '.join(f'{key} {value}' for key, value in head.items()))
-    for row in rows:
-        plain = f'{row["plain"]:>12,.3g}   x {row["ratio"]:.2f}' if 'plain' in row else ''
-        print(f'{row["name"]:<62}{row["value"]:>12,.4g} {row["unit"]:<9}{plain}')
+BATCH_SIZE, BLOCK_SIZE = 2, 512  # of training
+N_PROMPT, N_NEW = 480, 64  # tokens, of sampling
 
 
 def measure(part, config):
-    """The rows of a part: {'name', 'value', 'unit'}, and where there is a plain way {'plain', 'ratio'}: above 1 is better."""
-    jobs = {'training': [(training, False), (training, True)], 'sampling': [(sampling, None), (sampling, 'int8')],
-            'prepare': [(prepare,)], 'data': [(data,)], 'start': [(start,)], 'saving': [(saving,)]}[part]
-    plain = {'training': plain_training, 'sampling': plain_sampling}.get(part)
-    rows = [row for function, *arguments in jobs for row in in_own_process(function, config, *arguments)]
-    if config.compare and plain:
-        values = in_own_process(plain, config)
-        for row in rows:
-            kind = row.pop('kind', None)
-            if kind in values:
-                row['plain'] = values[kind]
-                row['ratio'] = row['value'] / row['plain'] if row['unit'].endswith('/s') else row['plain'] / row['value']
-    return [{key: value for key, value in row.items() if key != 'kind'} for row in rows]
+    """The rows of a part: {'name', 'value', 'unit'}, and where there is a baseline 'plain', its
+    value, and 'ratio': above 1 is better."""
+    jobs = {'training': [(training, False), (training, True)],
+            'sampling': [(sampling, False), (sampling, True)],
+            'prepare': [(prepare,)],
+            'data': [(data,)],
+            'start': [(start,)],
+            'saving': [(saving,)]}
+    baselines = {'training': plain_training, 'sampling': plain_sampling}
+    rows = []
+    for function, *arguments in jobs[part]:
+        rows += in_own_process(function, config, *arguments)
+    plain = {}
+    if config.compare and part in baselines:
+        plain = in_own_process(baselines[part], config)
+    for row in rows:
+        kind = row.pop('kind')
+        if kind in plain:
+            row['plain'] = plain[kind]
+            row['ratio'] = row['value'] / row['plain']
+            if not row['unit'].endswith('/s'):  # less is better
+                row['ratio'] = row['plain'] / row['value']
+    return rows
 
 
 def in_own_process(function, *arguments):
     print(f'{function.__name__} ...', file=sys.stderr, flush=True)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(quietly, function, *arguments).result()
 
 
-def row(name, value, unit, kind=None):
+def quietly(function, *arguments):
+    """Call function without its output on stdout, which is for the results."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments)
+
+
+def make_row(name, value, unit, kind=None):
+    """kind: names the figure of the baseline to compare with."""
     return {'name': name, 'value': value, 'unit': unit, 'kind': kind}
 
 
-def timed(function, repeats, device):
-    """Median seconds of a call, after one that does not count."""
+def median_time(function, repeats, device):
+    """Median seconds of a call, after a warmup call."""
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
@@ -117,20 +142,23 @@ def timed(function, repeats, device):
     return statistics.median(seconds[1:])
 
 
-# Training -----------------------------------------------------------------------------------------------------------------
+# Training ----------------------------------------------------------------------------------------
 
-def step_of_124m(device, dtype, plain=False, compiled=False, **options):
-    """(model, a function that trains it by one step)"""
-    model = GPT(GPTConfig(block_size=CONTEXT, bias=False, **options)).to(device)
-    optimizer = adamw(model.parameters(), 0.1, 6e-4, (0.9, 0.95))
+
+def make_step(device, dtype, plain=False, compiled=False, **options):
+    """(GPT-2 124M, a function that trains it by one step). plain: the baseline."""
+    model = GPT(GPTConfig(block_size=BLOCK_SIZE, bias=False, **options)).to(device)
     if plain:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    run = torch.compile(model, dynamic=False) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95),
+                                      weight_decay=0.1)
+    else:
+        optimizer = adamw(model.parameters(), 0.1, 6e-4, (0.9, 0.95))
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step():
-        x = torch.randint(50257, (BATCH, CONTEXT), device=device)
+        x = torch.randint(50257, (BATCH_SIZE, BLOCK_SIZE), device=device)
         with autocast(device, dtype):
-            loss = run(x, x, return_logits=plain)[1]
+            loss = forward(x, x, return_logits=plain)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -139,208 +167,305 @@ def step_of_124m(device, dtype, plain=False, compiled=False, **options):
     return model, step
 
 
-def matmul_peak(device, dtype):
-    """FLOP/s of a large matrix product: what there is to be had."""
+def matmul_flops(device, dtype):
+    """FLOP/s of a large matrix product: an upper bound in practice."""
     n = 8192 if device.type == 'cuda' else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / timed(lambda: a @ b, 10, device)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / median_time(lambda: a @ b, 10, device)
 
 
 def training(config, checkpointing):
     device = pick_device(config.device)
     dtype = pick_dtype('auto', device, 768)
-    model, step = step_of_124m(device, dtype, compiled=config.compile, activation_checkpointing=checkpointing)
-    seconds = timed(step, config.repeats, device)
+    model, step = make_step(device, dtype, compiled=config.compile,
+                            activation_checkpointing=checkpointing)
+    seconds = median_time(step, config.repeats, device)
     memory = peak_memory(device)
     if config.profile and not checkpointing:
-        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == 'cuda')
-        with torch.profiler.profile(activities=activities) as trace:
-            for _ in range(3):
-                step()
-        trace.export_chrome_trace(config.profile)
-    how = f'training, {BATCH} x {CONTEXT}, {str(dtype)[6:]}' + ', activation checkpointing' * checkpointing
-    speed = BATCH * CONTEXT / seconds
-    share = model.flops_per_token() * speed / matmul_peak(device, dtype)
-    return [row(how, speed, 'tokens/s', 'speed'), row('  share of the peak of a matrix product here', 100 * share, '%'),
-            row('  peak memory', memory / 1e9, 'GB', 'memory')]
+        write_profile(step, device, config.profile)
+    name = f'training, {BATCH_SIZE} x {BLOCK_SIZE}, {dtype_name(dtype)}'
+    if checkpointing:
+        name += ', activation checkpointing'
+    speed = BATCH_SIZE * BLOCK_SIZE / seconds
+    share = model.flops_per_token() * speed / matmul_flops(device, dtype)
+    return [make_row(name, speed, 'tokens/s', 'speed'),
+            make_row('  share of the FLOP/s of a large matmul', 100 * share, '%'),
+            make_row('  peak memory', memory / 1e9, 'GB', 'memory')]
+
+
+def write_profile(step, device, path):
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == 'cuda':
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(3):
+            step()
+    trace.export_chrome_trace(path)
 
 
 def plain_training(config):
     device = pick_device(config.device)
-    _, step = step_of_124m(device, torch.float32, plain=True)
-    seconds = timed(step, max(1, config.repeats // 2), device)
-    return {'speed': BATCH * CONTEXT / seconds, 'memory': peak_memory(device) / 1e9}
+    _, step = make_step(device, torch.float32, plain=True)
+    seconds = median_time(step, max(1, config.repeats // 2), device)
+    return {'speed': BATCH_SIZE * BLOCK_SIZE / seconds, 'memory': peak_memory(device) / 1e9}
 
 
-# Sampling -----------------------------------------------------------------------------------------------------------------
+# Sampling ----------------------------------------------------------------------------------------
 
-def sampling(config, quantize):
+
+def sampling(config, int8):
     device = pick_device(config.device)
     dtype = pick_dtype('auto', device, 768)
     model = GPT(GPTConfig(bias=False)).to(device, dtype).eval()
-    n_bytes = model.get_num_params() * (1 if quantize else dtype.itemsize)
-    if quantize:
-        model.quantize()
-    prompt = torch.randint(50257, (PROMPT,)).tolist()
-    one = timed(lambda: model.generate([prompt], NEW, compile=config.compile), config.repeats, device)
-    first = timed(lambda: model.generate([prompt], 1), config.repeats, device)
-    ten = timed(lambda: model.generate([prompt] * 10, NEW, compile=config.compile), config.repeats, device)
-    big = torch.ones(2**28, device=device)
-    floor = n_bytes / (4 * len(big) / timed(big.sum, config.repeats, device))  # every weight is read for each token
-    how = quantize or str(dtype)[6:]
-    return [row(f'one sample of {NEW} tokens after {PROMPT}, {how}', NEW / one, 'tokens/s', 'one'),
-            row('  each token after the first', (NEW - 1) / (one - first), 'tokens/s'),
-            row('  share of what reading the weights alone allows', 100 * floor * (NEW - 1) / (one - first), '%'),
-            row(f'10 samples of {NEW} tokens from one prompt of {PROMPT}, {how}', 10 * NEW / ten, 'tokens/s', 'ten')]
+    weight_bytes = model.get_num_params() * dtype.itemsize
+    name = dtype_name(dtype)
+    if int8:
+        weight_bytes = model.get_num_params()
+        name = 'int8'
+        quantize(model)
+    prompt = torch.randint(50257, (N_PROMPT,)).tolist()
+
+    def seconds(n_samples, n_new, compile=False):
+        return median_time(lambda: model.generate([prompt] * n_samples, n_new, compile=compile),
+                           config.repeats, device)
+
+    one = seconds(1, N_NEW, config.compile)
+    first_token = seconds(1, 1)
+    ten = seconds(10, N_NEW, config.compile)
+    speed = (N_NEW - 1) / (one - first_token)  # of the tokens after the first
+    # every token reads all weights
+    floor = weight_bytes / memory_bandwidth(device, config.repeats)
+    return [make_row(f'1 sample of {N_NEW} tokens, prompt of {N_PROMPT}, {name}', N_NEW / one,
+                     'tokens/s', 'one'),
+            make_row('  each token after the first', speed, 'tokens/s'),
+            make_row('  share of the speed at which weights can be read', 100 * floor * speed, '%'),
+            make_row(f'10 samples of {N_NEW} tokens, one prompt of {N_PROMPT}, {name}',
+                     10 * N_NEW / ten, 'tokens/s', 'ten')]
+
+
+def memory_bandwidth(device, repeats):
+    """Bytes/s read by a sum over 1 GB."""
+    numbers = torch.ones(2**28, device=device)
+    return 4 * len(numbers) / median_time(numbers.sum, repeats, device)
 
 
 def plain_sampling(config):
-    """The whole context for each token, one sample after the other, in fp32; a few tokens stand for all."""
+    """The whole context for each token, one sample after the other, in fp32; 4 tokens stand for
+    all."""
     device = pick_device(config.device)
     model = GPT(GPTConfig(bias=False)).to(device).eval()
-    prompt = torch.randint(50257, (PROMPT + NEW // 2,)).tolist()  # the middle of what is written
-    speed = 4 / timed(lambda: model.generate([prompt], 4, use_cache=False), max(1, config.repeats // 2), device)
-    return {'one': speed, 'ten': speed}
+    n = N_PROMPT + N_NEW // 2  # the mean length of the context
+    prompt = torch.randint(50257, (n,)).tolist()
+    seconds = median_time(lambda: model.generate([prompt], 4, use_cache=False),
+                          max(1, config.repeats // 2), device)
+    return {'one': 4 / seconds, 'ten': 4 / seconds}
 
 
-# Preparing data, starting, saving -------------------------------------------------------------------------------------------
+# Data --------------------------------------------------------------------------------------------
+
 
 def prepare(config):
-    """GPT-2's BPE (where it cannot be had, one of our own) into bins, beside what tiktoken alone does with all cores."""
+    """Text into bins with GPT-2's BPE (without a network, a BPE trained here), against tiktoken
+    alone on all cores."""
     with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
         path = config.input
         if path is None:
-            path, sources = Path(folder) / 'text.txt', sorted(Path(os.__file__).parent.glob('*.py'))
-            text = '\n'.join(source.read_text(encoding='utf-8', errors='replace') for source in sources)
-            path.write_text(text * 8, encoding='utf-8')
+            path = folder / 'text.txt'
+            write_stdlib(path)
         try:
-            tokens = tokenizer.gpt2()
-        except ValueError:
-            tokens = tokenizer.train_bpe(bins.read_pieces(path), 1024, 2**20)
-        size, raw, ours = os.path.getsize(path), [], []
+            tokenizer = gpt2()
+        except UserError:
+            tokenizer = train_bpe(read_pieces(path), 1024, 2**20)
+        size = os.path.getsize(path)
+        tiktoken_seconds, seconds = [], []
         for _ in range(max(1, config.repeats // 2)):
             begin = time.perf_counter()
-            with ThreadPoolExecutor(os.cpu_count()) as pool, open(path, encoding='utf-8') as file:
-                for _ in pool.map(lambda text: len(tokens.encode_to_numpy(text)), iter(lambda: file.read(2**20), '')):
-                    pass
-            raw.append(time.perf_counter() - begin)
+            tokenize_only(path, tokenizer)
+            tiktoken_seconds.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            with contextlib.redirect_stdout(None):
-                bins.write_dataset(Path(folder) / 'bins', bins.split_at_end(((t, False) for t in bins.read_pieces(path)), size),
-                                   tokens, 'a benchmark', size)
-            ours.append(time.perf_counter() - begin)
-    seconds = statistics.median(ours)
-    return [row(f'prepare, {tokens.kind}, {size / 1e6:,.0f} MB', size / 1e6 / seconds, 'MB/s'),
-            row('  share of tiktoken alone, on all cores', 100 * statistics.median(raw) / seconds, '%'),
-            row('  peak memory', peak_memory(torch.device('cpu')) / 1e9, 'GB')]
+            pieces = split_at_end(((text, False) for text in read_pieces(path)), size)
+            write_dataset(folder / 'bins', pieces, tokenizer, 'a benchmark', size)
+            seconds.append(time.perf_counter() - begin)
+    seconds, tiktoken_seconds = statistics.median(seconds), statistics.median(tiktoken_seconds)
+    return [make_row(f'prepare, {tokenizer.kind}, {size / 1e6:,.0f} MB', size / 1e6 / seconds,
+                     'MB/s'),
+            make_row('  share of the speed of tiktoken alone, on all cores',
+                     100 * tiktoken_seconds / seconds, '%'),
+            make_row('  peak memory', peak_memory(torch.device('cpu')) / 1e9, 'GB')]
+
+
+def write_stdlib(path):
+    """The source of Python's standard library, 8 times."""
+    sources = sorted(Path(os.__file__).parent.glob('*.py'))
+    texts = [source.read_text(encoding='utf-8', errors='replace') for source in sources]
+    path.write_text('\n'.join(texts) * 8, encoding='utf-8')
+
+
+def tokenize_only(path, tokenizer):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, open(path, encoding='utf-8') as file:
+        pieces = iter(lambda: file.read(2**20), '')
+        for _ in pool.map(lambda text: len(tokenizer.encode_to_numpy(text)), pieces):
+            pass
 
 
 def data(config):
-    """Batches out of one file and out of 100, drawn in turn, and the opening of a terabyte: files without content."""
-    def split(folder, n_tokens, n_files):
-        folder.mkdir(exist_ok=True)
-        for number in range(n_files):
-            with open(bins.shard_path(folder, 'train', number), 'wb') as file:
-                file.truncate(2 * n_tokens // n_files)
-        return lambda: bins.TokenBin(folder, 'train', np.dtype('<u2'), 50257, 1024, n_tokens)
-
+    """Batches from one file and from 100, and opening a terabyte; the files are sparse."""
     with tempfile.TemporaryDirectory() as folder:
-        one, many = split(Path(folder) / 'one', 10**8, 1)(), split(Path(folder) / 'many', 10**8, 100)()
+        folder = Path(folder)
+        n_tokens = 10**8
+        write_empty_bins(folder / 'one', n_tokens, 1)
+        write_empty_bins(folder / 'many', n_tokens, 100)
+        one, many = open_bins(folder / 'one', n_tokens), open_bins(folder / 'many', n_tokens)
         seconds = {one: [], many: []}
         for i in range(100 * config.repeats):
-            for bin_ in seconds:
+            for split in seconds:  # in turn, so that noise hits both
                 begin = time.perf_counter()
-                bin_.batch(64 * i, 64, seed=1)
-                seconds[bin_].append(time.perf_counter() - begin)
-        terabyte = split(Path(folder) / 'terabyte', 5 * 10**11, 500)
-        opening = []
+                split.batch(64 * i, 64, seed=1)
+                seconds[split].append(time.perf_counter() - begin)
+        n_tokens = 5 * 10**11
+        write_empty_bins(folder / 'terabyte', n_tokens, 500)
+        open_seconds = []
         for _ in range(config.repeats):
             begin = time.perf_counter()
-            opened = terabyte()
-            opening.append(time.perf_counter() - begin)
-            del opened
-    drawing = [statistics.median(seconds[bin_]) for bin_ in (one, many)]
-    return [row('drawing 64 x 1024 tokens out of 100 files', 1e3 * drawing[1], 'ms'),
-            row('  the time of one file', drawing[1] / drawing[0], ''),
-            row('opening 1 TB in 500 files', 1e3 * statistics.median(opening), 'ms')]
+            split = open_bins(folder / 'terabyte', n_tokens)
+            open_seconds.append(time.perf_counter() - begin)
+            del split  # unmap outside of the measured time
+    one, many = statistics.median(seconds[one]), statistics.median(seconds[many])
+    return [make_row('a batch of 64 x 1024 tokens from 100 files', 1e3 * many, 'ms'),
+            make_row('  relative to one file', many / one, ''),
+            make_row('opening 1 TB in 500 files', 1e3 * statistics.median(open_seconds), 'ms')]
+
+
+def write_empty_bins(folder, n_tokens, n_files):
+    folder.mkdir()
+    for number in range(n_files):
+        with open(shard_path(folder, 'train', number), 'wb') as file:
+            file.truncate(2 * n_tokens // n_files)
+
+
+def open_bins(folder, n_tokens):
+    return TokenBin(folder, 'train', np.dtype('<u2'), 50257, 1024, n_tokens)
+
+
+# Startup -----------------------------------------------------------------------------------------
 
 
 def start(config):
     def seconds(*command, until=None):
-        begin = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   text=True)
-        while until is not None and until not in process.stdout.readline():
-            require(process.poll() is None, f'{" ".join(map(str, command))} ended early')
-        now = time.perf_counter() - begin
-        if until is not None:
-            process.terminate()
-        process.communicate()
-        return now if until is not None else time.perf_counter() - begin
+        times = [run_time(command, until) for _ in range(config.repeats)]
+        return statistics.median(times)
 
-    median = lambda *command, **options: statistics.median(seconds(*command, **options) for _ in range(config.repeats))  # noqa: E731
-    bare = median('-c', 'import torch')
+    import_torch = seconds('-c', 'import torch')
     with tempfile.TemporaryDirectory() as folder:
-        first = median('train.py', 'config/quickstart.py', '--log_interval=1', f'--out_dir={folder}', f'--device={config.device}',
-                       until='step 0: loss')
-    return [row('train.py --help', median('train.py', '--help'), 's'), row('import torch', bare, 's'),
-            row('import model, after torch', median('-c', 'import torch, model') - bare, 's'),
-            row('train.py config/quickstart.py to its first step', first, 's')]
+        first_step = seconds('train.py', 'config/quickstart.py', '--log_interval=1',
+                             f'--out_dir={folder}', f'--device={config.device}',
+                             until='step 0: loss')
+    show_help = seconds('train.py', '--help')
+    import_model = seconds('-c', 'import torch, model') - import_torch
+    return [make_row('train.py --help', show_help, 's'),
+            make_row('import torch', import_torch, 's'),
+            make_row('import model, after torch', import_model, 's'),
+            make_row('train.py config/quickstart.py to its first step', first_step, 's')]
+
+
+def run_time(arguments, until=None):
+    """Seconds until a Python process ends, or until it prints a text."""
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if until is None:
+        process.communicate()
+        return time.perf_counter() - begin
+    while until not in process.stdout.readline():
+        require(process.poll() is None, f'{" ".join(arguments)} ended early')
+    seconds = time.perf_counter() - begin
+    process.terminate()
+    process.communicate()
+    return seconds
+
+
+# Checkpoints -------------------------------------------------------------------------------------
 
 
 def saving(config):
-    """A checkpoint in the background: what it takes from 100 steps of the quickstart, and how long 500 MB stop the loop."""
-    device = pick_device(config.device)
-    run = train.Config(**read_config_file(ROOT / 'config' / 'quickstart.py', train.Config))
-    keys = {key: getattr(run, key) for key in GPTConfig.__dataclass_fields__ if key != 'vocab_size'}
-    model = GPT(GPTConfig(**keys, vocab_size=2048)).to(device)
-    optimizer = make_optimizer(model, run)
-    dtype = pick_dtype('auto', device, run.n_embd)
+    """Background checkpoints: the cost of one during 100 steps of the quickstart, and for how long
+    a large one blocks the loop."""
+    return [*saving_quickstart(config), *saving_large(config)]
 
-    def steps(n):
-        for _ in range(n):
-            x = torch.randint(2048, (run.batch_size, run.block_size), device=device)
+
+def saving_quickstart(config):
+    device = pick_device(config.device)
+    train_config = quickstart()
+    shape = choose_model_config(train_config, given=set(), checkpoint=None)
+    model = GPT(GPTConfig(**shape, vocab_size=2048)).to(device)
+    optimizer = make_optimizer(model, train_config)
+    dtype = pick_dtype('auto', device, train_config.n_embd)
+    if math_attention_is_faster(device, dtype, train_config.block_size):
+        model.train_with_math_attention()
+
+    def train(n_steps):
+        for _ in range(n_steps):
+            x = torch.randint(2048, (train_config.batch_size, train_config.block_size),
+                              device=device)
             with autocast(device, dtype):
                 loss = model(x, x)[1]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device
+        loss.item()  # waits for the device
 
-    spent, saves = [], []
+    steps, saves = [], []  # clocks
     with tempfile.TemporaryDirectory() as folder:
-        saver = ckpt.Saver(folder, 2, background=True, say=lambda text: None)
-        steps(3)
+        saver = ckpt.Saver(folder, keep_last=2)
+        train(3)  # warmup
         for i in range(config.repeats):
             begin = clocks()
-            steps(20)
-            spent.append(since(begin))
-            saves.append(save(saver, model, optimizer, i))
+            train(20)
+            steps.append(since(begin))
+            saves.append(time_save(saver, model, optimizer, i))
         size = ckpt.manifests(folder)[0]['bytes']
-    wall, cpu = (5 * statistics.median(x[i] for x in spent) for i in (0, 1))
-    stop, cpu_save = (statistics.median(x[i] for x in saves) for i in (0, 2))
-    rows = [row('100 steps of the quickstart', wall, 's'), row('  CPU seconds', cpu, 's'),
-            row(f'  saving its {size / 1e6:.0f} MB once stops the loop', stop, 's'),
-            row('    share of the time', 100 * stop / wall, '%'), row('    share of the CPU seconds', 100 * cpu_save / cpu, '%')]
+    seconds = 5 * statistics.median(wall for wall, _ in steps)
+    cpu = 5 * statistics.median(cpu for _, cpu in steps)
+    blocked = statistics.median(blocked for blocked, _, _ in saves)
+    cpu_save = statistics.median(cpu for _, _, cpu in saves)
+    return [make_row('100 steps of the quickstart', seconds, 's'),
+            make_row('  CPU seconds', cpu, 's'),
+            make_row(f'  saving its {size / 1e6:.0f} MB once blocks the loop for', blocked, 's'),
+            make_row('    share of the time', 100 * blocked / seconds, '%'),
+            make_row('    share of the CPU seconds', 100 * cpu_save / cpu, '%')]
 
-    model = GPT(GPTConfig(n_layer=12, n_head=8, n_embd=512, vocab_size=8192, block_size=128)).to(device)
-    optimizer = make_optimizer(model, run)
+
+def saving_large(config):
+    device = pick_device(config.device)
+    model = GPT(GPTConfig(n_layer=12, n_head=8, n_embd=512, vocab_size=8192, block_size=128))
+    model = model.to(device)
+    optimizer = make_optimizer(model, quickstart())
     with tempfile.TemporaryDirectory() as folder:
-        saver = ckpt.Saver(folder, 1, background=True, say=lambda text: None)
-        saves = [save(saver, model, optimizer, i) for i in range(config.repeats)]
+        saver = ckpt.Saver(folder, keep_last=1)
+        saves = [time_save(saver, model, optimizer, i) for i in range(config.repeats)]
         size = ckpt.manifests(folder)[0]['bytes']
-    stop, until = (statistics.median(x[i] for x in saves) for i in (0, 1))
-    return rows + [row(f'saving {size / 1e6:.0f} MB stops the loop', stop, 's'), row('  at most', max(saves)[0], 's'),
-                   row('  on the disk after', until, 's')]
+    blocked = [blocked for blocked, _, _ in saves]
+    return [make_row(f'saving {size / 1e6:.0f} MB blocks the loop for', statistics.median(blocked),
+                     's'),
+            make_row('  at most', max(blocked), 's'),
+            make_row('  on disk after', statistics.median(done for _, done, _ in saves), 's')]
 
 
-def save(saver, model, optimizer, step):
-    """(seconds for which the loop stops, seconds until it is on the disk, CPU seconds)."""
+def quickstart():
+    path = ROOT / 'config' / 'quickstart.py'
+    return TrainConfig(**read_config_file(str(path), TrainConfig))
+
+
+def time_save(saver, model, optimizer, step):
+    """(seconds that the loop is blocked, seconds until the file is on disk, CPU seconds)"""
     begin = clocks()
-    saver.save(ckpt.Checkpoint(asdict(model.config), model.state_dict(), step, optimizer=optimizer.state_dict()))
-    stopped, _ = since(begin)
+    saver.save(ckpt.Checkpoint(asdict(model.config), model.state_dict(), step,
+                               optimizer=optimizer.state_dict()))
+    blocked, _ = since(begin)
     saver.wait()
-    return stopped, *since(begin)
+    return blocked, *since(begin)
 
 
 def clocks():
@@ -348,8 +473,29 @@ def clocks():
 
 
 def since(begin):
-    """(seconds, CPU seconds) since clocks()."""
-    return tuple(now - then for now, then in zip(clocks(), begin))
+    """(seconds, CPU seconds) since clocks() were read."""
+    seconds, cpu = clocks()
+    return seconds - begin[0], cpu - begin[1]
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def main(config):
+    header = {'device': str(pick_device(config.device)), 'threads': torch.get_num_threads(),
+              'torch': str(torch.__version__)}
+    rows = []
+    for part in config.parts:
+        rows += measure(part, config)
+    if config.json:
+        print(json.dumps(header | {'rows': rows}, indent=1))
+        return
+    print(', '.join(f'{key} {value}' for key, value in header.items()))
+    for row in rows:
+        line = f'{row["name"]:<62}{row["value"]:>12,.4g} {row["unit"]:<9}'
+        if 'plain' in row:
+            line += f'{row["plain"]:>12,.3g}   x {row["ratio"]:.2f}'
+        print(line)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,23 @@
-// Four kinds of pictures: bars, lines, points and matrices. Each draws itself into a figure's .picture, as wide as that is.
+// Chart types: bars, lines, points, matrix, head grid. Each fills a figure's .picture.
 
-import {colour, css, diverging, fixed, h, hideTip, s, showTip, signed, textOn} from './core.js';
+import {
+  clamp,
+  color,
+  css,
+  diverging,
+  fixed,
+  h,
+  headName,
+  hideTip,
+  maxAbs,
+  range,
+  s,
+  showTip,
+  signed,
+  textOn
+} from './core.js';
 
-/** A drawing of this size in CSS pixels, put in the place of what was there. */
+/** Replace the picture of a figure with an SVG of this size in CSS pixels. */
 export function drawing(figure, width, height, label, ...children) {
   const svg = s(
     'svg',
@@ -22,334 +37,429 @@ export function drawing(figure, width, height, label, ...children) {
   return svg;
 }
 
-export const write = (x, y, text, attributes) =>
-  s('text', {x, y, fill: colour('ink'), 'dominant-baseline': 'central', ...attributes}, text);
+export const svgText = (x, y, text, attributes) =>
+  s('text', {x, y, fill: color('ink'), 'dominant-baseline': 'central', ...attributes}, text);
 
-/** Horizontal bars. rows: [{label, value, text, ghost, from, mark, act, tip}], value and ghost (an outline) on one scale; from:
- *  where the bar begins, for a waterfall. Negative values go to the left of the zero. */
-export function bars(figure, rows, label, {numbers = 64, step = 20, low, high} = {}) {
-  const names = 108,
-    width = figure.width(),
-    plot = Math.max(40, width - names - numbers);
-  const ends = rows.flatMap(row => [row.value + (row.from || 0), row.from || 0, row.ghost ?? 0]);
-  low = low ?? Math.min(0, ...ends);
-  high = high ?? Math.max(1e-9, ...ends);
-  const largest = Math.max(...rows.map(row => Math.abs(row.value))),
-    digits = largest < 0.095 ? 4 : largest < 0.95 ? 3 : 2;
-  const x = value => names + ((value - low) / (high - low)) * plot;
-  drawing(
-    figure,
-    width,
-    Math.max(1, rows.length) * step + 4,
-    label,
-    low < 0 && s('line', {x1: x(0), x2: x(0), y1: 0, y2: rows.length * step, stroke: colour('line')}),
-    rows.map((row, i) => {
-      const from = row.from || 0,
-        to = from + row.value,
-        y = i * step + 2;
-      const bar = [
-        row.ghost !== undefined &&
-          s('rect', {
-            x: x(0),
-            y: y + 1.5,
-            width: Math.max(0, x(row.ghost) - x(0)),
-            height: step - 7,
-            fill: 'none',
-            stroke: colour('muted'),
-            'stroke-opacity': 0.6
-          }),
-        s('rect', {
-          x: Math.min(x(from), x(to)),
-          y: y + 1,
-          width: Math.max(row.value ? 1 : 0, Math.abs(x(to) - x(from))),
-          height: step - 6,
-          rx: 1.5,
-          fill: row.total ? colour('muted') : colour(row.value < 0 ? 'warm' : 'accent')
-        }),
-        write(names - 8, y + step / 2 - 2, row.label, {
-          'text-anchor': 'end',
-          class: row.plain ? '' : 'mono',
-          'font-weight': row.mark ? 700 : 400
-        }),
-        write(width - 2, y + step / 2 - 2, row.text ?? signed(row.value, digits), {
-          'text-anchor': 'end',
-          fill: colour('muted'),
-          'font-weight': row.mark ? 700 : 400
-        })
-      ];
-      return s(
-        'g',
-        {
-          style: row.act ? 'cursor:pointer' : '',
-          onclick: row.act,
-          onpointermove: row.tip && (event => showTip(event, row.tip)),
-          onpointerleave: row.tip && hideTip
-        },
-        s('rect', {x: 0, y, width, height: step, fill: 'transparent'}),
-        bar
-      );
-    })
-  );
+/** Attributes of small gray text. */
+export const faint = anchor => ({
+  'text-anchor': anchor,
+  fill: color('muted'),
+  'font-size': 11
+});
+
+// Bars --------------------------------------------------------------------------------------------
+
+const LABEL_WIDTH = 108;
+
+/**
+ * Horizontal bars. rows: [{label, value, ...}] with optional
+ *   text: instead of the value;  outline: a second value, drawn as an outline;
+ *   from: start of the bar, for waterfalls;  bold;  plain: label not in monospace;
+ *   total: a gray bar;  onClick;  tip: tooltip.
+ */
+export function bars(figure, rows, label, {numberWidth = 64, step = 20, low, high} = {}) {
+  const width = figure.width();
+  const plotWidth = Math.max(40, width - LABEL_WIDTH - numberWidth);
+  const ends = rows.flatMap(row => {
+    const from = row.from || 0;
+    return [from, from + row.value, row.outline ?? 0];
+  });
+  const min = low ?? Math.min(0, ...ends);
+  const max = high ?? Math.max(1e-9, ...ends);
+  const x = value => LABEL_WIDTH + ((value - min) / (max - min)) * plotWidth;
+  const digits = digitsFor(maxAbs(rows.map(row => row.value)));
+  const height = Math.max(1, rows.length) * step + 4;
+  const zeroLine = s('line', {
+    x1: x(0),
+    x2: x(0),
+    y1: 0,
+    y2: rows.length * step,
+    stroke: color('line')
+  });
+  const drawRow = (row, i) => {
+    const y = i * step + 2;
+    const text = row.text ?? signed(row.value, digits);
+    return s(
+      'g',
+      {
+        style: row.onClick ? 'cursor:pointer' : '',
+        onclick: row.onClick,
+        onpointermove: row.tip && (event => showTip(event, row.tip)),
+        onpointerleave: row.tip && hideTip
+      },
+      s('rect', {x: 0, y, width, height: step, fill: 'transparent'}), // the whole row is clickable
+      row.outline !== undefined && outlineOf(row, x, y, step),
+      barOf(row, x, y, step),
+      svgText(LABEL_WIDTH - 8, y + step / 2 - 2, row.label, {
+        'text-anchor': 'end',
+        class: row.plain ? '' : 'mono',
+        'font-weight': row.bold ? 700 : 400
+      }),
+      svgText(width - 2, y + step / 2 - 2, text, {
+        'text-anchor': 'end',
+        fill: color('muted'),
+        'font-weight': row.bold ? 700 : 400
+      })
+    );
+  };
+  drawing(figure, width, height, label, min < 0 && zeroLine, rows.map(drawRow));
 }
 
-/** Round numbers from low to high, about n of them. */
+function digitsFor(largest) {
+  if (largest < 0.095) return 4;
+  return largest < 0.95 ? 3 : 2;
+}
+
+function barOf(row, x, y, step) {
+  const start = x(row.from || 0);
+  const end = x((row.from || 0) + row.value);
+  const tone = row.value < 0 ? 'warm' : 'accent';
+  return s('rect', {
+    x: Math.min(start, end),
+    y: y + 1,
+    width: Math.max(row.value ? 1 : 0, Math.abs(end - start)),
+    height: step - 6,
+    rx: 1.5,
+    fill: color(row.total ? 'muted' : tone)
+  });
+}
+
+function outlineOf(row, x, y, step) {
+  return s('rect', {
+    x: x(0),
+    y: y + 1.5,
+    width: Math.max(0, x(row.outline) - x(0)),
+    height: step - 7,
+    fill: 'none',
+    stroke: color('muted'),
+    'stroke-opacity': 0.6
+  });
+}
+
+// Lines -------------------------------------------------------------------------------------------
+
+/** About n round numbers from low to high. */
 function ticks(low, high, n = 4) {
-  const rough = (high - low) / n || 1,
-    power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map(f => f * power).find(f => f >= rough * 0.999),
-    out = [];
-  for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step)
-    out.push(Math.abs(v) < step * 1e-9 ? 0 : v);
-  return out;
+  const rough = (high - low) / n || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map(x => x * power).find(x => x >= rough * 0.999);
+  const values = [];
+  for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) {
+    values.push(Math.abs(v) < step * 1e-9 ? 0 : v);
+  }
+  return values;
 }
-const compact = x =>
-  x === 0
-    ? '0'
-    : Math.abs(x) >= 1e6
-      ? x / 1e6 + 'M'
-      : Math.abs(x) >= 1e4
-        ? x / 1e3 + 'k'
-        : Math.abs(x) < 0.01
-          ? x.toExponential(0).replace('e-', 'e−')
-          : String(Number(x.toPrecision(4)));
 
-/** Lines. series: [{name, points: [[x, y]], tone, faint}]; y from 0 if `zero`; marks: [{x, label}] are vertical lines. */
+function compact(x) {
+  const size = Math.abs(x);
+  if (x === 0) return '0';
+  if (size >= 1e6) return x / 1e6 + 'M';
+  if (size >= 1e4) return x / 1e3 + 'k';
+  if (size < 0.01) return x.toExponential(0).replace('e-', 'e−');
+  return String(Number(x.toPrecision(4)));
+}
+
+/**
+ * Line chart. series: [{name, points: [[x, y], ...], tone, faint}]; zero: include 0 on the y axis;
+ * high: top of the y axis; marks: [{x, label}], vertical lines.
+ */
 export function lines(figure, series, label, {zero = false, high, xName = '', marks = []} = {}) {
-  const width = figure.width(),
-    height = 190,
-    left = 44,
-    right = 10,
-    top = 22,
-    bottom = 34;
   const all = series.flatMap(line => line.points);
-  if (!all.length) return figure.picture.replaceChildren(h('p', {class: 'note'}, 'There is nothing to show.'));
-  const xs = all.map(p => p[0]),
-    ys = all.map(p => p[1]);
-  const x0 = Math.min(...xs),
-    x1 = Math.max(...xs, x0 + 1e-9),
-    y0 = zero ? Math.min(0, ...ys) : Math.min(...ys),
-    y1 = high ?? Math.max(...ys, y0 + 1e-9);
-  const x = v => left + ((v - x0) / (x1 - x0)) * (width - left - right),
-    y = v => top + ((y1 - v) / (y1 - y0)) * (height - top - bottom);
-  let at = left;
+  if (!all.length) {
+    figure.picture.replaceChildren(h('p', {class: 'note'}, 'No data.'));
+    return;
+  }
+  const width = figure.width();
+  const height = 190;
+  const [left, right, top, bottom] = [44, width - 10, 22, height - 34];
+  const xs = all.map(point => point[0]);
+  const ys = all.map(point => point[1]);
+  const xMin = Math.min(...xs);
+  const xMax = Math.max(...xs, xMin + 1e-9);
+  const yMin = zero ? Math.min(0, ...ys) : Math.min(...ys);
+  const yMax = high ?? Math.max(...ys, yMin + 1e-9);
+  const x = value => left + ((value - xMin) / (xMax - xMin)) * (right - left);
+  const y = value => bottom - ((value - yMin) / (yMax - yMin)) * (bottom - top);
+
+  const yTick = value => [
+    s('line', {x1: left, x2: right, y1: y(value), y2: y(value), stroke: color('line')}),
+    svgText(left - 6, y(value), compact(value), faint('end'))
+  ];
+  const xTick = value => svgText(x(value), bottom + 12, compact(value), faint('middle'));
+  const drawMark = mark => [
+    s('line', {
+      x1: x(mark.x),
+      x2: x(mark.x),
+      y1: 4,
+      y2: bottom,
+      stroke: color('muted'),
+      'stroke-dasharray': '2 3'
+    }),
+    svgText(x(mark.x) + 4, 9, mark.label, faint('start'))
+  ];
+  const drawLine = line => {
+    if (line.points.length === 1) {
+      const [[px, py]] = line.points;
+      return s('circle', {cx: x(px), cy: y(py), r: 3, fill: color(line.tone)});
+    }
+    return s('polyline', {
+      points: line.points.map(([px, py]) => `${x(px).toFixed(1)},${y(py).toFixed(1)}`).join(' '),
+      fill: 'none',
+      stroke: color(line.tone),
+      'stroke-width': line.faint ? 1 : 1.75,
+      'stroke-opacity': line.faint ? 0.3 : 1,
+      'stroke-linejoin': 'round'
+    });
+  };
+  let legendX = left;
+  const legend = series
+    .filter(line => line.name)
+    .map(line => {
+      const start = legendX;
+      legendX += 38 + 6.4 * line.name.length;
+      return [
+        s('line', {
+          x1: start,
+          x2: start + 16,
+          y1: 9,
+          y2: 9,
+          stroke: color(line.tone),
+          'stroke-width': 2
+        }),
+        svgText(start + 21, 9, line.name, {fill: color('muted')})
+      ];
+    });
   drawing(
     figure,
     width,
     height,
     label,
-    ticks(y0, y1).map(v => [
-      s('line', {x1: left, x2: width - right, y1: y(v), y2: y(v), stroke: colour('line')}),
-      write(left - 6, y(v), compact(v), {'text-anchor': 'end', fill: colour('muted'), 'font-size': 11})
-    ]),
-    ticks(x0, x1, Math.max(3, Math.floor(width / 110))).map(v =>
-      write(x(v), height - bottom + 12, compact(v), {'text-anchor': 'middle', fill: colour('muted'), 'font-size': 11})
-    ),
-    write(width - right, height - 8, xName, {'text-anchor': 'end', fill: colour('muted'), 'font-size': 11}),
-    marks.map(mark => [
-      s('line', {x1: x(mark.x), x2: x(mark.x), y1: 4, y2: height - bottom, stroke: colour('muted'), 'stroke-dasharray': '2 3'}),
-      write(x(mark.x) + 4, 9, mark.label, {fill: colour('muted'), 'font-size': 11})
-    ]),
-    series.map(line =>
-      line.points.length > 1
-        ? s('polyline', {
-            points: line.points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(' '),
-            fill: 'none',
-            stroke: colour(line.tone),
-            'stroke-width': line.faint ? 1 : 1.75,
-            'stroke-opacity': line.faint ? 0.3 : 1,
-            'stroke-linejoin': 'round'
-          })
-        : line.points.map(([a, b]) => s('circle', {cx: x(a), cy: y(b), r: 3, fill: colour(line.tone)}))
-    ),
-    series
-      .filter(line => line.name)
-      .map(line => {
-        const key = [
-          s('line', {x1: at, x2: at + 16, y1: 9, y2: 9, stroke: colour(line.tone), 'stroke-width': 2}),
-          write(at + 21, 9, line.name, {fill: colour('muted')})
-        ];
-        at += 38 + 6.4 * line.name.length;
-        return key;
-      })
+    ticks(yMin, yMax).map(yTick),
+    ticks(xMin, xMax, Math.max(3, Math.floor(width / 110))).map(xTick),
+    svgText(right, height - 8, xName, faint('end')),
+    marks.map(drawMark),
+    series.map(drawLine),
+    legend
   );
 }
 
-/** A matrix on a canvas, a cell for each number.
- *  rows, columns: how many; at(i, j): an [r, g, b], or null for nothing; tell(i, j): what a cell says in words.
- *  pick(i, j): a click or Enter on it; chosen(i, j): whether it is framed; rowNames, columnNames: label of i or j.
- *  Arrow keys move over it and say where they are. */
-export function matrix(figure, {rows, columns, at, tell, pick, chosen, rowNames, columnNames, label, cellHeight, most = 480}) {
-  const cap = Math.max(26, Math.min(72, 480 / Math.max(columns, cellHeight ? 1 : rows))); // few cells may be large
-  const room = figure.width(),
-    fit = margin => Math.max(1.2, Math.min(most / Math.max(rows, columns), (room - margin) / columns, cap));
-  let left = rowNames ? Math.min(cellHeight ? 96 : 66, room * 0.3) : 0;
-  if (!cellHeight && fit(left) < 10) left = 0; // too small for names
-  const cell = fit(left),
-    tall = cellHeight || cell,
-    longest = columnNames && cell >= 10 ? Math.max(...Array.from({length: columns}, (_, j) => [...columnNames(j)].length)) : 0,
-    below = longest && 10 + 7 * longest;
-  const width = left + cell * columns,
-    height = tall * rows + below,
-    ratio = window.devicePixelRatio || 1;
+// Matrix ------------------------------------------------------------------------------------------
+
+const ARROWS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+const MONO_FONT = '11px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace';
+
+/**
+ * A matrix on a canvas, one cell per number. Options:
+ *   rows, columns: size;  cellColor(i, j): [r, g, b], or null to leave the cell empty;
+ *   describe(i, j): text for the tooltip and the readout;
+ *   onPick(i, j): click or Enter;  isSelected(i, j): cells to frame;
+ *   rowName(i), columnName(j): labels, if the cells are large enough;  monoRows: row labels in
+ *   monospace;  cellHeight: of cells that are not square;  maxSize: of the matrix, in CSS pixels.
+ * Arrow keys move a cursor that reads out the cells.
+ */
+export function matrix(figure, options) {
+  const {rows, columns, describe, onPick} = options;
+  const layout = matrixLayout(figure.width(), options);
+  const ratio = window.devicePixelRatio || 1;
   const canvas = h('canvas', {
-    width: Math.round(width * ratio),
-    height: Math.round(height * ratio),
-    style: `width:${width}px;height:${height}px`,
+    width: Math.round(layout.width * ratio),
+    height: Math.round(layout.height * ratio),
+    style: `width:${layout.width}px;height:${layout.height}px`,
     tabindex: 0,
     role: 'img',
-    'aria-label': label + '. Arrow keys read it cell by cell.'
+    'aria-label': options.label + '. Arrow keys move from cell to cell.'
   });
   const pen = canvas.getContext('2d');
-  let cursor = figure.cursor || null; // it outlives a new drawing
+  let cursor = figure.cursor || null; // kept when the matrix is drawn again
   const paint = () => {
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.fillStyle = colour('panel'); // a picture that is saved has it too
-    pen.fillRect(0, 0, width, height);
-    const gap = cell >= 7 ? 1 : 0;
-    for (let i = 0; i < rows; i++)
-      for (let j = 0; j < columns; j++) {
-        const rgb = at(i, j);
-        if (!rgb) continue;
-        pen.fillStyle = css(rgb);
-        pen.fillRect(left + j * cell, i * tall, cell - gap + (gap ? 0 : 0.3), tall - (tall >= 7 ? 1 : -0.3));
-      }
-    pen.font = '11px ' + getComputedStyle(document.body).fontFamily;
-    pen.fillStyle = colour('muted');
-    pen.textBaseline = 'middle';
-    const mono = '11px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace';
-    if (left)
-      for (let i = 0; i < rows; i++) {
-        pen.textAlign = 'right';
-        pen.font = rowNames.mono ? mono : pen.font;
-        pen.fillText(rowNames(i), left - 6, (i + 0.5) * tall, left - 8);
-      }
-    if (below)
-      for (let j = 0; j < columns; j++) {
-        pen.save();
-        pen.font = mono;
-        pen.translate(left + (j + 0.5) * cell, rows * tall + 5);
-        pen.rotate(-Math.PI / 2);
-        pen.textAlign = 'right';
-        pen.fillText(columnNames(j), 0, 0, below - 6);
-        pen.restore();
-      }
-    pen.strokeStyle = colour('ink');
-    pen.lineWidth = 1.5;
-    if (chosen)
-      for (let i = 0; i < rows; i++)
-        for (let j = 0; j < columns; j++)
-          if (chosen(i, j)) {
-            pen.strokeRect(left + j * cell, i * tall, Math.max(cell - gap, 2), Math.max(tall - gap, 2));
-            pen.globalAlpha = 0.4; // and its row and column
-            if (rows > 4) pen.strokeRect(left, i * tall, cell * columns, tall);
-            if (rows > 4) pen.strokeRect(left + j * cell, 0, cell, tall * rows);
-            pen.globalAlpha = 1;
-          }
-    if (cursor) pen.strokeRect(left + cursor[1] * cell, cursor[0] * tall, cell, tall);
+    paintMatrix(pen, layout, options, cursor);
   };
-  const where = event => {
+  const cellAt = event => {
     const box = canvas.getBoundingClientRect();
-    const i = Math.floor((event.clientY - box.top) / tall),
-      j = Math.floor((event.clientX - box.left - left) / cell);
+    const i = Math.floor((event.clientY - box.top) / layout.rowHeight);
+    const j = Math.floor((event.clientX - box.left - layout.left) / layout.cell);
     return i >= 0 && i < rows && j >= 0 && j < columns ? [i, j] : null;
   };
+  const readOut = cell => figure.setReadout(describe(...cell).replaceAll('\n', ', '));
   canvas.addEventListener('pointermove', event => {
-    const found = where(event);
-    if (found) showTip(event, tell(...found));
+    const cell = cellAt(event);
+    if (cell) showTip(event, describe(...cell));
     else hideTip();
-    canvas.style.cursor = found && pick ? 'pointer' : '';
+    canvas.style.cursor = cell && onPick ? 'pointer' : '';
   });
   canvas.addEventListener('pointerleave', hideTip);
   canvas.addEventListener('click', event => {
-    const found = where(event);
-    if (!found) return;
-    if (pick) pick(...found);
-    figure.say(tell(...found).replaceAll('\n', ', ')); // a finger has no hover
+    const cell = cellAt(event);
+    if (!cell) return;
+    if (onPick) onPick(...cell);
+    readOut(cell); // touch screens have no hover
   });
   canvas.addEventListener('keydown', event => {
-    const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[event.key];
+    const move = ARROWS[event.key];
     if (move) {
       const [i, j] = cursor || [0, -1];
-      cursor = [Math.max(0, Math.min(rows - 1, i + move[0])), Math.max(0, Math.min(columns - 1, j + move[1]))];
+      cursor = [clamp(i + move[0], 0, rows - 1), clamp(j + move[1], 0, columns - 1)];
       figure.cursor = cursor;
       figure.readout.setAttribute('aria-live', 'polite');
-      figure.say(tell(...cursor).replaceAll('\n', ', '));
+      readOut(cursor);
       paint();
       event.preventDefault();
-    } else if (event.key === 'Enter' && cursor && pick) pick(...cursor);
+    } else if (event.key === 'Enter' && cursor && onPick) onPick(...cursor);
   });
   canvas.addEventListener('blur', () => {
-    if (canvas.isConnected) {
-      cursor = figure.cursor = null;
-      paint();
-    }
+    if (!canvas.isConnected) return; // replaced by a new drawing
+    cursor = null;
+    figure.cursor = null;
+    paint();
   });
-  const focused = figure.picture.contains(document.activeElement) && document.activeElement.tagName === 'CANVAS';
+  const active = document.activeElement;
+  const hadFocus = active.tagName === 'CANVAS' && figure.picture.contains(active);
   figure.picture.replaceChildren(canvas);
   paint();
-  if (focused) canvas.focus({preventScroll: true});
+  if (hadFocus) canvas.focus({preventScroll: true});
   figure.refresh();
 }
 
-/** Points in a plane: [{x, y, label, tone}], axes through 0, the same scale on both. */
+/** Sizes in CSS pixels: labels are left out where the cells are too small for them. */
+function matrixLayout(room, {rows, columns, rowName, columnName, cellHeight, maxSize = 480}) {
+  const longSide = Math.max(columns, cellHeight ? 1 : rows);
+  const maxCell = clamp(480 / longSide, 26, 72);
+  const cellFor = margin => {
+    const fitting = Math.min(maxSize / Math.max(rows, columns), (room - margin) / columns);
+    return Math.max(1.2, Math.min(fitting, maxCell));
+  };
+  let left = rowName ? Math.min(cellHeight ? 96 : 66, room * 0.3) : 0;
+  if (!cellHeight && cellFor(left) < 10) left = 0;
+  const cell = cellFor(left);
+  const rowHeight = cellHeight || cell;
+  let below = 0;
+  if (columnName && cell >= 10) {
+    const longest = Math.max(...range(columns, j => [...columnName(j)].length));
+    below = longest ? 10 + 7 * longest : 0;
+  }
+  const width = left + cell * columns;
+  const height = rowHeight * rows + below;
+  return {left, below, cell, rowHeight, width, height};
+}
+
+function paintMatrix(pen, layout, options, cursor) {
+  const {rows, columns, cellColor, isSelected} = options;
+  const {left, below, cell, rowHeight, width, height} = layout;
+  pen.fillStyle = color('panel'); // saved pictures need a background
+  pen.fillRect(0, 0, width, height);
+  const columnGap = cell >= 7 ? 1 : 0;
+  const rowGap = rowHeight >= 7 ? 1 : -0.3; // small cells overlap, so that no seams show
+  const paintedWidth = cell - (columnGap || -0.3);
+  for (let i = 0; i < rows; i++) {
+    for (let j = 0; j < columns; j++) {
+      const rgb = cellColor(i, j);
+      if (!rgb) continue;
+      pen.fillStyle = css(rgb);
+      pen.fillRect(left + j * cell, i * rowHeight, paintedWidth, rowHeight - rowGap);
+    }
+  }
+  pen.fillStyle = color('muted');
+  pen.textBaseline = 'middle';
+  pen.textAlign = 'right';
+  if (left) paintRowNames(pen, layout, options);
+  if (below) paintColumnNames(pen, layout, options);
+
+  pen.strokeStyle = color('ink');
+  pen.lineWidth = 1.5;
+  for (let i = 0; isSelected && i < rows; i++) {
+    for (let j = 0; j < columns; j++) {
+      if (!isSelected(i, j)) continue;
+      const x = left + j * cell;
+      const y = i * rowHeight;
+      pen.strokeRect(x, y, Math.max(cell - columnGap, 2), Math.max(rowHeight - columnGap, 2));
+      if (rows <= 4) continue;
+      pen.globalAlpha = 0.4; // its row and column
+      pen.strokeRect(left, y, cell * columns, rowHeight);
+      pen.strokeRect(x, 0, cell, rowHeight * rows);
+      pen.globalAlpha = 1;
+    }
+  }
+  if (cursor) {
+    const [i, j] = cursor;
+    pen.strokeRect(left + j * cell, i * rowHeight, cell, rowHeight);
+  }
+}
+
+function paintRowNames(pen, {left, rowHeight}, {rows, rowName, monoRows}) {
+  const textFont = '11px ' + getComputedStyle(document.body).fontFamily;
+  pen.font = monoRows ? MONO_FONT : textFont;
+  for (let i = 0; i < rows; i++) {
+    pen.fillText(rowName(i), left - 6, (i + 0.5) * rowHeight, left - 8);
+  }
+}
+
+function paintColumnNames(pen, {left, below, cell, rowHeight}, {rows, columns, columnName}) {
+  pen.font = MONO_FONT;
+  for (let j = 0; j < columns; j++) {
+    pen.save();
+    pen.translate(left + (j + 0.5) * cell, rows * rowHeight + 5);
+    pen.rotate(-Math.PI / 2);
+    pen.fillText(columnName(j), 0, 0, below - 6);
+    pen.restore();
+  }
+}
+
+// Points and head grid ----------------------------------------------------------------------------
+
+/** Scatter plot around the origin, both axes on the same scale. all: [{x, y, label, tone}]. */
 export function points(figure, all, label) {
-  const height = 240,
-    width = Math.min(figure.width(), 420),
-    reach = Math.max(1e-9, ...all.flatMap(p => [Math.abs(p.x), Math.abs(p.y)])) * 1.1;
-  const half = Math.min(width, height) / 2 - 8,
-    x = v => width / 2 + (v / reach) * half,
-    y = v => height / 2 - (v / reach) * half;
+  const height = 240;
+  const width = Math.min(figure.width(), 420);
+  const reach = 1.1 * maxAbs(all.flatMap(point => [point.x, point.y]));
+  const radius = Math.min(width, height) / 2 - 8;
+  const x = value => width / 2 + (value / reach) * radius;
+  const y = value => height / 2 - (value / reach) * radius;
+  const axis = (x1, y1, x2, y2) => s('line', {x1, y1, x2, y2, stroke: color('line')});
+  const drawPoint = point =>
+    s('circle', {
+      cx: x(point.x),
+      cy: y(point.y),
+      r: 3.5,
+      fill: color(point.tone || 'accent'),
+      'fill-opacity': 0.75,
+      onpointermove: event => showTip(event, point.label),
+      onpointerleave: hideTip
+    });
   drawing(
     figure,
     width,
     height,
     label,
-    s('line', {x1: x(-reach), x2: x(reach), y1: y(0), y2: y(0), stroke: colour('line')}),
-    s('line', {x1: x(0), x2: x(0), y1: y(-reach), y2: y(reach), stroke: colour('line')}),
-    all.map(p =>
-      s('circle', {
-        cx: x(p.x),
-        cy: y(p.y),
-        r: 3.5,
-        fill: colour(p.tone || 'accent'),
-        'fill-opacity': 0.75,
-        onpointermove: event => showTip(event, p.label),
-        onpointerleave: hideTip
-      })
-    )
+    axis(x(-reach), y(0), x(reach), y(0)),
+    axis(x(0), y(-reach), x(0), y(reach)),
+    all.map(drawPoint)
   );
 }
 
-/** A small L x H grid of cells, shaded by value(l, h) from 0 to 1 (or -1 to 1): pick(l, h) on a click. */
-export function headGrid(figure, layers, heads, value, label, pick) {
-  const grid = h(
-    'table',
-    {'aria-label': label},
+/** A table of heads shaded by value(layer, head) in [-1, 1]; onPick(layer, head) on click. */
+export function headGrid(figure, layers, heads, value, label, onPick) {
+  const cell = (layer, head) => {
+    const rgb = diverging(value(layer, head));
+    return h(
+      'td',
+      {
+        class: 'head-cell',
+        style: `background:${css(rgb)};color:${textOn(rgb)}`,
+        title: `head ${headName(layer, head)}`,
+        onclick: () => onPick(layer, head)
+      },
+      fixed(value(layer, head), 2)
+    );
+  };
+  const gridRow = layer =>
     h(
-      'tbody',
+      'tr',
       {},
-      Array.from({length: layers}, (_, l) =>
-        h(
-          'tr',
-          {},
-          h('th', {scope: 'row'}, 'L' + l),
-          Array.from({length: heads}, (_, k) => {
-            const v = value(l, k),
-              rgb = diverging(v);
-            return h(
-              'td',
-              {
-                style: `background:${css(rgb)};color:${textOn(rgb)};padding:3px 6px;text-align:center;cursor:pointer`,
-                title: `head ${l}.${k}`,
-                onclick: () => pick(l, k)
-              },
-              fixed(v, 2)
-            );
-          })
-        )
-      )
-    )
-  );
+      h('th', {scope: 'row'}, 'L' + layer),
+      range(heads, head => cell(layer, head))
+    );
+  const grid = h('table', {'aria-label': label}, h('tbody', {}, range(layers, gridRow)));
   figure.picture.replaceChildren(grid);
   figure.refresh();
 }

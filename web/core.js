@@ -1,30 +1,31 @@
-// What all panels share: the data, the state that they follow, elements, colours, numbers, tokens, saving.
+// Shared by all panels: data, state, DOM helpers, number and token formatting, colors, figures.
 
 export const facts = JSON.parse(document.getElementById('facts').textContent);
 export const arrays = {}; // name -> {data: typed array, shape}
-export const T = facts.ids.length,
-  L = facts.model.n_layer,
-  H = facts.model.n_head,
-  HS = facts.model.n_embd / H;
+export const T = facts.ids.length; // tokens
+export const L = facts.model.n_layer; // layers
+export const H = facts.model.n_head; // heads per layer
+export const HS = facts.model.n_embd / H; // head size
 
-// Data ------------------------------------------------------------------------------------------------------------------------
+// Data --------------------------------------------------------------------------------------------
 
-const TYPES = {float32: Float32Array, float16: Uint16Array, uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array};
+const TYPES = {
+  float32: Float32Array,
+  float16: Uint16Array, // converted by fromHalf
+  uint8: Uint8Array,
+  uint16: Uint16Array,
+  uint32: Uint32Array
+};
 
-/** Fill `arrays` from the base64 text of explain.py's pack: a deflate stream for each, in planes of bytes. */
+/** Fill `arrays`: the inverse of pack() in explain.py. */
 export async function loadArrays() {
   const text = atob(document.getElementById('arrays').textContent);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   await Promise.all(
     Object.entries(facts.arrays).map(async ([name, {dtype, shape, start, end}]) => {
-      const stream = new Blob([bytes.subarray(start, end)]).stream().pipeThrough(new DecompressionStream('deflate'));
-      const planes = new Uint8Array(await new Response(stream).arrayBuffer());
-      const size = TYPES[dtype].BYTES_PER_ELEMENT,
-        n = planes.length / size,
-        whole = new Uint8Array(planes.length);
-      for (let b = 0; b < size; b++) for (let i = 0; i < n; i++) whole[i * size + b] = planes[b * n + i];
-      const data = new TYPES[dtype](whole.buffer);
+      const planes = await inflate(bytes.subarray(start, end));
+      const data = new TYPES[dtype](joinPlanes(planes, TYPES[dtype].BYTES_PER_ELEMENT).buffer);
       arrays[name] = {data: dtype === 'float16' ? fromHalf(data) : data, shape};
     })
   );
@@ -32,60 +33,84 @@ export async function loadArrays() {
   facts.vocabulary = JSON.parse(new TextDecoder().decode(arrays.vocabulary.data));
 }
 
-function fromHalf(half) {
-  const out = new Float32Array(half.length);
-  for (let i = 0; i < half.length; i++) {
-    const sign = half[i] & 0x8000 ? -1 : 1,
-      exponent = (half[i] >> 10) & 31,
-      fraction = half[i] & 1023;
-    out[i] =
-      exponent === 31
-        ? fraction
-          ? NaN
-          : sign * Infinity
-        : sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);
+async function inflate(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** Byte planes (all first bytes, all second bytes, ...) -> numbers of `size` bytes each. */
+function joinPlanes(planes, size) {
+  const n = planes.length / size;
+  const joined = new Uint8Array(planes.length);
+  for (let b = 0; b < size; b++) {
+    for (let i = 0; i < n; i++) joined[i * size + b] = planes[b * n + i];
   }
+  return joined;
+}
+
+function fromHalf(halves) {
+  const out = new Float32Array(halves.length);
+  for (let i = 0; i < halves.length; i++) out[i] = halfValue(halves[i]);
   return out;
 }
 
-/** The part of an array at these first indices: row('q', l, h, t) is a vector. */
-export function row(name, ...index) {
-  const {data, shape} = arrays[name];
-  const rest = shape.slice(index.length).reduce((a, b) => a * b, 1);
-  const start = index.reduce((at, i, d) => at * shape[d] + i, 0) * rest;
-  return data.subarray(start, start + rest);
+/** The value of an IEEE 754 half-precision number. */
+function halfValue(bits) {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  if (exponent === 0) return sign * 2 ** -24 * fraction;
+  return sign * 2 ** (exponent - 15) * (1 + fraction / 1024);
 }
 
-/** Row t of a lower triangle that is stored row by row. */
-export const triangleRow = (triangle, t) => triangle.subarray((t * (t + 1)) / 2, ((t + 1) * (t + 2)) / 2);
+/** A view of an array at its leading indices: row('q', l, h, t) is a vector. */
+export function row(name, ...index) {
+  const {data, shape} = arrays[name];
+  const length = shape.slice(index.length).reduce((a, b) => a * b, 1);
+  const start = index.reduce((offset, i, d) => offset * shape[d] + i, 0) * length;
+  return data.subarray(start, start + length);
+}
 
-/** Stands where something was left out to keep the page below its largest size. */
+/** Row t of a lower triangle stored row by row. */
+export const triangleRow = (triangle, t) =>
+  triangle.subarray((t * (t + 1)) / 2, ((t + 1) * (t + 2)) / 2);
+
+/** Stands in for a figure whose data was dropped to keep the page small. */
 export const missing = () =>
-  h('p', {class: 'note'}, 'Left out, since the page would be too large. A shorter text brings it back.');
+  h('p', {class: 'note'}, 'Left out to keep the page small. Try a shorter text.');
 
-// State -----------------------------------------------------------------------------------------------------------------------
+/** [f(0), ..., f(n - 1)] */
+export const range = (n, f) => Array.from({length: n}, (_, i) => f(i));
+export const sum = values => values.reduce((total, x) => total + x, 0);
+export const argmax = values => values.indexOf(Math.max(...values));
+/** The largest magnitude, at least 1e-9 so that it can be divided by. */
+export const maxAbs = values => values.reduce((max, x) => Math.max(max, Math.abs(x)), 1e-9);
+export const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
-/** What the state is where the address says nothing. */
+// State -------------------------------------------------------------------------------------------
+
+/** Initial state; the URL hash stores the values that differ from it. */
 export const DEFAULTS = {
-  t: T - 1,
+  t: T - 1, // selected position
   layer: 0,
   head: 0,
   temperature: 0.8,
   k: Math.min(200, facts.vocab_size),
   p: 1,
   seed: 1337,
-  versus: -1,
-  source: -1,
-  by: 'previous',
-  order: 'place',
-  sort: 'place',
-  kind: 'k',
-  threshold: 0,
-  lens: L,
-  tour: 0,
-  theme: ''
+  versus: -1, // token to compare with in "Why this token?", -1: none
+  source: -1, // selected key, -1: the one with the most attention
+  measure: 'previous', // of the heads
+  order: 'layer', // of the heads
+  sort: 'layer', // of the contributions
+  kind: 'k', // of composition
+  threshold: 0, // of composition
+  lens: L, // depth in the logit lens
+  tour: 0, // step, 0: closed
+  theme: '' // '': as the system
 };
-/** The values that a key of the address may have: [low, high] here; of a choice, those that its buttons have. */
+/** Valid ranges [low, high] of numeric keys in the URL hash. */
 export const LIMITS = {
   t: [0, T - 1],
   layer: [0, L - 1],
@@ -99,22 +124,23 @@ export const LIMITS = {
   seed: [0, 2 ** 32 - 1],
   threshold: [0, 1]
 };
+/** Valid values of the other keys; choice() adds those of its buttons. */
 const CHOICES = {theme: ['light', 'dark']};
 export const state = {};
 const watchers = [];
-let building = null,
-  waiting = 0;
+let currentSection = null;
+let timer = 0;
 
-/** Call draw at the start and whenever one of the keys changes: at once for what can be seen, a little later for the rest. */
-export const watch = (keys, draw) => {
-  watchers.push({keys, draw, section: building, due: true});
-};
+/** Call draw once, and again whenever one of the state keys changes. Visible panels come first. */
+export function watch(keys, draw) {
+  watchers.push({keys, draw, section: currentSection, due: true});
+}
 
-/** What build watches belongs to a section of the page. */
+/** Run build; its watchers belong to the section with this id. */
 export function inSection(id, build) {
-  building = document.getElementById(id);
+  currentSection = document.getElementById(id);
   build();
-  building = null;
+  currentSection = null;
 }
 
 function draw(watcher) {
@@ -122,35 +148,39 @@ function draw(watcher) {
   watcher.draw();
 }
 
+function isVisible(section) {
+  const {top, bottom} = section.getBoundingClientRect();
+  return top < innerHeight + 100 && bottom > -100;
+}
+
 function drawDue() {
   for (const watcher of watchers) {
-    const box = watcher.due && watcher.section?.getBoundingClientRect();
-    if (watcher.due && (!box || (box.top < innerHeight + 100 && box.bottom > -100))) draw(watcher);
+    if (watcher.due && (!watcher.section || isVisible(watcher.section))) draw(watcher);
   }
-  const rest = () => {
-    const end = performance.now() + 12;
-    let next;
-    while ((next = watchers.find(watcher => watcher.due)) && performance.now() < end) draw(next);
-    waiting = next ? setTimeout(rest) : 0;
-    if (!next) writeHash();
-    document.documentElement.toggleAttribute('data-settled', !next);
-  };
   document.documentElement.removeAttribute('data-settled');
-  waiting ||= setTimeout(rest);
+  timer ||= setTimeout(drawRest);
+}
+
+/** Draw what is off screen in slices of 12 ms, so that the page stays responsive. */
+function drawRest() {
+  const end = performance.now() + 12;
+  let next = watchers.find(watcher => watcher.due);
+  while (next && performance.now() < end) {
+    draw(next);
+    next = watchers.find(watcher => watcher.due);
+  }
+  timer = next ? setTimeout(drawRest) : 0;
+  if (!next) writeHash();
+  document.documentElement.toggleAttribute('data-settled', !next);
 }
 
 export function set(changes) {
   const changed = Object.keys(changes).filter(key => state[key] !== changes[key]);
   Object.assign(state, changes);
-  for (const watcher of watchers) if (watcher.keys.some(key => changed.includes(key))) watcher.due = true;
+  for (const watcher of watchers) {
+    if (watcher.keys.some(key => changed.includes(key))) watcher.due = true;
+  }
   drawDue();
-}
-
-/** The state as the page's address, once all is drawn: browsers do not like it to change at every move of a slider. */
-function writeHash() {
-  const hash = new URLSearchParams();
-  for (const [key, value] of Object.entries(state)) if (value !== DEFAULTS[key]) hash.set(key, value);
-  if (hash.toString() !== location.hash.slice(1)) history.replaceState(null, '', '#' + hash);
 }
 
 export function redraw() {
@@ -158,18 +188,29 @@ export function redraw() {
   drawDue();
 }
 
-/** The state that the page's address asks for; what is not a value that can be is as if it were not there. */
+/** Store the state in the URL, once all is drawn: browsers limit how often it may change. */
+function writeHash() {
+  const hash = new URLSearchParams();
+  for (const [key, value] of Object.entries(state)) {
+    if (value !== DEFAULTS[key]) hash.set(key, value);
+  }
+  if (hash.toString() !== location.hash.slice(1)) history.replaceState(null, '', '#' + hash);
+}
+
+/** The state in the URL hash; invalid values are ignored. */
 export function readHash() {
   const found = {...DEFAULTS};
   for (const [key, text] of new URLSearchParams(location.hash.slice(1))) {
-    const [low, high] = LIMITS[key] || [];
-    if (LIMITS[key] ? text !== '' && Number(text) >= low && Number(text) <= high : CHOICES[key]?.includes(text))
-      found[key] = LIMITS[key] ? Number(text) : text;
+    if (LIMITS[key]) {
+      const [low, high] = LIMITS[key];
+      const value = Number(text);
+      if (text !== '' && value >= low && value <= high) found[key] = value;
+    } else if (CHOICES[key]?.includes(text)) found[key] = text;
   }
   return found;
 }
 
-// Elements --------------------------------------------------------------------------------------------------------------------
+// DOM ---------------------------------------------------------------------------------------------
 
 function fill(element, attributes, children) {
   for (const [key, value] of Object.entries(attributes || {})) {
@@ -177,170 +218,258 @@ function fill(element, attributes, children) {
     if (key.startsWith('on')) element.addEventListener(key.slice(2), value);
     else element.setAttribute(key, value === true ? '' : value);
   }
-  element.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false));
+  const skipped = [null, undefined, false];
+  element.append(...children.flat(Infinity).filter(child => !skipped.includes(child)));
   return element;
 }
-export const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+
+/** An HTML element. Attributes that start with "on" are event listeners. */
+export const h = (tag, attributes, ...children) =>
+  fill(document.createElement(tag), attributes, children);
+
+/** An SVG element. */
 export const s = (tag, attributes, ...children) =>
   fill(document.createElementNS('http://www.w3.org/2000/svg', tag), attributes, children);
+
 export const content = id => document.querySelector(`#${id} .content`);
 
-/** Buttons of which one is pressed: choices {value: label}, bound to a key of the state. */
-export function choice(key, choices, label) {
-  const number = typeof DEFAULTS[key] === 'number';
-  if (!number) CHOICES[key] = Object.keys(choices);
-  const box = h(
-    'div',
-    {class: 'choice', role: 'group', 'aria-label': label},
-    Object.entries(choices).map(([value, text]) =>
-      h('button', {type: 'button', 'data-value': value, onclick: () => set({[key]: number ? Number(value) : value})}, text)
+/** A table: headings (text), and rows of cells (text, elements, or whole td elements). */
+export function tableOf(headings, rows, attributes) {
+  const cell = value => (value instanceof HTMLTableCellElement ? value : h('td', {}, value));
+  return h(
+    'table',
+    attributes,
+    h(
+      'thead',
+      {},
+      h(
+        'tr',
+        {},
+        headings.map(text => h('th', {scope: 'col'}, text))
+      )
+    ),
+    h(
+      'tbody',
+      {},
+      rows.map(cells => h('tr', {}, cells.map(cell)))
     )
   );
+}
+
+/** Toggle buttons for one state key: choices {value: label}. */
+export function choice(key, choices, label) {
+  const isNumber = typeof DEFAULTS[key] === 'number';
+  if (!isNumber) CHOICES[key] = Object.keys(choices);
+  const button = ([value, text]) =>
+    h(
+      'button',
+      {
+        type: 'button',
+        'data-value': value,
+        onclick: () => set({[key]: isNumber ? Number(value) : value})
+      },
+      text
+    );
+  const buttons = Object.entries(choices).map(button);
   watch([key], () => {
-    for (const button of box.children) button.setAttribute('aria-pressed', button.dataset.value === String(state[key]));
+    for (const element of buttons) {
+      element.setAttribute('aria-pressed', element.dataset.value === String(state[key]));
+    }
   });
-  return box;
+  return h('div', {class: 'choice', role: 'group', 'aria-label': label}, buttons);
+}
+
+/** Select a head and scroll to its panel. */
+export function openHead(layer, head) {
+  set({layer, head, source: -1});
+  document.getElementById('head').scrollIntoView();
+}
+
+/** Select a layer and scroll to its MLP. */
+export function openMlp(layer) {
+  set({layer});
+  document.getElementById('mlp').scrollIntoView();
 }
 
 const tip = document.getElementById('tip');
+
+/** Show a tooltip at the pointer, inside the window. */
 export function showTip(event, text) {
   tip.textContent = text;
   tip.hidden = false;
   const {width, height} = tip.getBoundingClientRect();
-  tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 4)) + 'px';
-  tip.style.top = (event.clientY + 16 + height > innerHeight ? event.clientY - height - 10 : event.clientY + 16) + 'px';
+  const below = event.clientY + 16;
+  const above = event.clientY - height - 10;
+  tip.style.left = clamp(event.clientX + 14, 4, Math.max(4, innerWidth - width - 4)) + 'px';
+  tip.style.top = (below + height > innerHeight ? above : below) + 'px';
 }
-export const hideTip = () => {
+
+export function hideTip() {
   tip.hidden = true;
-};
+}
 
-// Numbers and tokens ----------------------------------------------------------------------------------------------------------
+// Numbers and tokens ------------------------------------------------------------------------------
 
-export const fixed = (x, digits = 2) => (Number.isFinite(x) ? (x < 0 ? '−' : '') + Math.abs(x).toFixed(digits) : 'n/a');
+export function fixed(x, digits = 2) {
+  if (!Number.isFinite(x)) return 'n/a';
+  return (x < 0 ? '−' : '') + Math.abs(x).toFixed(digits);
+}
+
 export const signed = (x, digits = 2) => (x > 0 ? '+' : '') + fixed(x, digits);
-export const percent = p =>
-  p >= 0.0995 ? (100 * p).toFixed(0) + '%' : p >= 0.00095 ? (100 * p).toFixed(1) + '%' : p > 0 ? '<0.1%' : '0%';
-export const grouped = n => Math.round(n).toLocaleString('en-US');
 
-/** A token as it is shown: blanks become visible. */
-export const shown = id =>
-  (facts.vocabulary[id] ?? '?')
+export function percent(p) {
+  if (p >= 0.0995) return (100 * p).toFixed(0) + '%';
+  if (p >= 0.00095) return (100 * p).toFixed(1) + '%';
+  return p > 0 ? '<0.1%' : '0%';
+}
+
+export const integer = n => Math.round(n).toLocaleString('en-US');
+export const headName = (layer, head) => `${layer}.${head}`;
+
+/** The text of a token with whitespace and control characters made visible. */
+export function tokenText(id) {
+  const text = (facts.vocabulary[id] ?? '?')
     .replaceAll(' ', '·')
     .replaceAll('\n', '↵')
     .replaceAll('\t', '→')
-    .replace(/[\p{Cc}\p{Cf}]/gu, c => `⟨${c.codePointAt(0).toString(16)}⟩`) || '∅';
-export const short = (id, n = 12) => {
-  const text = [...shown(id)];
-  return text.length > n ? text.slice(0, n - 1).join('') + '…' : text.join('');
-};
-export const spoken = id => {
-  const text = facts.vocabulary[id] ?? '';
-  return {' ': 'space', '\n': 'new line', '\t': 'tab'}[text] ?? text.trim() ?? '';
-};
-export const chip = id => h('span', {class: 'token', title: JSON.stringify(facts.vocabulary[id])}, shown(id));
-/** The token that comes next at t; behind the text the likeliest. */
-export const target = t => row('part_tokens', t)[0];
-export const known = t => t < T - 1;
+    .replace(/[\p{Cc}\p{Cf}]/gu, c => `⟨${c.codePointAt(0).toString(16)}⟩`);
+  return text || '∅';
+}
 
-// Colours ---------------------------------------------------------------------------------------------------------------------
+/** The same, truncated to n characters. */
+export function tokenLabel(id, n = 12) {
+  const characters = [...tokenText(id)];
+  if (characters.length <= n) return characters.join('');
+  return characters.slice(0, n - 1).join('') + '…';
+}
+
+export const tokenQuoted = id => `“${tokenText(id)}”`;
+
+/** A token for a screen reader. */
+export function tokenName(id) {
+  const text = facts.vocabulary[id] ?? '';
+  const names = {' ': 'space', '\n': 'new line', '\t': 'tab'};
+  return names[text] || text.trim() || JSON.stringify(text);
+}
+
+export const tokenChip = id =>
+  h('span', {class: 'token', title: JSON.stringify(facts.vocabulary[id])}, tokenText(id));
+
+/** Whether the text has a token after position t. */
+export const hasNext = t => t < T - 1;
+
+/** The token after position t; at the end of the text, the most likely one. */
+export const targetAt = t => row('part_tokens', t)[0];
+
+// Colors ------------------------------------------------------------------------------------------
 
 const palette = {};
-export function readColours() {
+const PALETTE = ['ink', 'paper', 'panel', 'muted', 'line', 'soft', 'accent', 'warm', 'none'];
+
+/** Read the colors of the current theme from style.css. */
+export function readColors() {
   const style = getComputedStyle(document.documentElement);
-  for (const name of ['ink', 'paper', 'panel', 'muted', 'line', 'soft', 'accent', 'warm', 'none']) {
+  for (const name of PALETTE) {
     const hex = style.getPropertyValue('--' + name).trim();
     palette[name] = [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16));
   }
 }
+
 export const mix = (from, to, x) =>
-  palette[from].map((a, i) => Math.round(a + (palette[to][i] - a) * Math.min(1, Math.max(0, x))));
+  palette[from].map((a, i) => Math.round(a + (palette[to][i] - a) * clamp(x, 0, 1)));
 export const css = rgb => `rgb(${rgb.join(' ')})`;
-export const colour = name => css(palette[name]);
-/** 0 to 1: from nothing to the accent. -1 to 1: from orange through nothing to blue. */
+export const color = name => css(palette[name]);
+
+/** Color scale from 0 (background) to 1 (blue). */
 export const sequential = x => mix('none', 'accent', x);
+/** Color scale from -1 (orange) through 0 (background) to 1 (blue). */
 export const diverging = x => (x < 0 ? mix('none', 'warm', -x) : mix('none', 'accent', x));
-const luminance = rgb =>
-  rgb
-    .map(v => ((v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-/** Black or white, whichever reads better on a colour. */
+
+/** WCAG relative luminance. */
+function luminance(rgb) {
+  const [r, g, b] = rgb.map(value => {
+    const x = value / 255;
+    return x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
+/** Black or white, whichever has more contrast with a background. */
 export const textOn = rgb => (luminance(rgb) > 0.179 ? '#000000' : '#ffffff');
 
-// Figures ---------------------------------------------------------------------------------------------------------------------
+// Figures -----------------------------------------------------------------------------------------
 
-/** A picture with its title, a table behind it, and buttons that save it.
- *  table: () => [headings, rows]; drawn: whether the picture is an SVG or a canvas. Returns the figure; its .picture is where to draw, .readout where to say something. */
-export function figure(name, title, table, extra, drawn = true) {
-  const picture = h('div', {class: 'picture'}),
-    readout = h('p', {class: 'readout'});
-  const behind = h('div', {class: 'behind', tabindex: 0, role: 'region', 'aria-label': `${title}: table`, hidden: true});
+/**
+ * A figure with a title, a data table, and buttons to save it.
+ *
+ * table: () => [headings, rows]; controls: elements above the picture; drawn: whether the picture
+ * is an SVG or a canvas that can be saved. Draw into .picture; setReadout(text) shows a line of
+ * text below it.
+ */
+export function figure(name, title, table, controls, drawn = true) {
+  const picture = h('div', {class: 'picture'});
+  const readout = h('p', {class: 'readout', hidden: true});
   const heading = h('h3', {}, title);
-  const showTable = () => {
-    const [headings, rows] = table();
-    behind.replaceChildren(
-      h(
-        'table',
-        {},
-        h(
-          'thead',
-          {},
-          h(
-            'tr',
-            {},
-            headings.map(text => h('th', {scope: 'col'}, text))
-          )
-        ),
-        h(
-          'tbody',
-          {},
-          (rows.length > 2000 ? [...rows.slice(0, 2000), [`and ${rows.length - 2000} more: the CSV has them all`]] : rows).map(
-            cells =>
-              h(
-                'tr',
-                {},
-                cells.map(cell => h('td', {class: 'mono'}, String(cell)))
-              )
-          )
-        )
-      )
-    );
+  const dataTable = h('div', {
+    class: 'data-table',
+    tabindex: 0,
+    role: 'region',
+    'aria-label': `${title}: table`,
+    hidden: true
+  });
+  const refresh = () => {
+    if (!dataTable.hidden) dataTable.replaceChildren(cappedTable(...table()));
   };
-  const open = h(
+  const toggle = h(
     'button',
     {
       type: 'button',
       'aria-expanded': 'false',
       'aria-label': `${title}: table`,
       onclick: () => {
-        behind.hidden = !behind.hidden;
-        open.setAttribute('aria-expanded', !behind.hidden);
-        if (!behind.hidden) showTable();
+        dataTable.hidden = !dataTable.hidden;
+        toggle.setAttribute('aria-expanded', !dataTable.hidden);
+        refresh();
       }
     },
     'Table'
   );
-  const button = (text, action) => h('button', {type: 'button', 'aria-label': `${title}: save ${text}`, onclick: action}, text);
+  const saveButton = (format, save) =>
+    h('button', {type: 'button', 'aria-label': `${title}: save ${format}`, onclick: save}, format);
   const saves = h(
     'div',
     {class: 'saves'},
-    open,
-    button('CSV', () => saveTable(name, ...table())),
-    drawn && [button('PNG', () => savePicture(name, picture, 'png')), button('SVG', () => savePicture(name, picture, 'svg'))]
+    toggle,
+    saveButton('CSV', () => saveTable(name, ...table())),
+    drawn && saveButton('PNG', () => savePicture(name, picture, 'png')),
+    drawn && saveButton('SVG', () => savePicture(name, picture, 'svg'))
   );
-  const figure = h('figure', {id: 'figure-' + name}, h('figcaption', {}, heading, saves), extra, picture, readout, behind);
-  return Object.assign(figure, {
+  const caption = h('figcaption', {}, heading, saves);
+  const element = h(
+    'figure',
+    {id: 'figure-' + name},
+    caption,
+    controls,
     picture,
-    readout: Object.assign(readout, {hidden: true}),
-    heading,
-    width: () => Math.max(220, picture.clientWidth),
-    refresh: () => {
-      if (!behind.hidden) showTable();
-    },
-    say: text => {
-      readout.hidden = false;
-      readout.textContent = text;
-    }
-  });
+    readout,
+    dataTable
+  );
+  const setReadout = text => {
+    readout.hidden = false;
+    readout.textContent = text;
+  };
+  const width = () => Math.max(220, picture.clientWidth);
+  return Object.assign(element, {picture, readout, heading, width, refresh, setReadout});
+}
+
+function cappedTable(headings, rows, limit = 2000) {
+  const mono = value => h('td', {class: 'mono'}, String(value));
+  const shown = rows.slice(0, limit);
+  if (rows.length > limit) shown.push([`${rows.length - limit} more rows: save the CSV`]);
+  return tableOf(
+    headings,
+    shown.map(cells => cells.map(mono))
+  );
 }
 
 function download(name, blob) {
@@ -350,39 +479,49 @@ function download(name, blob) {
 }
 
 function saveTable(name, headings, rows) {
-  const cell = value => (/[",\n\r]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
-  download(
-    name + '.csv',
-    new Blob([[headings, ...rows].map(cells => cells.map(cell).join(',')).join('\n') + '\n'], {type: 'text/csv'})
-  );
+  const quoted = value => {
+    const text = String(value);
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const lines = [headings, ...rows].map(cells => cells.map(quoted).join(',') + '\n');
+  download(name + '.csv', new Blob(lines, {type: 'text/csv'}));
 }
 
-/** The drawing in a picture as a file of its own: an SVG with its styles, a canvas as PNG (or as an image inside an SVG). */
+/** Save the SVG or canvas in a picture as a PNG or SVG file. */
 async function savePicture(name, picture, format) {
-  const canvas = picture.querySelector('canvas'),
-    drawing = picture.querySelector('svg');
-  let text;
-  if (drawing) {
-    const copy = drawing.cloneNode(true);
-    const originals = [drawing, ...drawing.querySelectorAll('*')],
-      copies = [copy, ...copy.querySelectorAll('*')];
-    originals.forEach((element, i) => {
-      const style = getComputedStyle(element);
-      for (const key of ['fill', 'stroke', 'font-family', 'font-size', 'opacity'])
-        copies[i].style.setProperty(key, style.getPropertyValue(key));
-    });
-    copy.setAttribute('xmlns', 'http://www.w3.org/2000/svg');
-    copy.style.background = colour('panel');
-    text = new XMLSerializer().serializeToString(copy);
-  } else if (canvas) {
-    if (format === 'png') return canvas.toBlob(blob => download(name + '.png', blob));
-    text = `<svg xmlns="http://www.w3.org/2000/svg" width="${canvas.width}" height="${canvas.height}"><image width="${canvas.width}" height="${canvas.height}" href="${canvas.toDataURL()}"/></svg>`;
-  } else return;
+  const canvas = picture.querySelector('canvas');
+  const svg = picture.querySelector('svg');
+  const savePng = element => element.toBlob(blob => download(name + '.png', blob));
+  if (!canvas && !svg) return;
+  if (!svg && format === 'png') return savePng(canvas);
+  const text = svg ? standaloneSvg(svg) : svgOfCanvas(canvas);
   if (format === 'svg') return download(name + '.svg', new Blob([text], {type: 'image/svg+xml'}));
   const image = new Image();
   image.src = 'data:image/svg+xml;charset=utf-8,' + encodeURIComponent(text);
   await image.decode();
-  const target = h('canvas', {width: drawing.clientWidth * 2, height: drawing.clientHeight * 2});
-  target.getContext('2d').drawImage(image, 0, 0, target.width, target.height);
-  target.toBlob(blob => download(name + '.png', blob));
+  const copy = h('canvas', {width: svg.clientWidth * 2, height: svg.clientHeight * 2});
+  copy.getContext('2d').drawImage(image, 0, 0, copy.width, copy.height);
+  savePng(copy);
+}
+
+/** The source of an SVG with its computed styles inlined. */
+function standaloneSvg(svg) {
+  const copy = svg.cloneNode(true);
+  const originals = [svg, ...svg.querySelectorAll('*')];
+  const copies = [copy, ...copy.querySelectorAll('*')];
+  originals.forEach((element, i) => {
+    const style = getComputedStyle(element);
+    for (const key of ['fill', 'stroke', 'font-family', 'font-size', 'opacity']) {
+      copies[i].style.setProperty(key, style.getPropertyValue(key));
+    }
+  });
+  copy.setAttribute('xmlns', 'http://www.w3.org/2000/svg');
+  copy.style.background = color('panel');
+  return new XMLSerializer().serializeToString(copy);
+}
+
+function svgOfCanvas(canvas) {
+  const size = `width="${canvas.width}" height="${canvas.height}"`;
+  const image = `<image ${size} href="${canvas.toDataURL()}"/>`;
+  return `<svg xmlns="http://www.w3.org/2000/svg" ${size}>${image}</svg>`;
 }

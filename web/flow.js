@@ -1,265 +1,344 @@
-// One position on its way through the model, and where it begins: token, position.
+// The residual stream at one position, and its input: token embedding and position.
 
-import {bars, drawing, matrix, write} from './charts.js';
+import {bars, drawing, faint, matrix, svgText} from './charts.js';
 import {
   L,
   T,
   arrays,
-  colour,
+  color,
   content,
   diverging,
   facts,
   figure,
   fixed,
   h,
+  maxAbs,
   missing,
+  openMlp,
   percent,
+  range,
   row,
   s,
   set,
-  short,
-  shown,
   state,
+  tokenLabel,
+  tokenQuoted,
+  tokenText,
   watch
 } from './core.js';
 
-export function buildFlow() {
-  const size = (name, t) => arrays['size_' + name].data[t];
-  const at = (name, l, t) => row(name, l)[t];
-  const chart = figure('flow', 'What each part writes', () => [
-    ['part', 'length of what it writes', 'length of the stream behind it'],
+// Flow --------------------------------------------------------------------------------------------
+
+/** Norms at position t: of each embedding, and of the stream and each output in every layer. */
+function normsAt(t) {
+  return {
+    embeddings: facts.embeddings.map(name => row('size_' + name)[t]),
+    stream: range(L + 1, l => row('size_stream', l)[t]),
+    attn: range(L, l => row('size_attn', l)[t]),
+    mlp: range(L, l => row('size_mlp', l)[t])
+  };
+}
+
+function flowTable() {
+  const norms = normsAt(state.t);
+  const digits = x => x.toFixed(4);
+  return [
+    ['part', 'norm of its output', 'norm of the stream after it'],
     [
-      ...facts.embeddings.map(name => [name, size(name, state.t).toFixed(4), '']),
-      ['sum of these', '', at('size_stream', 0, state.t).toFixed(4)],
-      ...Array.from({length: L}, (_, l) => [
-        [`attention ${l}`, at('size_attn', l, state.t).toFixed(4), ''],
-        [`MLP ${l}`, at('size_mlp', l, state.t).toFixed(4), at('size_stream', l + 1, state.t).toFixed(4)]
+      ...facts.embeddings.map((name, i) => [name, digits(norms.embeddings[i]), '']),
+      ['sum of embeddings', '', digits(norms.stream[0])],
+      ...range(L, l => [
+        [`attention ${l}`, digits(norms.attn[l]), ''],
+        [`MLP ${l}`, digits(norms.mlp[l]), digits(norms.stream[l + 1])]
       ]).flat()
     ]
-  ]);
+  ];
+}
+
+export function buildFlow() {
+  const chart = figure('flow', 'Residual stream', flowTable);
   content('flow').append(chart);
   watch(['t', 'layer', 'theme'], () => {
-    const {t} = state,
-      width = Math.max(chart.width(), 190 + 74 * L),
-      height = 268,
-      y = 132,
-      left = 104,
-      right = 118;
-    const block = (width - left - right) / L,
-      streams = Array.from({length: L + 1}, (_, l) => at('size_stream', l, t));
-    const writes = [
-      ...facts.embeddings.map(name => size(name, t)),
-      ...Array.from({length: L}, (_, l) => [at('size_attn', l, t), at('size_mlp', l, t)]).flat()
-    ];
-    const scale = 54 / Math.max(1e-9, ...streams, ...writes),
-      w = v => Math.max(1, v * scale),
-      x = l => left + l * block;
-    const trunk = [
-      [left - 22, w(streams[0])],
-      [x(0), w(streams[0])],
-      ...streams.slice(1).map((v, i) => [x(i + 1) - block * 0.1, w(v)]),
-      [width - right + 14, w(streams[L])]
-    ];
-    const outline = [
-      ...trunk.map(([a, b]) => `${a},${y - b / 2}`),
-      ...trunk.toReversed().map(([a, b]) => `${a},${y + b / 2}`)
-    ].join(' ');
-    const part = (l, kind, value) => {
-      const up = kind === 'Attention' ? -1 : 1,
-        cx = x(l) + block * (kind === 'Attention' ? 0.34 : 0.6),
-        by = y + up * 84,
-        boxWidth = Math.min(66, block * 0.92);
-      const open = () => {
-        set({layer: l});
-        document.getElementById(kind === 'Attention' ? 'head' : 'mlp').scrollIntoView();
-      };
-      const half = (w(streams[l]) + w(streams[l + 1])) / 4,
-        into = y + up * Math.max(0, half - w(value) / 2); // it comes in along the edge
-      const tone = kind === 'Attention' ? 'accent' : 'muted',
-        near = Math.max(8, w(value) / 2 + 3);
-      return s(
-        'g',
-        {
-          role: 'button',
-          tabindex: 0,
-          style: 'cursor:pointer',
-          'aria-label': `${kind} of layer ${l} writes ${fixed(value)}`,
-          onclick: open,
-          onkeydown: event => {
-            if (event.key === 'Enter' || event.key === ' ') {
-              event.preventDefault();
-              open();
-            }
-          }
-        },
-        s('path', {
-          d: `M${cx - near},${y} C${cx - near},${y + up * 30} ${cx - near},${y + up * 40} ${cx - near},${by - up * 12}`,
-          fill: 'none',
-          stroke: colour(tone),
-          'stroke-opacity': 0.7,
-          'stroke-dasharray': '2 3'
-        }),
-        s('path', {
-          d: `M${cx},${by - up * 12} C${cx},${y + up * 24} ${cx + block * 0.06},${into} ${cx + block * 0.34},${into}`,
-          fill: 'none',
-          stroke: colour(tone),
-          'stroke-width': w(value),
-          'stroke-opacity': 0.55
-        }),
-        s('rect', {
-          x: cx - boxWidth / 2,
-          y: by - 13,
-          width: boxWidth,
-          height: 26,
-          rx: 5,
-          fill: colour('panel'),
-          stroke: colour(l === state.layer ? 'ink' : tone),
-          'stroke-width': l === state.layer ? 2 : 1
-        }),
-        write(cx, by, boxWidth < 60 ? kind.slice(0, 3) : kind, {'text-anchor': 'middle'}),
-        write(cx, by + up * 24, fixed(value), {'text-anchor': 'middle', fill: colour('muted'), 'font-size': 11})
-      );
-    };
-    const n = facts.embeddings.length;
-    const best = Array.from(row('lens_ids', L, t)).slice(0, 4);
-    const focused = [...chart.querySelectorAll('[role=button]')].indexOf(document.activeElement);
-    drawing(
-      chart,
-      width,
-      height,
-      `How the stream at position ${t} is built up, from the embedding to the logits`,
-      facts.embeddings.map((name, i) => {
-        const ey = y + (i - (n - 1) / 2) * 62,
-          value = size(name, t);
-        return s(
-          'g',
-          {},
-          s('path', {
-            d: `M58,${ey} C80,${ey} ${left - 40},${y} ${left},${y}`,
-            fill: 'none',
-            stroke: colour('accent'),
-            'stroke-width': w(value),
-            'stroke-opacity': 0.35
-          }),
-          write(2, ey - 8, name === 'token' ? short(facts.ids[t], 7) : name, {class: name === 'token' ? 'mono' : ''}),
-          write(2, ey + 8, fixed(value), {fill: colour('muted'), 'font-size': 11})
-        );
-      }),
-      s('polygon', {points: outline, fill: colour('accent'), 'fill-opacity': 0.24}),
-      Array.from({length: L}, (_, l) => [
-        part(l, 'Attention', at('size_attn', l, t)),
-        part(l, 'MLP', at('size_mlp', l, t)),
-        write(x(l) + block * 0.45, 8, `layer ${l}`, {'text-anchor': 'middle', fill: colour('muted'), 'font-size': 11})
-      ]),
+    const buttons = () => [...chart.querySelectorAll('[role=button]')];
+    const focused = buttons().indexOf(document.activeElement);
+    drawFlow(chart, state.t);
+    if (focused >= 0) buttons()[focused].focus({preventScroll: true});
+  });
+}
+
+function drawFlow(chart, t) {
+  const norms = normsAt(t);
+  const all = [...norms.stream, ...norms.embeddings, ...norms.attn, ...norms.mlp];
+  const scale = 54 / maxAbs(all);
+  const width = Math.max(chart.width(), 190 + 74 * L);
+  const left = 104;
+  const right = width - 118;
+  const layout = {
+    width,
+    left,
+    right,
+    middle: 132,
+    block: (right - left) / L,
+    thickness: norm => Math.max(1, norm * scale),
+    x: layer => left + (layer * (right - left)) / L
+  };
+  const svg = drawing(
+    chart,
+    width,
+    268,
+    `Residual stream at position ${t}, from the embeddings to the logits`,
+    flowEmbeddings(layout, norms, t),
+    flowTrunk(layout, norms.stream),
+    range(L, l => [
+      flowPart(layout, norms, l, 'Attention'),
+      flowPart(layout, norms, l, 'MLP'),
+      svgText(layout.x(l) + layout.block * 0.45, 8, `layer ${l}`, faint('middle'))
+    ]),
+    flowPrediction(layout, t)
+  );
+  svg.setAttribute('role', 'group');
+  chart.heading.textContent = `Norms at position ${t}: stream, attention, MLP`;
+  chart.setReadout(
+    `Norm of the stream: ${fixed(norms.stream[0])} after the embeddings, ` +
+      `${fixed(norms.stream[L])} at the end. Dashed lines read from it; solid bands write to it.`
+  );
+}
+
+function flowEmbeddings({left, middle, thickness}, norms, t) {
+  const names = facts.embeddings;
+  return names.map((name, i) => {
+    const y = middle + (i - (names.length - 1) / 2) * 62;
+    const isToken = name === 'token';
+    const label = isToken ? tokenLabel(facts.ids[t], 7) : name;
+    return s(
+      'g',
+      {},
       s('path', {
-        d: `M${width - right + 14},${y - w(streams[L]) / 2} l10,${w(streams[L]) / 2} l-10,${w(streams[L]) / 2}`,
-        fill: colour('accent'),
-        'fill-opacity': 0.24
+        d: `M58,${y} C80,${y} ${left - 40},${middle} ${left},${middle}`,
+        fill: 'none',
+        stroke: color('accent'),
+        'stroke-width': thickness(norms.embeddings[i]),
+        'stroke-opacity': 0.35
       }),
-      write(width - right + 34, y - 50, 'norm, head', {fill: colour('muted'), 'font-size': 11}),
-      best.map((id, r) => [
-        write(width - right + 34, y - 30 + 20 * r, short(id, 6), {class: 'mono', 'font-weight': r ? 400 : 700}),
-        write(width - 2, y - 30 + 20 * r, percent(row('lens', L, t)[r]), {'text-anchor': 'end', fill: colour('muted')})
-      ])
-    ).setAttribute('role', 'group');
-    if (focused >= 0) chart.querySelectorAll('[role=button]')[focused].focus({preventScroll: true});
-    chart.say(
-      `The stream begins with length ${fixed(streams[0])} and ends with ${fixed(streams[L])}; dashed lines read it, ribbons write into it.`
+      svgText(2, y - 8, label, {class: isToken ? 'mono' : ''}),
+      svgText(2, y + 8, fixed(norms.embeddings[i]), faint('start'))
     );
   });
 }
 
-export function buildEmbedding() {
-  const C = facts.model.n_embd,
-    names = facts.embeddings,
-    box = content('embedding');
-  const note = {
-    learned: 'Positions are learned: one row for each place.',
-    sinusoidal: 'Positions are sines and cosines of falling frequency (Vaswani et al. 2017, section 3.5).',
-    rope: 'Positions are rotary: nothing is added; in each head, pairs of numbers of queries and keys are turned by an angle that grows with the place, fast for some pairs and slowly for others (Su et al. 2021). The picture shows the cosine of these angles.',
-    none: 'This model has no positions: only the causal mask tells what came before.'
-  }[facts.model.position];
-  if (arrays.embeddings) {
-    const vector = (i, t) => row('embeddings', i, t);
-    const total = t => {
-      const out = new Float32Array(C);
-      for (let i = 0; i < names.length; i++)
-        vector(i, t).forEach((v, d) => {
-          out[d] += v;
-        });
-      return out;
-    };
-    const rowNames = [...names, 'sum'];
-    const all = t => (names.length > 1 ? [...names.map((_, i) => vector(i, t)), total(t)] : [vector(0, t)]);
-    const strips = figure('embedding', 'The rows that are added', () => [
-      ['dimension', ...rowNames.slice(0, all(state.t).length)],
-      Array.from({length: C}, (_, d) => [d, ...all(state.t).map(v => v[d].toFixed(4))])
-    ]);
-    box.append(strips);
-    watch(['t', 'theme'], () => {
-      const rows = all(state.t),
-        most = Math.max(1e-9, ...rows.map(v => v.reduce((a, b) => Math.max(a, Math.abs(b)), 0)));
-      matrix(strips, {
-        rows: rows.length,
-        columns: C,
-        at: (i, d) => diverging(rows[i][d] / most),
-        tell: (i, d) => `${rowNames[i]}, dimension ${d}: ${fixed(rows[i][d], 4)}`,
-        rowNames: i => rowNames[i],
-        cellHeight: 30,
-        most: 4000,
-        label: `Embedding rows of position ${state.t}`
-      });
-      strips.heading.textContent = `The rows that are added at position ${state.t}: ${C} numbers each, orange below 0, blue above`;
-    });
-  } else box.append(missing());
-  const near = figure('neighbours', 'Nearest tokens', () => [
-    ['token', 'cosine'],
-    neighbours().map(({id, value}) => [shown(id), value.toFixed(4)])
-  ]);
-  const neighbours = () => {
-    const i = facts.distinct.indexOf(facts.ids[state.t]);
-    return Array.from(row('near', i), (id, j) => ({id, value: row('cosines', i)[j]}));
+/** The stream itself, with an arrow at its end. */
+function flowTrunk({left, right, middle, block, thickness, x}, stream) {
+  const end = right + 14;
+  const profile = [
+    [left - 22, thickness(stream[0])],
+    [left, thickness(stream[0])],
+    ...stream.slice(1).map((norm, i) => [x(i + 1) - block * 0.1, thickness(norm)]),
+    [end, thickness(stream[L])]
+  ];
+  const top = profile.map(([px, height]) => `${px},${middle - height / 2}`);
+  const bottom = profile.toReversed().map(([px, height]) => `${px},${middle + height / 2}`);
+  const half = thickness(stream[L]) / 2;
+  const fill = {fill: color('accent'), 'fill-opacity': 0.24};
+  return [
+    s('polygon', {points: [...top, ...bottom].join(' '), ...fill}),
+    s('path', {d: `M${end},${middle - half} l10,${half} l-10,${half}`, ...fill})
+  ];
+}
+
+/** The attention (above the stream) or MLP (below) of a layer, as a button that opens its panel. */
+function flowPart({middle, block, thickness, x}, norms, layer, kind) {
+  const isAttention = kind === 'Attention';
+  const norm = isAttention ? norms.attn[layer] : norms.mlp[layer];
+  const side = isAttention ? -1 : 1;
+  const centerX = x(layer) + block * (isAttention ? 0.34 : 0.6);
+  const centerY = middle + side * 84;
+  const edgeY = centerY - side * 12; // of the box, towards the stream
+  const boxWidth = Math.min(66, block * 0.92);
+  const tone = color(isAttention ? 'accent' : 'muted');
+  const isSelected = layer === state.layer;
+  const open = () => {
+    if (!isAttention) return openMlp(layer);
+    set({layer});
+    document.getElementById('head').scrollIntoView();
   };
-  watch(['t', 'theme'], () =>
-    bars(
-      near,
-      neighbours().map(({id, value}) => ({label: short(id), value, text: fixed(value)})),
-      'Nearest tokens by cosine',
-      {low: Math.min(0, ...neighbours().map(x => x.value)), high: 1}
-    )
+
+  const streamHalf = (thickness(norms.stream[layer]) + thickness(norms.stream[layer + 1])) / 4;
+  const joinY = middle + side * Math.max(0, streamHalf - thickness(norm) / 2);
+  const joinX = centerX + block * 0.34;
+  const readX = centerX - Math.max(8, thickness(norm) / 2 + 3);
+  const readPath = `M${readX},${middle} L${readX},${edgeY}`;
+  const writePath =
+    `M${centerX},${edgeY} C${centerX},${middle + side * 24} ` +
+    `${centerX + block * 0.06},${joinY} ${joinX},${joinY}`;
+  const shortKind = isAttention ? 'Attn' : 'MLP';
+  return s(
+    'g',
+    {
+      role: 'button',
+      tabindex: 0,
+      style: 'cursor:pointer',
+      'aria-label': `${kind} of layer ${layer}, output norm ${fixed(norm)}`,
+      onclick: open,
+      onkeydown: event => {
+        if (event.key !== 'Enter' && event.key !== ' ') return;
+        event.preventDefault();
+        open();
+      }
+    },
+    s('path', {
+      d: readPath,
+      fill: 'none',
+      stroke: tone,
+      'stroke-opacity': 0.7,
+      'stroke-dasharray': '2 3'
+    }),
+    s('path', {
+      d: writePath,
+      fill: 'none',
+      stroke: tone,
+      'stroke-width': thickness(norm),
+      'stroke-opacity': 0.55
+    }),
+    s('rect', {
+      x: centerX - boxWidth / 2,
+      y: centerY - 13,
+      width: boxWidth,
+      height: 26,
+      rx: 5,
+      fill: color('panel'),
+      stroke: isSelected ? color('ink') : tone,
+      'stroke-width': isSelected ? 2 : 1
+    }),
+    svgText(centerX, centerY, boxWidth < 60 ? shortKind : kind, {'text-anchor': 'middle'}),
+    svgText(centerX, centerY + side * 24, fixed(norm), faint('middle'))
   );
-  watch(['t'], () => {
-    near.heading.textContent = `Tokens whose embeddings are nearest to ${shown(facts.ids[state.t])}, by cosine`;
+}
+
+/** The most likely next tokens, right of the stream. */
+function flowPrediction({width, right, middle}, t) {
+  const x = right + 34;
+  const ids = Array.from(row('lens_ids', L, t)).slice(0, 4);
+  return [
+    svgText(x, middle - 50, 'norm, lm_head', faint('start')),
+    ids.map((id, rank) => {
+      const y = middle - 30 + 20 * rank;
+      const probability = percent(row('lens', L, t)[rank]);
+      return [
+        svgText(x, y, tokenLabel(id, 6), {class: 'mono', 'font-weight': rank ? 400 : 700}),
+        svgText(width - 2, y, probability, {'text-anchor': 'end', fill: color('muted')})
+      ];
+    })
+  ];
+}
+
+// Embedding and positions -------------------------------------------------------------------------
+
+const POSITION_NOTES = {
+  learned: 'Learned positional embeddings: one vector per position, as in GPT-2.',
+  sinusoidal:
+    'Sinusoidal positional encoding: sines and cosines of decreasing frequency ' +
+    '(Vaswani et al. 2017, section 3.5).',
+  rope:
+    'Rotary position embedding (RoPE, Su et al. 2021): nothing is added to the token embedding. ' +
+    'In each head, pairs of dimensions of queries and keys are rotated by an angle proportional ' +
+    'to the position, fast in the first pairs, slowly in the last. The plot shows the cosine of ' +
+    'each angle.',
+  none: 'No positional encoding: only the causal mask tells the model what came before.'
+};
+
+export function buildEmbedding() {
+  const box = content('embedding');
+  box.append(arrays.embeddings ? embeddingFigure() : missing());
+  box.append(h('div', {class: 'columns'}, neighborsFigure(), positionsFigure()));
+}
+
+function embeddingFigure() {
+  const C = facts.model.n_embd;
+  const names = [...facts.embeddings];
+  if (names.length > 1) names.push('sum');
+  const vectorsAt = t => {
+    const vectors = facts.embeddings.map((_, i) => row('embeddings', i, t));
+    if (vectors.length === 1) return vectors;
+    const total = new Float32Array(C);
+    for (const vector of vectors) vector.forEach((x, d) => (total[d] += x));
+    return [...vectors, total];
+  };
+  const chart = figure('embedding', 'Embedding vectors', () => {
+    const vectors = vectorsAt(state.t);
+    const rows = range(C, d => [d, ...vectors.map(vector => vector[d].toFixed(4))]);
+    return [['dimension', ...names], rows];
   });
-  const place = names.indexOf('position'),
-    rope = arrays.rotary;
-  let picture = h('div', {class: 'card'}, h('h3', {}, 'Positions'), h('p', {}, note));
-  if (rope || (place >= 0 && arrays.embeddings)) {
-    const columns = rope ? rope.shape[1] : C,
-      value = (t, d) => (rope ? rope.data[t * columns + d] : row('embeddings', place, t)[d]);
-    picture = figure('positions', rope ? 'Positions: cosines of the angles' : 'Positions', () => [
-      ['position', ...Array.from({length: columns}, (_, d) => d)],
-      Array.from({length: T}, (_, t) => [t, ...Array.from({length: columns}, (_, d) => value(t, d).toFixed(4))])
-    ]);
-    const most = rope
-      ? 1
-      : Math.max(
-          1e-9,
-          row('embeddings', place).reduce((a, b) => Math.max(a, Math.abs(b)), 0)
-        );
-    watch(['theme'], () =>
-      matrix(picture, {
-        rows: T,
-        columns,
-        at: (t, d) => diverging(value(t, d) / most),
-        tell: (t, d) => `position ${t}, ${rope ? 'pair' : 'dimension'} ${d}: ${fixed(value(t, d), 3)}`,
-        label: 'Positions (rows) and their numbers (columns)',
-        cellHeight: Math.max(2, Math.min(12, 240 / T)),
-        most: 4000,
-        pick: t => set({t})
-      })
-    );
-    picture.append(h('p', {class: 'note'}, note));
+  chart.setReadout(`${C} dimensions. Blue: positive, orange: negative.`);
+  watch(['t', 'theme'], () => {
+    const vectors = vectorsAt(state.t);
+    const largest = Math.max(...vectors.map(maxAbs));
+    matrix(chart, {
+      rows: vectors.length,
+      columns: C,
+      cellColor: (i, d) => diverging(vectors[i][d] / largest),
+      describe: (i, d) => `${names[i]}, dimension ${d}: ${fixed(vectors[i][d], 4)}`,
+      rowName: i => names[i],
+      cellHeight: 30,
+      maxSize: 4000,
+      label: `Embedding vectors at position ${state.t}`
+    });
+    chart.heading.textContent = `Embedding at position ${state.t}`;
+  });
+  return chart;
+}
+
+function neighborsFigure() {
+  const neighbors = () => {
+    const i = facts.distinct.indexOf(facts.ids[state.t]);
+    return Array.from(row('near', i), (id, j) => ({id, cosine: row('cosines', i)[j]}));
+  };
+  const chart = figure('neighbors', 'Nearest tokens', () => [
+    ['token', 'cosine similarity'],
+    neighbors().map(({id, cosine}) => [tokenText(id), cosine.toFixed(4)])
+  ]);
+  watch(['t', 'theme'], () => {
+    const all = neighbors();
+    const rows = all.map(({id, cosine}) => ({
+      label: tokenLabel(id),
+      value: cosine,
+      text: fixed(cosine)
+    }));
+    const low = Math.min(0, ...all.map(x => x.cosine));
+    bars(chart, rows, 'Nearest tokens by cosine similarity', {low, high: 1});
+    const token = tokenQuoted(facts.ids[state.t]);
+    chart.heading.textContent = `Nearest tokens to ${token} by cosine similarity`;
+  });
+  return chart;
+}
+
+function positionsFigure() {
+  const note = POSITION_NOTES[facts.model.position];
+  const rotary = arrays.rotary;
+  const index = facts.embeddings.indexOf('position');
+  if (!rotary && (index < 0 || !arrays.embeddings)) {
+    return h('div', {class: 'card'}, h('h3', {}, 'Positions'), h('p', {}, note));
   }
-  box.append(h('div', {class: 'columns'}, near, picture));
+  const columns = rotary ? rotary.shape[1] : facts.model.n_embd;
+  const vectorAt = t => (rotary ? row('rotary', t) : row('embeddings', index, t));
+  const largest = rotary ? 1 : maxAbs(row('embeddings', index));
+  const title = rotary ? 'RoPE: cosines of the angles' : 'Positional embeddings';
+  const chart = figure('positions', title, () => [
+    ['position', ...range(columns, d => d)],
+    range(T, t => [t, ...Array.from(vectorAt(t), x => x.toFixed(4))])
+  ]);
+  const columnKind = rotary ? 'pair' : 'dimension';
+  watch(['theme'], () =>
+    matrix(chart, {
+      rows: T,
+      columns,
+      cellColor: (t, d) => diverging(vectorAt(t)[d] / largest),
+      describe: (t, d) => `position ${t}, ${columnKind} ${d}: ${fixed(vectorAt(t)[d], 3)}`,
+      label: `${title}: rows are positions, columns ${columnKind}s`,
+      cellHeight: Math.max(2, Math.min(12, 240 / T)),
+      maxSize: 4000,
+      onPick: t => set({t})
+    })
+  );
+  chart.append(h('p', {class: 'note'}, note));
+  return chart;
 }

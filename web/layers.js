@@ -1,409 +1,469 @@
-// MLP neurons, the logit lens, and the sum that a logit is.
+// MLP neurons, the logit lens, and direct logit attribution.
 
-import {bars, drawing, write} from './charts.js';
+import {bars, drawing, faint, svgText} from './charts.js';
 import {
   L,
   T,
   arrays,
-  chip,
   choice,
-  colour,
+  clamp,
+  color,
   content,
   css,
   facts,
   figure,
   fixed,
-  grouped,
   h,
+  hasNext,
+  headName,
   hideTip,
-  known,
+  integer,
   missing,
+  openHead,
+  openMlp,
   percent,
+  range,
   row,
   s,
   sequential,
   set,
-  short,
   showTip,
-  shown,
   signed,
   state,
-  target,
+  sum,
+  tableOf,
+  targetAt,
   textOn,
+  tokenChip,
+  tokenLabel,
+  tokenQuoted,
+  tokenText,
   watch
 } from './core.js';
 
-// MLP ---------------------------------------------------------------------------------------------------------------------------
+// MLP ---------------------------------------------------------------------------------------------
 
+const silu = x => x / (1 + Math.exp(-x));
 const ACTIVATIONS = {
-  relu: x => Math.max(0, x),
-  relu2: x => Math.max(0, x) ** 2,
-  swiglu: x => x / (1 + Math.exp(-x)),
-  gelu_tanh: x => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
-  gelu: x => 0.5 * x * (1 + erf(x / Math.SQRT2))
+  relu: {name: 'ReLU', f: x => Math.max(0, x)},
+  relu2: {name: 'ReLU²', f: x => Math.max(0, x) ** 2},
+  gelu: {name: 'GELU', f: x => 0.5 * x * (1 + erf(x / Math.SQRT2))},
+  gelu_tanh: {
+    name: 'GELU (tanh)',
+    f: x => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)))
+  },
+  swiglu: {name: 'SwiGLU, SiLU(gate) × value', f: silu}
 };
-/** Abramowitz and Stegun 1964, 7.1.26: within 1.5e-7, for a drawn curve. */
+
+/** Abramowitz and Stegun 1964, 7.1.26: error below 1.5e-7, enough for a plot. */
 function erf(x) {
   const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  return (
-    Math.sign(x) *
-    (1 - t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))) * Math.exp(-x * x))
-  );
+  const coefficients = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592];
+  const polynomial = t * coefficients.reduce((value, c) => value * t + c);
+  return Math.sign(x) * (1 - polynomial * Math.exp(-x * x));
+}
+
+const isGated = facts.model.activation === 'swiglu';
+const preName = isGated ? 'gate' : 'pre';
+
+/** Row of neuron_tokens for a neuron: rows are grouped by layer. */
+function neuronRow(layer, id) {
+  const start = sum(facts.neuron_ids.slice(0, layer).map(ids => ids.length));
+  return start + facts.neuron_ids[layer].indexOf(id);
+}
+
+/** The strongest neurons of the selected layer and position. */
+function strongestNeurons() {
+  const {layer, t} = state;
+  return Array.from(row('neurons', layer, t), (id, i) => {
+    const tokens = Array.from(row('neuron_tokens', neuronRow(layer, id)));
+    const half = tokens.length / 2;
+    return {
+      id,
+      pre: row('neuron_pre', layer, t)[i],
+      post: row('neuron_post', layer, t)[i],
+      raised: tokens.slice(0, half),
+      lowered: tokens.slice(half)
+    };
+  });
 }
 
 export function buildMlp() {
   const box = content('mlp');
   if (!arrays.neurons) return box.append(missing());
-  const starts = facts.neuron_ids.reduce((all, ids) => [...all, all.at(-1) + ids.length], [0]);
-  const neurons = () =>
-    Array.from(row('neurons', state.layer, state.t), (id, i) => {
-      const tokens = Array.from(row('neuron_tokens', starts[state.layer] + facts.neuron_ids[state.layer].indexOf(id))),
-        half = tokens.length / 2;
-      return {
-        id,
-        pre: row('neuron_pre', state.layer, state.t)[i],
-        post: row('neuron_post', state.layer, state.t)[i],
-        up: tokens.slice(0, half),
-        down: tokens.slice(half)
-      };
-    });
-  const gated = facts.model.activation === 'swiglu',
-    before = gated ? 'gate' : 'before',
-    curve = ACTIVATIONS[facts.model.activation];
+  const layers = Object.fromEntries(range(L, l => [l, `layer ${l}`]));
   const list = figure(
     'neurons',
     'Strongest neurons',
     () => [
-      ['neuron', before, 'after', 'raises', 'lowers'],
-      neurons().map(n => [n.id, n.pre.toFixed(4), n.post.toFixed(4), n.up.map(shown).join(' '), n.down.map(shown).join(' ')])
+      ['neuron', preName, 'post', 'raises', 'lowers'],
+      strongestNeurons().map(n => [
+        n.id,
+        n.pre.toFixed(4),
+        n.post.toFixed(4),
+        n.raised.map(tokenText).join(' '),
+        n.lowered.map(tokenText).join(' ')
+      ])
     ],
-    h(
-      'div',
-      {class: 'controls'},
-      choice('layer', Object.fromEntries(Array.from({length: L}, (_, l) => [l, `layer ${l}`])), 'Layer')
-    ),
+    h('div', {class: 'controls'}, choice('layer', layers, 'Layer')),
     false
   );
-  const plot = figure('activation', 'The activation', () => [
-    ['neuron', before, 'after'],
-    neurons().map(n => [n.id, n.pre.toFixed(4), n.post.toFixed(4)])
+  const plot = figure('activation', 'Activation function', () => [
+    ['neuron', preName, 'post'],
+    strongestNeurons().map(n => [n.id, n.pre.toFixed(4), n.post.toFixed(4)])
   ]);
+  plot.heading.textContent = `${ACTIVATIONS[facts.model.activation].name}, with these neurons`;
   box.append(h('div', {class: 'columns wide-left'}, list, plot));
   watch(['t', 'layer', 'theme'], () => {
-    const all = neurons();
-    list.heading.textContent = `Layer ${state.layer}: the ${all.length} of ${grouped(facts.neurons_in_a_layer)} neurons that write most at ${shown(facts.ids[state.t])}`;
-    const heads = ['neuron', before, 'after', 'when it is on it raises', 'and lowers'];
-    list.picture.replaceChildren(
-      h(
-        'table',
-        {class: 'rows', 'aria-label': 'Strongest neurons'},
-        h(
-          'thead',
-          {},
-          h(
-            'tr',
-            {},
-            heads.map(text => h('th', {scope: 'col'}, text))
-          )
-        ),
-        h(
-          'tbody',
-          {},
-          all.map(n =>
-            h(
-              'tr',
-              {},
-              h('td', {}, String(n.id)),
-              h('td', {}, fixed(n.pre)),
-              h('td', {}, fixed(n.post)),
-              h('td', {}, h('div', {class: 'list'}, n.up.map(chip))),
-              h('td', {}, h('div', {class: 'list'}, n.down.map(chip)))
-            )
-          )
-        )
-      )
-    );
-    if (all.some(n => n.post < 0)) list.say('A neuron whose value is below 0 does the opposite of what the last columns say.');
-    else list.readout.hidden = true;
-    list.refresh();
-    const width = plot.width(),
-      height = 220,
-      xs = all.map(n => n.pre),
-      low = Math.min(-3, ...xs) * 1.05,
-      high = Math.max(3, ...xs) * 1.05;
-    const line = Array.from({length: 101}, (_, i) => low + ((high - low) * i) / 100).map(x => [x, curve(x)]),
-      ys = [...line.map(p => p[1]), ...(gated ? [] : all.map(n => n.post))];
-    const bottom = Math.min(-0.3, ...ys),
-      top = Math.max(...ys),
-      x = v => 34 + ((v - low) / (high - low)) * (width - 44),
-      y = v => 12 + ((top - v) / (top - bottom)) * (height - 40);
-    drawing(
-      plot,
-      width,
-      height,
-      'The activation function and the strongest neurons on it',
-      s('line', {x1: 34, x2: width - 10, y1: y(0), y2: y(0), stroke: colour('line')}),
-      s('line', {x1: x(0), x2: x(0), y1: 12, y2: height - 28, stroke: colour('line')}),
-      write(width - 10, height - 12, before === 'gate' ? 'gate' : 'before the activation', {
-        'text-anchor': 'end',
-        fill: colour('muted'),
-        'font-size': 11
-      }),
-      write(30, y(top), fixed(top, 1), {'text-anchor': 'end', fill: colour('muted'), 'font-size': 11}),
-      write(30, y(0), '0', {'text-anchor': 'end', fill: colour('muted'), 'font-size': 11}),
-      write(x(0), height - 20, '0', {'text-anchor': 'middle', fill: colour('muted'), 'font-size': 11}),
-      s('polyline', {
-        points: line.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(' '),
-        fill: 'none',
-        stroke: colour('muted'),
-        'stroke-width': 1.5
-      }),
-      all.map(n =>
-        s(
-          'circle',
-          {cx: x(n.pre), cy: y(curve(n.pre)), r: 4.5, fill: colour('accent'), 'fill-opacity': 0.75},
-          s('title', {}, `neuron ${n.id}: ${fixed(n.pre)} becomes ${fixed(n.post)}`)
-        )
-      )
-    );
-    plot.heading.textContent =
-      {gelu_tanh: 'GELU (tanh)', gelu: 'GELU', relu: 'ReLU', relu2: 'ReLU²', swiglu: 'SwiGLU: SiLU of the gate, times a value'}[
-        facts.model.activation
-      ] + ', and these neurons on it';
+    const neurons = strongestNeurons();
+    drawNeuronList(list, neurons);
+    drawActivation(plot, neurons);
   });
 }
 
-// The logit lens ------------------------------------------------------------------------------------------------------------------
+function drawNeuronList(list, neurons) {
+  const total = integer(facts.neurons_in_a_layer);
+  list.heading.textContent =
+    `Layer ${state.layer}: the ${neurons.length} of ${total} neurons with the largest output ` +
+    `at ${tokenQuoted(facts.ids[state.t])}`;
+  const chips = ids => h('div', {class: 'list'}, ids.map(tokenChip));
+  const headings = ['neuron', preName, 'post', 'raises', 'lowers'];
+  const rows = neurons.map(n => [
+    String(n.id),
+    fixed(n.pre),
+    fixed(n.post),
+    chips(n.raised),
+    chips(n.lowered)
+  ]);
+  const attributes = {class: 'rows', 'aria-label': 'Strongest neurons'};
+  list.picture.replaceChildren(tableOf(headings, rows, attributes));
+  list.setReadout('If post is negative, raises and lowers are swapped.');
+  list.readout.hidden = !neurons.some(n => n.post < 0);
+  list.refresh();
+}
+
+function drawActivation(plot, neurons) {
+  const {f} = ACTIVATIONS[facts.model.activation];
+  const width = plot.width();
+  const height = 220;
+  const [left, right, top, bottom] = [34, width - 10, 12, height - 28];
+  const pre = neurons.map(n => n.pre);
+  const xMin = 1.05 * Math.min(-3, ...pre);
+  const xMax = 1.05 * Math.max(3, ...pre);
+  const curve = range(101, i => xMin + ((xMax - xMin) * i) / 100).map(v => [v, f(v)]);
+  // with a gate, post also depends on a value that is not on the x axis
+  const post = isGated ? [] : neurons.map(n => n.post);
+  const ys = [...curve.map(point => point[1]), ...post];
+  const yMin = Math.min(-0.3, ...ys);
+  const yMax = Math.max(...ys);
+  const x = v => left + ((v - xMin) / (xMax - xMin)) * (right - left);
+  const y = v => bottom - ((v - yMin) / (yMax - yMin)) * (bottom - top);
+  const dot = n =>
+    s(
+      'circle',
+      {cx: x(n.pre), cy: y(f(n.pre)), r: 4.5, fill: color('accent'), 'fill-opacity': 0.75},
+      s('title', {}, `neuron ${n.id}: ${fixed(n.pre)} → ${fixed(n.post)}`)
+    );
+  drawing(
+    plot,
+    width,
+    height,
+    'The activation function, with the strongest neurons as dots',
+    s('line', {x1: left, x2: right, y1: y(0), y2: y(0), stroke: color('line')}),
+    s('line', {x1: x(0), x2: x(0), y1: top, y2: bottom, stroke: color('line')}),
+    svgText(right, height - 12, isGated ? 'gate' : 'pre-activation', faint('end')),
+    svgText(left - 4, y(yMax), fixed(yMax, 1), faint('end')),
+    svgText(left - 4, y(0), '0', faint('end')),
+    svgText(x(0), height - 20, '0', faint('middle')),
+    s('polyline', {
+      points: curve.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(' '),
+      fill: 'none',
+      stroke: color('muted'),
+      'stroke-width': 1.5
+    }),
+    neurons.map(dot)
+  );
+}
+
+// Logit lens --------------------------------------------------------------------------------------
+
+/** The name of a depth: 0 is the embedding, l + 1 the stream after layer l. */
+function depthName(depth) {
+  if (depth === 0) return 'embedding';
+  return depth === L ? 'final' : 'layer ' + (depth - 1);
+}
+
+/** Top tokens at a depth and position: [{id, p}], most likely first. */
+function lensTop(depth, t) {
+  const probabilities = row('lens', depth, t);
+  return Array.from(row('lens_ids', depth, t), (id, i) => ({id, p: probabilities[i]}));
+}
 
 export function buildLens() {
-  const box = content('lens');
-  const name = l => (l === 0 ? 'embedding' : l === L ? 'final' : 'layer ' + (l - 1));
-  const lens = figure(
+  content('lens').append(
+    h('div', {class: 'columns wide-left'}, lensFigure(), lensTopFigure()),
+    lensCourseFigure()
+  );
+}
+
+function lensFigure() {
+  const lensRow = (depth, t) => {
+    const [{id, p}] = lensTop(depth, t);
+    return [depthName(depth), t, tokenText(facts.ids[t]), tokenText(id), p.toFixed(5)];
+  };
+  const chart = figure(
     'logit-lens',
-    'Likeliest token after each layer',
+    'Most likely next token after each layer',
     () => [
-      ['after', 'position', 'token', 'likeliest', 'probability'],
-      Array.from({length: L + 1}, (_, l) =>
-        Array.from({length: T}, (_, t) => [
-          name(l),
-          t,
-          shown(facts.ids[t]),
-          shown(row('lens_ids', l, t)[0]),
-          row('lens', l, t)[0].toFixed(5)
-        ])
-      ).flat()
+      ['after', 'position', 'token', 'prediction', 'probability'],
+      range(L + 1, depth => range(T, t => lensRow(depth, t))).flat()
     ],
     null,
     false
   );
-  const top = figure('lens-top', 'Ten likeliest', () => [
-    ['token', 'probability'],
-    Array.from(row('lens_ids', state.lens, state.t), (id, i) => [shown(id), row('lens', state.lens, state.t)[i].toFixed(5)])
-  ]);
-  box.append(h('div', {class: 'columns wide-left'}, lens, top));
-  const body = h('tbody'),
-    holder = h(
-      'div',
-      {class: 'lens', tabindex: 0, role: 'region', 'aria-label': 'Logit lens: arrow keys choose a layer and a position'},
-      h(
-        'table',
-        {},
-        h(
-          'thead',
-          {},
-          h(
-            'tr',
-            {},
-            h('th', {scope: 'col'}, ''),
-            facts.ids.map(id => h('th', {scope: 'col', class: 'mono', style: 'position:static;text-align:center'}, short(id, 8)))
-          )
-        ),
-        body
-      )
-    );
-  lens.picture.append(holder);
-  const cells = Array.from({length: L + 1}, (_, l) =>
-    Array.from({length: T}, (_, t) =>
-      h('td', {class: 'mono', onclick: () => set({t, lens: l, source: -1})}, short(row('lens_ids', l, t)[0], 8))
+  const select = (depth, t) => set({lens: depth, t, source: -1});
+  const lensCell = (depth, t) => {
+    const [{id}] = lensTop(depth, t);
+    const isCorrect = hasNext(t) && id === facts.ids[t + 1];
+    const style = isCorrect ? 'font-weight:700' : '';
+    const onclick = () => select(depth, t);
+    return h('td', {class: 'mono', style, onclick}, tokenLabel(id, 8));
+  };
+  const cells = range(L + 1, depth => range(T, t => lensCell(depth, t))); // [depth][t]
+  const tokenHeading = id =>
+    h('th', {scope: 'col', class: 'mono token-heading'}, tokenLabel(id, 8));
+  const depthRow = depth => h('tr', {}, h('th', {scope: 'row'}, depthName(depth)), cells[depth]);
+  const scroller = h(
+    'div',
+    {
+      class: 'lens',
+      tabindex: 0,
+      role: 'region',
+      'aria-label': 'Logit lens: select a layer and a position with the arrow keys'
+    },
+    h(
+      'table',
+      {},
+      h('thead', {}, h('tr', {}, h('th', {scope: 'col'}, ''), facts.ids.map(tokenHeading))),
+      h('tbody', {}, range(L + 1, depthRow).toReversed())
     )
   );
-  body.append(...cells.map((line, l) => h('tr', {}, h('th', {scope: 'row'}, name(l)), line)).toReversed());
-  holder.addEventListener('pointermove', event => {
-    const cell = event.target.closest('td'),
-      l = cell ? cells.findIndex(line => line.includes(cell)) : -1;
-    if (l < 0) return hideTip();
-    const t = cells[l].indexOf(cell),
-      p = row('lens', l, t);
-    showTip(
-      event,
-      [
-        `after ${name(l)}, at ${shown(facts.ids[t])} (${t})`,
-        ...Array.from(row('lens_ids', l, t), (id, i) => `${shown(id)}  ${percent(p[i])}`)
-      ].join('\n')
-    );
+  chart.picture.append(scroller);
+  chart.setReadout('Bold: the token that comes next in the text.');
+
+  scroller.addEventListener('pointermove', event => {
+    const cell = event.target.closest('td');
+    const depth = cell ? cells.findIndex(line => line.includes(cell)) : -1;
+    if (depth < 0) return hideTip();
+    const t = cells[depth].indexOf(cell);
+    const lines = lensTop(depth, t).map(({id, p}) => `${tokenText(id)}  ${percent(p)}`);
+    const heading = `${depthName(depth)}, at ${tokenQuoted(facts.ids[t])} (${t})`;
+    showTip(event, [heading, ...lines].join('\n'));
   });
-  holder.addEventListener('pointerleave', hideTip);
-  holder.addEventListener('keydown', event => {
-    const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0]}[event.key];
+  scroller.addEventListener('pointerleave', hideTip);
+  const moves = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0]};
+  scroller.addEventListener('keydown', event => {
+    const move = moves[event.key];
     if (!move) return;
     event.preventDefault();
-    set({lens: Math.max(0, Math.min(L, state.lens + move[0])), t: Math.max(0, Math.min(T - 1, state.t + move[1])), source: -1});
+    select(clamp(state.lens + move[0], 0, L), clamp(state.t + move[1], 0, T - 1));
   });
-  watch(['theme'], () =>
-    cells.forEach((line, l) =>
+  watch(['theme'], () => {
+    cells.forEach((line, depth) =>
       line.forEach((cell, t) => {
-        const rgb = sequential(row('lens', l, t)[0]);
+        const rgb = sequential(lensTop(depth, t)[0].p);
         cell.style.background = css(rgb);
         cell.style.color = textOn(rgb);
-        if (known(t) && row('lens_ids', l, t)[0] === facts.ids[t + 1]) cell.style.fontWeight = 700;
       })
-    )
-  );
-  let last;
-  watch(['t', 'lens', 'theme'], () => {
-    last?.classList.remove('chosen');
-    last = cells[state.lens][state.t];
-    last.classList.add('chosen');
-    const left = last.offsetLeft - 90,
-      right = last.offsetLeft + last.offsetWidth + 20 - holder.clientWidth;
-    if (holder.scrollLeft > left || holder.scrollLeft < right) holder.scrollLeft = Math.max(0, left - holder.clientWidth / 2);
-    const ids = row('lens_ids', state.lens, state.t),
-      p = row('lens', state.lens, state.t);
-    bars(
-      top,
-      Array.from(ids, (id, i) => ({
-        label: short(id),
-        value: p[i],
-        text: percent(p[i]),
-        mark: known(state.t) && id === facts.ids[state.t + 1]
-      })),
-      'Ten likeliest tokens',
-      {low: 0, high: 1}
     );
-    top.heading.textContent = `After ${state.lens === L ? 'the final layer' : name(state.lens)}, at ${shown(facts.ids[state.t])}`;
   });
-  lens.say('Bold: the token that really comes next.');
-  const change = figure('lens-course', 'The probability of the next token, layer by layer', () => [
-    ['after', 'probability'],
-    course().map(([l, p]) => [name(l), p ? p.toFixed(5) : 'not in the top 10'])
+  let selected = null;
+  watch(['t', 'lens', 'theme'], () => {
+    selected?.classList.remove('chosen');
+    selected = cells[state.lens][state.t];
+    selected.classList.add('chosen');
+    scrollLensTo(scroller, selected);
+  });
+  return chart;
+}
+
+function scrollLensTo(scroller, cell) {
+  const maxScroll = cell.offsetLeft - 90; // the row names cover 90 pixels
+  const minScroll = cell.offsetLeft + cell.offsetWidth + 20 - scroller.clientWidth;
+  if (scroller.scrollLeft > maxScroll || scroller.scrollLeft < minScroll) {
+    scroller.scrollLeft = Math.max(0, maxScroll - scroller.clientWidth / 2);
+  }
+}
+
+function lensTopFigure() {
+  const chart = figure('lens-top', 'Top 10', () => [
+    ['token', 'probability'],
+    lensTop(state.lens, state.t).map(({id, p}) => [tokenText(id), p.toFixed(5)])
   ]);
+  watch(['t', 'lens', 'theme'], () => {
+    const rows = lensTop(state.lens, state.t).map(({id, p}) => ({
+      label: tokenLabel(id),
+      value: p,
+      text: percent(p),
+      bold: hasNext(state.t) && id === facts.ids[state.t + 1]
+    }));
+    bars(chart, rows, 'Most likely next tokens', {low: 0, high: 1});
+    const depth = state.lens === L ? 'the last layer' : depthName(state.lens);
+    chart.heading.textContent = `After ${depth}, at ${tokenQuoted(facts.ids[state.t])}`;
+  });
+  return chart;
+}
+
+function lensCourseFigure() {
   const course = () =>
-    Array.from({length: L + 1}, (_, l) => {
-      const at = row('lens_ids', l, state.t).indexOf(target(state.t));
-      return [l, at < 0 ? 0 : row('lens', l, state.t)[at]];
+    range(L + 1, depth => {
+      const found = lensTop(depth, state.t).find(({id}) => id === targetAt(state.t));
+      return {name: depthName(depth), p: found ? found.p : 0};
     });
-  box.append(change);
+  const outside = 'not in the top 10';
+  const chart = figure('lens-course', 'Probability of the next token by layer', () => [
+    ['after', 'probability'],
+    course().map(({name, p}) => [name, p ? p.toFixed(5) : outside])
+  ]);
   watch(['t', 'theme'], () => {
-    bars(
-      change,
-      course().map(([l, p]) => ({label: name(l), value: p, text: p ? percent(p) : 'not in the top 10', plain: true})),
-      'Probability of the next token after each layer',
-      {low: 0, high: 1, numbers: 110}
-    );
-    change.heading.textContent = `The probability of ${shown(target(state.t))}, layer by layer`;
+    const rows = course().map(({name, p}) => ({
+      label: name,
+      value: p,
+      text: p ? percent(p) : outside,
+      plain: true
+    }));
+    const options = {low: 0, high: 1, numberWidth: 110};
+    bars(chart, rows, 'Probability of the next token after each layer', options);
+    chart.heading.textContent = `Probability of ${tokenQuoted(targetAt(state.t))} by layer`;
+  });
+  return chart;
+}
+
+// Direct logit attribution ------------------------------------------------------------------------
+
+const MAX_PARTS = 26;
+
+function partName([kind, layer, head]) {
+  if (kind === 'head') return `head ${headName(layer, head)}`;
+  if (kind === 'mlp') return `MLP ${layer}`;
+  return kind === 'bias' ? 'biases' : kind;
+}
+
+/** What a click on a part opens, if anything. */
+function partAction([kind, layer, head]) {
+  if (kind === 'head') return () => openHead(layer, head);
+  if (kind === 'mlp') return () => openMlp(layer);
+  return undefined;
+}
+
+/** The token compared with: its index in part_tokens, or 0 for none. */
+function rivalIndex() {
+  return Math.max(0, row('part_tokens', state.t).indexOf(state.versus));
+}
+
+/** Contribution of each part to the logit, or to the logit difference. */
+function contributions() {
+  const rival = rivalIndex();
+  return facts.parts.map((part, i) => {
+    const logits = row('parts', i, state.t);
+    const value = rival ? logits[0] - logits[rival] : logits[0];
+    return {part, name: partName(part), value};
   });
 }
 
-// The sum that a logit is ---------------------------------------------------------------------------------------------------------
-
-const partName = ([kind, l, k]) =>
-  kind === 'head' ? `head ${l}.${k}` : kind === 'mlp' ? `MLP ${l}` : kind === 'bias' ? 'biases' : kind;
-
 export function buildWhy() {
-  const box = content('why'),
-    MOST = 26;
-  const tokens = () => Array.from(row('part_tokens', state.t));
-  const shares = () => {
-    const all = tokens(),
-      other = all.indexOf(state.versus);
-    return facts.parts.map((part, i) => ({
-      name: partName(part),
-      part,
-      value: row('parts', i, state.t)[0] - (other > 0 ? row('parts', i, state.t)[other] : 0)
-    }));
-  };
-  const select = h('select', {id: 'versus', onchange: event => set({versus: Number(event.target.value)})});
+  const onchange = event => set({versus: Number(event.target.value)});
+  const select = h('select', {id: 'versus', onchange});
   const chart = figure(
     'why',
-    'Parts of the logit',
-    () => [
-      ['part', 'share'],
-      [
-        ...shares().map(x => [x.name, x.value.toFixed(5)]),
-        [
-          'sum',
-          shares()
-            .reduce((sum, x) => sum + x.value, 0)
-            .toFixed(5)
-        ]
-      ]
-    ],
+    'Contributions to the logit',
+    () => {
+      const all = contributions();
+      const total = sum(all.map(x => x.value));
+      const rows = all.map(x => [x.name, x.value.toFixed(5)]);
+      return [
+        ['part', 'contribution'],
+        [...rows, ['sum', total.toFixed(5)]]
+      ];
+    },
     h(
       'div',
       {class: 'controls'},
       h('label', {for: 'versus'}, 'Compare with'),
       select,
       h('span', {}, 'Order'),
-      choice('sort', {place: 'by layer', size: 'by size'}, 'Order of the parts')
+      choice('sort', {layer: 'by layer', size: 'by size'}, 'Order of the contributions')
     )
   );
-  box.append(chart);
+  content('why').append(chart);
   watch(['t', 'versus', 'sort', 'theme'], () => {
-    const all = tokens(),
-      other = all.indexOf(state.versus),
-      logits = row('part_logits', state.t),
-      main = all[0];
+    const tokens = Array.from(row('part_tokens', state.t));
+    const logits = row('part_logits', state.t);
+    const option = (id, i) =>
+      h('option', {value: id}, `${tokenText(id)}   (logit ${fixed(logits[i + 1])})`);
     select.replaceChildren(
-      h('option', {value: -1}, 'nothing: the logit itself'),
-      ...all.slice(1).map((id, i) => h('option', {value: id}, `${shown(id)}   (logit ${fixed(logits[i + 1])})`))
+      h('option', {value: -1}, 'no other token'),
+      ...tokens.slice(1).map(option)
     );
-    select.value = other > 0 ? state.versus : -1;
-    const parts = shares(),
-      sum = parts.reduce((total, x) => total + x.value, 0),
-      logit = logits[0] - (other > 0 ? logits[other] : 0);
-    const large = parts.toSorted((a, b) => Math.abs(b.value) - Math.abs(a.value)),
-      top = large.slice(0, MOST),
-      rest = large.slice(MOST);
-    let from = 0;
-    const rows = (state.sort === 'size' ? top : parts.filter(x => top.includes(x))).map(x => {
-      const line = {
-        label: x.name,
-        value: x.value,
-        from,
-        plain: true,
-        tip: `${x.name}: ${signed(x.value, 4)}\nsum so far: ${fixed(from + x.value, 4)}`,
-        act:
-          x.part[0] === 'head'
-            ? () => {
-                set({layer: x.part[1], head: x.part[2], source: -1});
-                document.getElementById('head').scrollIntoView();
-              }
-            : x.part[0] === 'mlp'
-              ? () => {
-                  set({layer: x.part[1]});
-                  document.getElementById('mlp').scrollIntoView();
-                }
-              : undefined
-      };
-      from += x.value;
-      return line;
-    });
-    if (rest.length) {
-      const value = rest.reduce((total, x) => total + x.value, 0);
-      rows.push({label: `${rest.length} others`, value, from, plain: true});
-      from += value;
-    }
-    rows.push({label: other > 0 ? 'difference' : 'logit', value: sum, text: fixed(sum, 3), total: true, mark: true, plain: true});
-    bars(chart, rows, 'Waterfall: the parts of the logit, one after the other', {step: 19});
-    chart.heading.textContent =
-      other > 0
-        ? `Why ${shown(main)} rather than ${shown(all[other])}, after ${shown(facts.ids[state.t])}`
-        : `Why ${shown(main)} after ${shown(facts.ids[state.t])}: what its logit is made of`;
-    chart.say(
-      `The parts sum to ${fixed(sum, 5)}; the model's ${other > 0 ? 'difference of logits' : 'logit'} is ${fixed(logit, 5)}.` +
-        (facts.model.bias ? ' Biases: those of all output projections and of the final norm.' : '') +
-        (facts.model.logit_softcap ? ' Softcap: what the cap takes off.' : '') +
-        (known(state.t) ? '' : ' The text ends here: this is the likeliest token.')
-    );
+    select.value = rivalIndex() ? state.versus : -1;
+    drawWaterfall(chart);
+    describeWaterfall(chart, tokens, logits);
   });
+}
+
+function drawWaterfall(chart) {
+  const all = contributions();
+  const bySize = all.toSorted((a, b) => Math.abs(b.value) - Math.abs(a.value));
+  const top = bySize.slice(0, MAX_PARTS);
+  const others = bySize.slice(MAX_PARTS);
+  const ordered = state.sort === 'size' ? top : all.filter(x => top.includes(x));
+  const rows = [];
+  let total = 0;
+  for (const {part, name, value} of ordered) {
+    const from = total;
+    total += value;
+    rows.push({
+      label: name,
+      value,
+      from,
+      plain: true,
+      tip: `${name}: ${signed(value, 4)}\nrunning sum: ${fixed(total, 4)}`,
+      onClick: partAction(part)
+    });
+  }
+  if (others.length) {
+    const value = sum(others.map(x => x.value));
+    rows.push({label: `${others.length} others`, value, from: total, plain: true});
+    total += value;
+  }
+  rows.push({
+    label: rivalIndex() ? 'difference' : 'logit',
+    value: total,
+    text: fixed(total, 3),
+    total: true,
+    bold: true,
+    plain: true
+  });
+  bars(chart, rows, 'Waterfall chart of the contributions to the logit', {step: 19});
+}
+
+function describeWaterfall(chart, tokens, logits) {
+  const rival = rivalIndex();
+  const target = tokenQuoted(tokens[0]);
+  const here = tokenQuoted(facts.ids[state.t]);
+  const total = sum(contributions().map(x => x.value));
+  const logit = rival ? logits[0] - logits[rival] : logits[0];
+  const quantity = rival ? 'logit difference' : 'logit';
+  const question = rival
+    ? `Why ${target} rather than ${tokenQuoted(tokens[rival])} after ${here}?`
+    : `Why ${target} after ${here}?`;
+  const notes = [
+    `The contributions sum to ${fixed(total, 5)}; ` +
+      `the ${quantity} of the model is ${fixed(logit, 5)}.`
+  ];
+  if (facts.model.bias) notes.push('Biases: of all output projections and the final norm.');
+  if (facts.model.logit_softcap) notes.push('Softcap: capped minus uncapped logit.');
+  if (!hasNext(state.t)) notes.push(`The text ends here: ${target} is the most likely token.`);
+  chart.heading.textContent = `${question} Contributions to the ${quantity}`;
+  chart.setReadout(notes.join(' '));
 }

@@ -1,4 +1,4 @@
-// The page: its head, its theme, and all panels one after the other.
+// Entry point: loads the data, fills the header, builds all panels.
 
 import {
   DEFAULTS,
@@ -7,12 +7,12 @@ import {
   T,
   facts,
   fixed,
-  grouped,
   h,
   hideTip,
   inSection,
+  integer,
   loadArrays,
-  readColours,
+  readColors,
   readHash,
   redraw,
   row,
@@ -28,92 +28,114 @@ import {buildBigrams, buildCircuits} from './circuits.js';
 import {buildTraining} from './training.js';
 import {buildTour} from './tour.js';
 
-function buildTop() {
-  const {run, model} = facts,
-    name = run.path || 'this model';
-  document.title = `${name}: plainGPT explain`;
+function buildHeader() {
+  const name = facts.run.path || 'this model';
+  document.title = `${name} | plainGPT explain`;
   document.getElementById('run-name').textContent = name;
-  const rows = [
-    ['step', grouped(run.step)],
-    run.val_loss !== null && ['val loss', fixed(run.val_loss, 4)],
-    [
-      'parameters',
-      grouped(facts.parameters - facts.tables) + (facts.tables ? ` + ${grouped(facts.tables)} in n-gram tables` : '')
-    ],
-    ['layers × heads', `${L} × ${H}` + (facts.n_kv_head !== H ? ` (${facts.n_kv_head} kv)` : '')],
-    ['width', model.n_embd],
-    ['context', grouped(model.block_size)],
-    ['vocabulary', grouped(facts.vocab_size)],
+  const items = modelFacts().map(([key, value]) =>
+    h('div', {}, h('dt', {}, key), h('dd', {}, String(value)))
+  );
+  document.getElementById('run-facts').append(...items);
+  document.getElementById('accuracy').textContent = accuracyNote();
+  const sections = [...document.querySelectorAll('main section')];
+  document.getElementById('contents').append(...sections.map(sectionLink));
+  if (facts.live) buildTextForm();
+}
+
+function modelFacts() {
+  const {run, model} = facts;
+  const tables = facts.tables ? ` + ${integer(facts.tables)} in n-gram tables` : '';
+  const kvHeads = facts.n_kv_head === H ? '' : ` (${facts.n_kv_head} KV)`;
+  const items = [
+    ['step', integer(run.step)],
+    ['parameters', integer(facts.parameters - facts.tables) + tables],
+    ['layers × heads', `${L} × ${H}${kvHeads}`],
+    ['embedding size', model.n_embd],
+    ['context', integer(model.block_size)],
+    ['vocabulary', integer(facts.vocab_size)],
     ['positions', model.position],
     ['norm, activation', `${model.norm}, ${model.activation}`],
-    ['text', `${T} token${T > 1 ? 's' : ''}`]
+    ['text', T > 1 ? `${T} tokens` : '1 token']
   ];
-  document
-    .getElementById('run-facts')
-    .append(...rows.filter(Boolean).map(([key, value]) => h('div', {}, h('dt', {}, key), h('dd', {}, String(value)))));
-  const digits = facts.difference ? facts.difference.toExponential(1).replace('e-', 'e−') : '0';
-  document.getElementById('truth').textContent =
-    `Every number on this page was computed from these weights by PyTorch in float32; those of single heads, neurons and layers are kept to three digits. Largest difference between the logits of the pass shown here and those of model(idx): ${digits}, among logits of up to ${fixed(facts.largest, 1)}.` +
-    (facts.left_out ? ` The text has ${grouped(facts.left_out)} more tokens in front, which the model does not see here.` : '') +
-    (facts.dropped.length ? ` Left out to keep the page below ${facts.largest_page}: ${facts.dropped.join(', ')}.` : '');
-  document.getElementById('contents').append(
-    ...[...document.querySelectorAll('main section')].map(section =>
-      h(
-        'a',
-        {
-          href: '#' + section.id,
-          onclick: event => {
-            event.preventDefault();
-            section.scrollIntoView();
-          }
-        },
-        section.dataset.name
-      )
-    )
-  );
-  if (facts.live) {
-    const form = document.getElementById('live'),
-      text = document.getElementById('live-text');
-    form.hidden = false;
-    text.value = facts.text;
-    form.addEventListener('submit', event => {
-      // a form would send its line ends as two characters
-      event.preventDefault();
-      location.assign('/?start=' + encodeURIComponent(text.value.slice(-8000)) + location.hash);
-    });
-    document.getElementById('live-error').textContent = facts.error || '';
+  if (run.val_loss !== null) items.splice(1, 0, ['val loss', fixed(run.val_loss, 4)]);
+  return items;
+}
+
+function accuracyNote() {
+  const {difference, largest, left_out: cropped, dropped} = facts;
+  const error = difference ? difference.toExponential(1).replace('e-', 'e−') : '0';
+  const notes = [
+    'All numbers were computed by PyTorch in float32; those of single heads, neurons and layers ' +
+      'are stored with three significant digits.',
+    `Largest difference from the logits of model(idx): ${error}, ` +
+      `with logits of up to ${fixed(largest, 1)}.`
+  ];
+  if (cropped) notes.push(`The text is cropped: ${integer(cropped)} earlier tokens are ignored.`);
+  if (dropped.length) {
+    const names = dropped.join(', ');
+    notes.push(`Left out to keep the page below ${facts.largest_page}: ${names}.`);
   }
+  return notes.join(' ');
+}
+
+function sectionLink(section) {
+  const onclick = event => {
+    event.preventDefault(); // the hash holds the state
+    section.scrollIntoView();
+  };
+  return h('a', {href: '#' + section.id, onclick}, section.dataset.name);
+}
+
+/** The text box of a page served with --serve. */
+function buildTextForm() {
+  const form = document.getElementById('live');
+  const text = document.getElementById('live-text');
+  form.hidden = false;
+  text.value = facts.text;
+  form.addEventListener('submit', event => {
+    event.preventDefault(); // submitting would turn \n into \r\n
+    const start = encodeURIComponent(text.value.slice(-8000));
+    location.assign(`/?start=${start}${location.hash}`);
+  });
+  document.getElementById('live-error').textContent = facts.error || '';
 }
 
 function buildTheme() {
-  const button = document.getElementById('theme'),
-    system = matchMedia('(prefers-color-scheme: dark)');
-  const dark = () => (state.theme ? state.theme === 'dark' : system.matches);
+  const button = document.getElementById('theme');
+  const system = matchMedia('(prefers-color-scheme: dark)');
+  const isDark = () => (state.theme ? state.theme === 'dark' : system.matches);
   const apply = () => {
-    document.documentElement.dataset.theme = dark() ? 'dark' : 'light';
-    button.textContent = dark() ? 'Light' : 'Dark';
-    button.setAttribute('aria-label', `Switch to ${dark() ? 'light' : 'dark'} colours`);
-    readColours();
+    const other = isDark() ? 'light' : 'dark';
+    document.documentElement.dataset.theme = isDark() ? 'dark' : 'light';
+    button.textContent = isDark() ? 'Light' : 'Dark';
+    button.setAttribute('aria-label', `Switch to ${other} mode`);
+    readColors();
   };
   watch(['theme'], apply);
-  button.addEventListener('click', () => set({theme: dark() ? 'light' : 'dark'}));
+  button.addEventListener('click', () => set({theme: isDark() ? 'light' : 'dark'}));
   system.addEventListener('change', () => {
     apply();
     redraw();
   });
 }
 
-await loadArrays();
-// the first look: at the head that adds most to the logit of the next token
-{
-  const parts = facts.parts.map(([kind, layer, head], i) => ({kind, layer, head, i})).filter(x => x.kind === 'head');
-  const share = x => row('parts', x.i, DEFAULTS.t)[0];
-  const best = parts.toSorted((a, b) => share(b) - share(a))[0];
-  Object.assign(DEFAULTS, {layer: best.layer, head: best.head});
+/** By default, select the head that adds most to the logit of the last target. */
+function selectBestHead() {
+  let best = -Infinity;
+  facts.parts.forEach(([kind, layer, head], i) => {
+    const contribution = row('parts', i, DEFAULTS.t)[0];
+    if (kind !== 'head' || contribution <= best) return;
+    best = contribution;
+    Object.assign(DEFAULTS, {layer, head});
+  });
 }
-buildTheme();
-buildTop();
-buildStrip();
+
+/** Keep the sticky token strip from covering what is scrolled to. */
+function setScrollPadding() {
+  const height = document.getElementById('strip').offsetHeight;
+  document.documentElement.style.scrollPaddingTop = height + 14 + 'px';
+}
+
 const panels = {
   next: buildNext,
   flow: buildFlow,
@@ -127,21 +149,24 @@ const panels = {
   bigrams: buildBigrams,
   training: buildTraining
 };
+
+await loadArrays();
+selectBestHead();
+buildTheme();
+buildHeader();
+buildStrip();
 for (const [id, build] of Object.entries(panels)) inSection(id, build);
 buildTour();
-Object.assign(state, readHash()); // now that the panels have said what it may be
+Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
-const clearStrip = () => {
-  document.documentElement.style.scrollPaddingTop = document.getElementById('strip').offsetHeight + 14 + 'px';
-};
-clearStrip();
-let width = innerWidth;
+setScrollPadding();
+
+let drawnWidth = innerWidth;
 addEventListener('resize', () => {
-  if (innerWidth !== width) {
-    width = innerWidth;
-    redraw();
-    clearStrip();
-  }
+  if (innerWidth === drawnWidth) return;
+  drawnWidth = innerWidth;
+  redraw();
+  setScrollPadding();
 });
 addEventListener('hashchange', () => {
   if (location.hash.includes('=')) set(readHash());

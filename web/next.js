@@ -1,55 +1,65 @@
-// The strip of tokens, and the panel of the next token.
+// The token strip and the "Next token" panel.
 
 import {bars} from './charts.js';
 import {
   T,
   arrays,
-  chip,
-  colour,
+  clamp,
+  color,
   content,
   css,
   facts,
   figure,
   fixed,
-  grouped,
   h,
-  known,
+  hasNext,
+  integer,
   mix,
   percent,
+  range,
   row,
   set,
-  short,
-  shown,
-  spoken,
   state,
-  target,
+  targetAt,
   textOn,
+  tokenChip,
+  tokenLabel,
+  tokenName,
+  tokenText,
   watch
 } from './core.js';
-import {Twister, drawn, filtered} from './sampling.js';
+import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
 
-// The strip -------------------------------------------------------------------------------------------------------------------
+// Token strip -------------------------------------------------------------------------------------
+
+/** Loss and rank of the token at position t > 0, predicted from t - 1. */
+const lossOf = t => row('loss')[t - 1];
+const rankOf = t => row('rank')[t - 1];
+const vocabSize = integer(facts.vocab_size);
+
+function stripButton(id, t) {
+  const rank = t && integer(rankOf(t));
+  const spoken = t ? `, loss ${fixed(lossOf(t))}, rank ${rank}` : '';
+  const hover = t
+    ? `loss ${fixed(lossOf(t))} nats, rank ${rank} of ${vocabSize}`
+    : 'first token: not predicted';
+  return h(
+    'button',
+    {
+      type: 'button',
+      onclick: () => set({t, source: -1}),
+      'aria-label': `${tokenName(id)}, position ${t}${spoken}`,
+      title: hover
+    },
+    tokenText(id)
+  );
+}
 
 export function buildStrip() {
   const strip = document.getElementById('tokens');
-  const buttons = facts.ids.map((id, t) =>
-    h(
-      'button',
-      {
-        type: 'button',
-        onclick: () => set({t, source: -1}),
-        'aria-label':
-          `${spoken(id) || JSON.stringify(facts.vocabulary[id])}, position ${t}` +
-          (t ? `, loss ${fixed(row('loss')[t - 1])}, rank ${row('rank')[t - 1]}` : ''),
-        title: t
-          ? `loss ${fixed(row('loss')[t - 1])} nats, rank ${grouped(row('rank')[t - 1])} of ${grouped(facts.vocab_size)}`
-          : 'the first token: nothing predicts it'
-      },
-      shown(id)
-    )
-  );
+  const buttons = facts.ids.map(stripButton);
   strip.append(...buttons);
-  const move = step => set({t: Math.max(0, Math.min(T - 1, state.t + step)), source: -1});
+  const move = step => set({t: clamp(state.t + step, 0, T - 1), source: -1});
   document.getElementById('back').addEventListener('click', () => move(-1));
   document.getElementById('forth').addEventListener('click', () => move(1));
   strip.addEventListener('keydown', event => {
@@ -61,192 +71,271 @@ export function buildStrip() {
   });
   watch(['t', 'theme'], () => {
     buttons.forEach((button, t) => {
-      const rgb = mix('soft', 'warm', t ? Math.min(1, row('loss')[t - 1] / 8) : 0);
+      const rgb = mix('soft', 'warm', t ? Math.min(1, lossOf(t) / 8) : 0);
       button.style.background = css(rgb);
       button.style.color = textOn(rgb);
       button.setAttribute('aria-pressed', t === state.t);
       button.tabIndex = t === state.t ? 0 : -1;
     });
-    const button = buttons[state.t];
-    if (button.offsetTop < strip.scrollTop || button.offsetTop + button.offsetHeight > strip.scrollTop + strip.clientHeight)
-      strip.scrollTop = button.offsetTop - strip.offsetTop - 30;
-    const {t} = state,
-      says = document.getElementById('where');
-    says.replaceChildren(
-      `Position ${t} of 0 to ${T - 1}: `,
-      chip(facts.ids[t]),
-      known(t) ? ' next is ' : ' what comes next is not in the text; the likeliest is ',
-      chip(target(t)),
-      known(t)
-        ? ` with ${percent(Math.exp(-row('loss')[t]))}, loss ${fixed(row('loss')[t])} nats, rank ${grouped(row('rank')[t])} of ${grouped(facts.vocab_size)}`
-        : ''
-    );
+    scrollStripTo(strip, buttons[state.t]);
+    describePosition(state.t);
   });
 }
 
-// The next token ----------------------------------------------------------------------------------------------------------------
+function scrollStripTo(strip, button) {
+  const isAbove = button.offsetTop < strip.scrollTop;
+  const bottom = strip.scrollTop + strip.clientHeight;
+  const isBelow = button.offsetTop + button.offsetHeight > bottom;
+  if (isAbove || isBelow) strip.scrollTop = button.offsetTop - strip.offsetTop - 30;
+}
 
-/** What is known of the logits at t: {logits, ids (null: 0, 1, ...), tail: [[logit, count]] of the others}. */
+function describePosition(t) {
+  const parts = [`Position ${t} of ${T - 1}: `, tokenChip(facts.ids[t]), ' · '];
+  if (hasNext(t)) {
+    const probability = percent(Math.exp(-lossOf(t + 1)));
+    const loss = fixed(lossOf(t + 1));
+    const rank = integer(rankOf(t + 1));
+    parts.push(
+      'next token ',
+      tokenChip(targetAt(t)),
+      ` · probability ${probability} · loss ${loss} nats · rank ${rank} of ${vocabSize}`
+    );
+  } else parts.push('end of the text · most likely next token ', tokenChip(targetAt(t)));
+  document.getElementById('where').replaceChildren(...parts);
+}
+
+// Next token --------------------------------------------------------------------------------------
+
+/** Logits at t, {logits, ids, tail}: ids null means all tokens in order; tail as in filtered(). */
 export function logitsAt(t) {
   if (arrays.logits) return {logits: row('logits', t), ids: null, tail: []};
   if (t === T - 1) return {logits: row('last_logits'), ids: null, tail: []};
-  const logits = row('top_logits', t),
-    tail = [];
+  const logits = row('top_logits', t);
+  const tail = [];
   row('tail', t).forEach((count, bin) => {
     if (count) tail.push([logits[0] - (bin + 0.5) / facts.bins_per_nat, count]);
   });
   return {logits, ids: row('top_ids', t), tail};
 }
 
-const entropy = (p, tail = []) =>
-  -p.reduce((sum, x) => (x > 0 ? sum + x * Math.log2(x) : sum), 0) -
-  tail.reduce((sum, [x, count]) => sum + count * x * Math.log2(x), 0);
+/** Entropy in bits; tail: [[probability of one token, count], ...]. */
+function entropyOf(p, tail) {
+  let bits = 0;
+  for (const x of p) if (x > 0) bits -= x * Math.log2(x);
+  for (const [x, count] of tail) if (x > 0) bits -= count * x * Math.log2(x);
+  return bits;
+}
+
+/** The distribution at t before (base) and after (p) temperature, top-k and top-p. */
+function distributionAt(t) {
+  const {logits, ids, tail} = logitsAt(t);
+  const idOf = i => (ids ? ids[i] : i);
+  const max = logits.reduce((a, b) => Math.max(a, b));
+  let total = 0;
+  for (const [logit, count] of tail) total += count * Math.exp(logit - max);
+  for (const logit of logits) total += Math.exp(logit - max);
+  const probability = logit => Math.exp(logit - max) / total;
+  const base = Float64Array.from(logits, probability);
+  const baseTail = tail.map(([logit, count]) => [probability(logit), count]);
+  const after = filtered(logits, state.temperature, state.k, state.p, tail);
+  const order = range(logits.length, i => i).sort((a, b) => logits[b] - logits[a]);
+  let keptMass = 0;
+  base.forEach((x, i) => {
+    if (after.p[i] > 0) keptMass += x;
+  });
+  for (const [, count, logit] of after.rest) keptMass += count * probability(logit);
+  return {
+    ...after,
+    logits,
+    ids,
+    idOf,
+    order,
+    base,
+    keptMass,
+    baseEntropy: entropyOf(base, baseTail),
+    entropy: entropyOf(after.p, after.rest)
+  };
+}
+
+/** Ten indices sampled as sample.py does: in order of token ids, -1 for the tail. */
+function sampleTen({p, ids, tail}) {
+  const byId = range(p.length, i => i);
+  if (ids) byId.sort((a, b) => ids[a] - ids[b]);
+  const sorted = byId.map(i => p[i]);
+  const random = new MersenneTwister(state.seed);
+  return range(10, () => {
+    const u = state.temperature === 0 ? 0 : random.uniform();
+    const i = sampleIndex(sorted, u, tail);
+    return i < 0 ? i : byId[i];
+  });
+}
+
+/** A slider for a state key; toValue and toPosition convert between the slider and the value. */
+function slider(key, label, {min, max, step, describe, toValue = x => x, toPosition = x => x}) {
+  const output = h('output');
+  const input = h('input', {
+    type: 'range',
+    min,
+    max,
+    step,
+    'aria-label': label,
+    oninput: event => set({[key]: toValue(Number(event.target.value))})
+  });
+  watch([key], () => {
+    const text = describe(state[key]);
+    input.value = toPosition(state[key]);
+    input.setAttribute('aria-valuetext', text);
+    output.textContent = text;
+  });
+  return h('label', {}, label, output, input);
+}
+
+function samplingSliders() {
+  const V = facts.vocab_size;
+  const log2V = Math.log2(V);
+  return [
+    slider('temperature', 'Temperature', {
+      min: 0,
+      max: 2,
+      step: 0.05,
+      describe: x => (x === 0 ? '0 (greedy)' : x.toFixed(2))
+    }),
+    slider('k', 'Top-k', {
+      min: 0,
+      max: 1,
+      step: 0.001,
+      describe: k => (k >= V ? 'all' : integer(k)),
+      toValue: x => Math.max(1, Math.round(2 ** (x * log2V))),
+      toPosition: k => Math.log2(k) / log2V
+    }),
+    slider('p', 'Top-p', {
+      min: 0.05,
+      max: 1,
+      step: 0.01,
+      describe: p => (p >= 1 ? 'all' : p.toFixed(2))
+    })
+  ];
+}
+
+function seedInput() {
+  const maxSeed = 2 ** 32 - 1;
+  return h('input', {
+    type: 'number',
+    min: 0,
+    max: maxSeed,
+    step: 1,
+    id: 'seed',
+    onchange: event => {
+      const seed = Math.round(Number(event.target.value)) || 0;
+      set({seed: clamp(seed, 0, maxSeed)});
+      event.target.value = state.seed;
+    }
+  });
+}
 
 export function buildNext() {
-  const V = facts.vocab_size;
-  let now; // {ids, base, p, kept, tail}
-  const table = () => [
+  let now; // distributionAt(state.t)
+  const chart = figure('next-token', 'Most likely next tokens', () => [
     ['token', 'id', 'logit', 'probability', 'after temperature, top-k, top-p'],
-    Array.from(now.order, i => [
-      shown(now.id(i)),
-      now.id(i),
+    now.order.map(i => [
+      tokenText(now.idOf(i)),
+      now.idOf(i),
       now.logits[i].toFixed(4),
       now.base[i].toExponential(4),
       now.p[i].toExponential(4)
     ])
-  ];
-  const chart = figure('next-token', 'The likeliest tokens', table);
-  chart.say("Outline: the model's probability. Bar and number: the probability in the draw.");
-  const slider = (key, label, low, high, step, tell, of = x => x, from = x => x) => {
-    const output = h('output'),
-      input = h('input', {
-        type: 'range',
-        min: low,
-        max: high,
-        step,
-        'aria-label': label,
-        oninput: event => set({[key]: of(Number(event.target.value))})
-      });
-    watch([key], () => {
-      input.value = from(state[key]);
-      output.textContent = tell(state[key]);
-      input.setAttribute('aria-valuetext', tell(state[key]));
-    });
-    return h('label', {}, label, output, input);
-  };
-  const most = Math.log2(V);
-  const numbers = h('dl', {class: 'figures'}),
-    drawn10 = h('div', {class: 'list', id: 'draws', 'aria-live': 'polite'});
-  const seed = h('input', {
-    type: 'number',
-    min: 0,
-    max: 2 ** 32 - 1,
-    step: 1,
-    id: 'seed',
-    onchange: event => {
-      set({seed: Math.max(0, Math.min(2 ** 32 - 1, Math.round(Number(event.target.value)) || 0))});
-      seed.value = state.seed;
-    }
-  });
+  ]);
+  chart.setReadout(
+    'Outline: probability under the model. Bar and number: after temperature, top-k and top-p.'
+  );
+  const stats = h('dl', {class: 'figures'});
+  const samples = h('div', {class: 'list', id: 'draws', 'aria-live': 'polite'});
+  const note = h('p', {class: 'note'});
+  const seed = seedInput();
+  const nextSeed = () => set({seed: (state.seed + 1) % 2 ** 32});
   const panel = h(
     'div',
     {class: 'card'},
-    h('h3', {}, 'Choose'),
-    h(
-      'div',
-      {class: 'sliders'},
-      slider('temperature', 'Temperature', 0, 2, 0.05, x => (x === 0 ? '0: always the likeliest' : x.toFixed(2))),
-      slider(
-        'k',
-        'Top-k',
-        0,
-        1,
-        0.001,
-        k => (k >= V ? 'all' : grouped(k)),
-        x => Math.max(1, Math.round(2 ** (x * most))),
-        k => Math.log2(k) / most
-      ),
-      slider('p', 'Top-p', 0.05, 1, 0.01, p => (p >= 1 ? 'all' : p.toFixed(2)))
-    ),
-    numbers,
+    h('h3', {}, 'Sampling'),
+    h('div', {class: 'sliders'}, samplingSliders()),
+    stats,
     h(
       'div',
       {class: 'controls'},
       h('label', {for: 'seed'}, 'Seed'),
       seed,
-      h('button', {type: 'button', id: 'again', onclick: () => set({seed: (state.seed + 1) % 2 ** 32})}, 'Draw again')
+      h('button', {type: 'button', id: 'again', onclick: nextSeed}, 'Next seed')
     ),
-    drawn10,
-    h('p', {class: 'note', id: 'same-as'})
+    samples,
+    note
   );
   content('next').append(h('div', {class: 'columns wide-left'}, chart, panel));
 
   watch(['t', 'temperature', 'k', 'p', 'seed', 'theme'], () => {
-    const {logits, ids, tail} = logitsAt(state.t),
-      id = i => (ids ? ids[i] : i);
-    const max = logits.reduce((a, b) => Math.max(a, b)),
-      count = logits.length;
-    let total = tail.reduce((sum, [x, n]) => sum + n * Math.exp(x - max), 0);
-    for (const x of logits) total += Math.exp(x - max);
-    const base = Float64Array.from(logits, x => Math.exp(x - max) / total);
-    const result = filtered(logits, state.temperature, state.k, state.p, tail);
-    const order = Array.from({length: count}, (_, i) => i).sort((a, b) => logits[b] - logits[a]);
-    now = {...result, base, logits, id, order};
-    const top = order.slice(0, 16),
-      true_ = known(state.t) ? order.find(i => id(i) === target(state.t)) : undefined;
-    if (true_ !== undefined && !top.includes(true_)) top.push(true_);
-    bars(
-      chart,
-      top.map(i => ({
-        label: short(id(i)),
-        value: result.p[i],
-        ghost: base[i],
-        text: percent(result.p[i]),
-        mark: i === true_,
-        tip: `${shown(id(i))} (id ${id(i)})\nlogit ${fixed(logits[i], 3)}\nprobability ${base[i].toFixed(5)}\nto draw from ${result.p[i].toFixed(5)}`
-      })),
-      'The likeliest next tokens with their probabilities',
-      {low: 0}
-    );
-    const keptMass =
-      result.p.reduce((sum, x, i) => (x > 0 ? sum + base[i] : sum), 0) +
-      result.rest.reduce((sum, [, n, x]) => sum + (n * Math.exp(x - max)) / total, 0);
-    const fact = (name, value, key) => [h('dt', {}, name), h('dd', {id: key}, value)];
-    numbers.replaceChildren(
-      ...[
-        fact('Tokens kept', `${grouped(result.kept)} of ${grouped(V)}`, 'kept'),
-        fact('Mass kept', (100 * keptMass).toFixed(2) + '%', 'mass'),
-        fact(
-          'Entropy of the model',
-          entropy(
-            base,
-            tail.map(([x, n]) => [Math.exp(x - max) / total, n])
-          ).toFixed(3) + ' bits',
-          'entropy'
-        ),
-        fact('Entropy of the draw', entropy(result.p, result.rest).toFixed(3) + ' bits', 'entropy-left')
-      ].flat()
-    );
+    now = distributionAt(state.t);
+    drawNextTokens(chart, now);
+    stats.replaceChildren(...statistics(now));
     if (document.activeElement !== seed) seed.value = state.seed;
-    const random = new Twister(state.seed),
-      byId = Array.from({length: count}, (_, i) => i);
-    if (ids) byId.sort((a, b) => ids[a] - ids[b]); // as sample.py: a token is drawn at the first sum, in the order of ids, that is above the number
-    const p = byId.map(i => result.p[i]),
-      draw = u => {
-        const i = drawn(p, u, result.tail);
-        return i < 0 ? i : byId[i];
-      };
-    drawn10.replaceChildren(
-      ...Array.from({length: 10}, () => draw(state.temperature === 0 ? 0 : random.uniform())).map(i =>
-        i < 0
-          ? h('span', {class: 'token'}, 'one of the others')
-          : Object.assign(chip(id(i)), {
-              style: id(i) === target(state.t) && known(state.t) ? `outline:1.5px solid ${colour('accent')}` : ''
-            })
-      )
-    );
-    document.getElementById('same-as').textContent = result.tail
-      ? `Ten draws. Tokens beyond the ${count} likeliest, which these values let through, are counted together here.`
-      : 'Ten draws: the first tokens of sample.py --dtype=float32 --num_samples=10 with this text up to here, this seed and these values.';
+    samples.replaceChildren(...sampleTen(now).map(i => sampleChip(now, i)));
+    note.replaceChildren(...(now.tail ? histogramNote(now) : reproduceNote()));
   });
+}
+
+function drawNextTokens(chart, {order, idOf, logits, base, p}) {
+  const top = order.slice(0, 16);
+  const isTarget = i => hasNext(state.t) && idOf(i) === targetAt(state.t);
+  const target = order.find(isTarget);
+  if (target !== undefined && !top.includes(target)) top.push(target);
+  const bar = i => ({
+    label: tokenLabel(idOf(i)),
+    value: p[i],
+    outline: base[i],
+    text: percent(p[i]),
+    bold: i === target,
+    tip: [
+      `${tokenText(idOf(i))} (id ${idOf(i)})`,
+      `logit ${fixed(logits[i], 3)}`,
+      `probability ${base[i].toFixed(5)}`,
+      `after temperature, top-k, top-p ${p[i].toFixed(5)}`
+    ].join('\n')
+  });
+  bars(chart, top.map(bar), 'Most likely next tokens and their probabilities', {low: 0});
+}
+
+function statistics({kept, keptMass, baseEntropy, entropy}) {
+  const items = [
+    ['kept', 'Tokens kept', `${integer(kept)} of ${vocabSize}`],
+    ['mass', 'Probability kept', (100 * keptMass).toFixed(2) + '%'],
+    ['entropy', 'Entropy of the model', baseEntropy.toFixed(3) + ' bits'],
+    ['entropy-left', 'Entropy after filtering', entropy.toFixed(3) + ' bits']
+  ];
+  return items.flatMap(([id, name, value]) => [h('dt', {}, name), h('dd', {id}, value)]);
+}
+
+function histogramNote({p}) {
+  const text =
+    `Ten samples. These settings keep tokens outside the top ${p.length}; ` +
+    'the page stores only a histogram of their logits.';
+  return [text];
+}
+
+function reproduceNote() {
+  const code = text => h('code', {}, text);
+  return [
+    'Ten samples, equal to the first tokens of ',
+    code('sample.py'),
+    ' ',
+    code('--dtype=float32'),
+    ' ',
+    code('--num_samples=10'),
+    ' with this prefix, seed and settings.'
+  ];
+}
+
+function sampleChip({idOf}, i) {
+  if (i < 0) return h('span', {class: 'token'}, 'another token');
+  const chip = tokenChip(idOf(i));
+  const isTarget = hasNext(state.t) && idOf(i) === targetAt(state.t);
+  if (isTarget) chip.style.outline = `1.5px solid ${color('accent')}`;
+  return chip;
 }

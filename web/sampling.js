@@ -1,128 +1,144 @@
-// The choice of the next token: model.py's filter_logits and sample_next, with torch's random numbers. In the order of the
-// original and, where it decides which tokens stay, with its float32 roundings.
+// filter_logits and sample_next of model.py, with PyTorch's random numbers. Operations come in the
+// same order and, where they decide which tokens are kept, are rounded to float32 in the same way.
 
 const f = Math.fround;
 
-/** softmax of logits (a typed array) in double precision; -Infinity becomes 0. */
+/** Softmax of a typed array, in double precision. */
 export function softmax(logits) {
-  let max = -Infinity,
-    sum = 0;
-  for (const x of logits) if (x > max) max = x;
+  let max = -Infinity;
+  for (const x of logits) max = Math.max(max, x);
   const p = new Float64Array(logits.length);
-  for (let i = 0; i < p.length; i++) sum += p[i] = Math.exp(logits[i] - max);
-  for (let i = 0; i < p.length; i++) p[i] /= sum;
-  return p;
+  let total = 0;
+  for (let i = 0; i < p.length; i++) {
+    p[i] = Math.exp(logits[i] - max);
+    total += p[i];
+  }
+  return p.map(x => x / total);
 }
 
-/** Probabilities after temperature (0: the likeliest alone), top-k (ties stay) and top-p.
- *  tail: [[logit, count], ...] of tokens that are less likely than all of logits: they count in sums, and are never in top-k. */
+/**
+ * Probabilities after temperature (0: greedy), top-k (ties are kept) and top-p.
+ *
+ * tail: [[logit, count], ...], a histogram of the tokens outside `logits`, all less likely than
+ * those. Returns {p, kept: number of tokens, tail: probability in the tail, rest: [[probability of
+ * one token, count, logit], ...] of the tail}.
+ */
 export function filtered(logits, temperature, k, p, tail = []) {
-  const n = logits.length,
-    scaled = new Float32Array(n);
-  let max = -Infinity,
-    best = 0;
-  for (let i = 0; i < n; i++)
-    if (logits[i] > max) {
-      max = logits[i];
-      best = i;
-    }
+  const n = logits.length;
+  let best = 0;
+  for (let i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
+  const max = logits[best];
   if (temperature === 0) {
-    const one = new Float64Array(n);
-    one[best] = 1;
-    return {p: one, kept: 1, tail: 0, rest: []};
+    const oneHot = new Float64Array(n);
+    oneHot[best] = 1;
+    return {p: oneHot, kept: 1, tail: 0, rest: []};
   }
+  const scaled = new Float32Array(n);
   for (let i = 0; i < n; i++) scaled[i] = f(f(logits[i] - max) / f(temperature));
   let rest = tail.map(([logit, count]) => [(logit - max) / temperature, count]);
   if (k < n) {
     const kth = scaled.toSorted()[n - k];
     for (let i = 0; i < n; i++) if (scaled[i] < kth) scaled[i] = -Infinity;
   }
-  let room = k - n; // how many of the tail are among the k likeliest
-  rest = rest.flatMap(([logit, count]) => {
-    const taken = Math.max(0, Math.min(count, room));
-    room -= taken;
-    return taken ? [[logit, taken]] : [];
-  });
-  const sumOf = items => items.reduce((sum, [logit, count]) => sum + count * Math.exp(logit), 0);
-  if (p < 1) {
-    let total = sumOf(rest),
-      before = 0;
-    for (const x of scaled) total += Math.exp(x);
-    const order = Array.from(scaled.keys())
-      .filter(i => scaled[i] > -Infinity)
-      .sort((a, b) => scaled[b] - scaled[a] || a - b);
-    for (const i of order) {
-      const mass = Math.exp(scaled[i]) / total;
-      if (before >= p) scaled[i] = -Infinity;
-      before += mass;
-    }
-    rest = rest.flatMap(([logit, count]) => {
-      // of a bin of equals, as many as are needed
-      const each = Math.exp(logit) / total,
-        taken = before >= p ? 0 : Math.min(count, Math.ceil((p - before) / each));
-      before += count * each;
-      return taken ? [[logit, taken]] : [];
-    });
-  }
-  const beyond = sumOf(rest);
-  let total = beyond,
-    kept = rest.reduce((sum, [, count]) => sum + count, 0);
-  const out = new Float64Array(n);
-  for (let i = 0; i < n; i++) {
-    total += out[i] = Math.exp(scaled[i]);
-    if (scaled[i] > -Infinity) kept++;
-  }
-  for (let i = 0; i < n; i++) out[i] /= total;
-  // of the tail: what each of its bins still holds, [probability of one token, how many, its logit]
+  rest = firstOfTail(rest, k - n);
+  if (p < 1) rest = applyTopP(scaled, rest, p);
+
+  const weights = Float64Array.from(scaled, Math.exp);
+  const tailWeight = tailSum(rest);
+  let total = tailWeight;
+  for (const weight of weights) total += weight;
+  const keptHere = scaled.filter(x => x > -Infinity).length;
+  const keptInTail = rest.reduce((sum, [, count]) => sum + count, 0);
   return {
-    p: out,
-    kept,
-    tail: beyond / total,
+    p: weights.map(weight => weight / total),
+    kept: keptHere + keptInTail,
+    tail: tailWeight / total,
     rest: rest.map(([logit, count]) => [Math.exp(logit) / total, count, logit * temperature + max])
   };
 }
 
-/** The generator behind torch.manual_seed on a CPU: MT19937 (Matsumoto and Nishimura 1998). */
-export class Twister {
+const tailSum = tail => tail.reduce((sum, [logit, count]) => sum + count * Math.exp(logit), 0);
+
+/** The first n tokens of a tail. */
+function firstOfTail(tail, n) {
+  let room = n;
+  return tail.flatMap(([logit, count]) => {
+    const taken = Math.max(0, Math.min(count, room));
+    room -= taken;
+    return taken ? [[logit, taken]] : [];
+  });
+}
+
+/** Set what top-p removes from scaled to -Infinity; returns the part of the tail that is kept. */
+function applyTopP(scaled, tail, p) {
+  let total = tailSum(tail);
+  for (const x of scaled) total += Math.exp(x);
+  const order = Array.from(scaled.keys())
+    .filter(i => scaled[i] > -Infinity)
+    .sort((a, b) => scaled[b] - scaled[a] || a - b);
+  let cumulative = 0; // of the more likely tokens
+  for (const i of order) {
+    const mass = Math.exp(scaled[i]) / total;
+    if (cumulative >= p) scaled[i] = -Infinity;
+    cumulative += mass;
+  }
+  return tail.flatMap(([logit, count]) => {
+    const each = Math.exp(logit) / total;
+    const needed = Math.ceil((p - cumulative) / each);
+    const taken = cumulative >= p ? 0 : Math.min(count, needed);
+    cumulative += count * each;
+    return taken ? [[logit, taken]] : [];
+  });
+}
+
+/** MT19937, the generator of torch.manual_seed on CPU (Matsumoto and Nishimura 1998). */
+export class MersenneTwister {
   constructor(seed) {
     this.state = new Uint32Array(624);
     this.state[0] = seed % 2 ** 32;
-    for (let j = 1; j < 624; j++) this.state[j] = Math.imul(1812433253, this.state[j - 1] ^ (this.state[j - 1] >>> 30)) + j;
-    this.at = 624;
-  }
-  next() {
-    const {state} = this;
-    if (this.at === 624) {
-      for (let j = 0; j < 624; j++) {
-        const y = (state[j] & 0x80000000) | (state[(j + 1) % 624] & 0x7fffffff);
-        state[j] = state[(j + 397) % 624] ^ (y >>> 1) ^ (y & 1 ? 0x9908b0df : 0);
-      }
-      this.at = 0;
+    for (let j = 1; j < 624; j++) {
+      const previous = this.state[j - 1];
+      this.state[j] = Math.imul(1812433253, previous ^ (previous >>> 30)) + j;
     }
-    let y = state[this.at++];
+    this.index = 624;
+  }
+
+  twist() {
+    const {state} = this;
+    for (let j = 0; j < 624; j++) {
+      const y = (state[j] & 0x80000000) | (state[(j + 1) % 624] & 0x7fffffff);
+      state[j] = state[(j + 397) % 624] ^ (y >>> 1) ^ (y & 1 ? 0x9908b0df : 0);
+    }
+    this.index = 0;
+  }
+
+  next() {
+    if (this.index === 624) this.twist();
+    let y = this.state[this.index++];
     y ^= y >>> 11;
     y ^= (y << 7) & 0x9d2c5680;
     y ^= (y << 15) & 0xefc60000;
     return (y ^ (y >>> 18)) >>> 0;
   }
-  /** torch.rand(dtype=float64): 53 bits of two numbers. */
+
+  /** torch.rand(dtype=torch.float64): the low 53 bits of two outputs. */
   uniform() {
-    const high = this.next(),
-      low = this.next();
+    const high = this.next();
+    const low = this.next();
     return ((high & 0x1fffff) * 2 ** 32 + low) * 2 ** -53;
   }
 }
 
-/** The first index at which the sum of p exceeds u times the whole sum: model.py's sample_next. -1: in the tail. */
-export function drawn(p, u, tail = 0) {
-  let total = tail,
-    sum = 0,
-    last = -1;
+/** The first index whose cumulative sum exceeds u times the total, as in sample_next; -1: tail. */
+export function sampleIndex(p, u, tail = 0) {
+  let total = tail;
   for (const x of p) total += x;
+  let cumulative = 0;
+  let last = -1;
   for (let i = 0; i < p.length; i++) {
-    sum += p[i];
+    cumulative += p[i];
     if (p[i] > 0) last = i;
-    if (sum > u * total) return i;
+    if (cumulative > u * total) return i;
   }
   return tail > 0 ? -1 : last;
 }

@@ -1,146 +1,204 @@
-// How the run went, and, with --checkpoints=all, how its heads came to be.
+// Training curves and, with --checkpoints=all, losses and head scores over the checkpoints.
 
 import {headGrid, lines} from './charts.js';
-import {H, L, content, facts, figure, fixed, grouped, h, row, set, watch} from './core.js';
-import {KINDS} from './heads.js';
+import {
+  H,
+  L,
+  content,
+  facts,
+  figure,
+  fixed,
+  h,
+  headName,
+  integer,
+  range,
+  row,
+  set,
+  watch
+} from './core.js';
+import {SCORES} from './heads.js';
 
-export function buildTraining() {
-  const box = content('training'),
-    {curves} = facts.run,
-    columns = h('div', {class: 'columns'});
-  const chart = (name, title, series, options) => {
-    const rows = () => series.flatMap(line => line.points.map(([step, value]) => [line.name || title, step, value]));
-    const element = figure(name, title, () => [['curve', 'step', 'value'], rows()]);
-    columns.append(element);
-    watch(['theme'], () => lines(element, series, title, {xName: 'step', ...options}));
+/** A figure of curves over training steps; series as in lines(), tableName for the data table. */
+function curvesFigure(name, title, series, options) {
+  const rowsOf = line => {
+    const curve = line.tableName || line.name || title;
+    return line.points.map(([step, value]) => [curve, step, value]);
   };
-  if (Object.values(curves).some(points => points.length)) {
-    chart('loss-curve', 'Loss', [
-      {name: 'training', points: curves.loss, tone: 'muted'},
-      {name: 'validation', points: curves.val_loss, tone: 'accent'}
-    ]);
-    chart('lr-curve', 'Learning rate', [{points: curves.lr, tone: 'accent'}], {zero: true});
-    chart('speed-curve', 'Tokens per second', [{points: curves.tokens_per_second, tone: 'accent'}], {zero: true});
-  } else box.append(h('p', {class: 'note'}, 'These weights come without a log, so there are no training curves.'));
-  box.append(columns);
-  if (facts.history) buildHistory(box);
-  else
-    box.append(
-      h(
-        'p',
-        {class: 'note'},
-        'To see how the heads came to be, train with a larger --keep_last and run explain.py with ',
-        h('code', {}, '--checkpoints=all'),
-        '.'
-      )
-    );
+  const chart = figure(name, title, () => [['curve', 'step', 'value'], series.flatMap(rowsOf)]);
+  watch(['theme'], () => lines(chart, series, title, {xName: 'step', ...options}));
+  return chart;
 }
 
-function buildHistory(box) {
-  const {steps, losses, val_losses, first_half, second_half} = facts.history,
-    n = steps.length;
-  if (!n) return box.append(h('p', {class: 'note'}, 'There are no checkpoints in this folder to compare.'));
-  const columns = h('div', {class: 'columns two'}),
-    names = facts.score_names,
-    of = (i, name, l, k) => row('history', i, names.indexOf(name), l)[k];
-  const curve = values => values.flatMap((v, i) => (v === null ? [] : [[steps[i], v]]));
-  const add = (name, title, series, options, say) => {
-    const element = figure(name, title, () => [
-      ['curve', 'step', 'value'],
-      series.flatMap(line => line.points.map(([step, v]) => [line.title || line.name || '', step, v]))
-    ]);
-    columns.append(element);
-    watch(['theme'], () => lines(element, series, title, {xName: 'step', ...options}));
-    if (say) element.say(say);
-  };
-  add('history-losses', 'Losses over the checkpoints', [
-    {name: facts.live ? 'the first text' : 'this text', points: curve(losses), tone: 'muted'},
-    {name: 'validation', points: curve(val_losses), tone: 'accent'}
-  ]);
-  add(
-    'history-repeats',
-    'Random tokens that come twice',
-    [
-      {name: 'first time', points: curve(first_half), tone: 'muted'},
-      {name: 'second time', points: curve(second_half), tone: 'accent'}
-    ],
-    {zero: true}
+export function buildTraining() {
+  const box = content('training');
+  const {curves} = facts.run;
+  const hasCurves = Object.values(curves).some(points => points.length);
+  if (hasCurves) box.append(runCurves(curves));
+  else box.append(h('p', {class: 'note'}, 'No training log comes with these weights.'));
+  if (!facts.history) box.append(historyHint());
+  else if (facts.history.steps.length) buildHistory(box);
+  else box.append(h('p', {class: 'note'}, 'This folder has no checkpoints to compare.'));
+}
+
+function runCurves(curves) {
+  const loss = [
+    {name: 'train', points: curves.loss, tone: 'muted'},
+    {name: 'val', points: curves.val_loss, tone: 'accent'}
+  ];
+  const lr = [{points: curves.lr, tone: 'accent'}];
+  const speed = [{points: curves.tokens_per_second, tone: 'accent'}];
+  return h(
+    'div',
+    {class: 'columns'},
+    curvesFigure('loss-curve', 'Loss', loss),
+    curvesFigure('lr-curve', 'Learning rate', lr, {zero: true}),
+    curvesFigure('speed-curve', 'Tokens per second', speed, {zero: true})
   );
-  for (const name of ['induction', 'previous']) {
-    const heads = Array.from({length: L * H}, (_, i) => ({
-      title: `${Math.floor(i / H)}.${i % H}`,
-      points: steps.map((step, c) => [step, of(c, name, Math.floor(i / H), i % H)]).filter(p => Number.isFinite(p[1])),
+}
+
+function historyHint() {
+  return h(
+    'p',
+    {class: 'note'},
+    'To see how the heads developed, train with a larger --keep_last and run explain.py with ',
+    h('code', {}, '--checkpoints=all'),
+    '.'
+  );
+}
+
+// Checkpoints -------------------------------------------------------------------------------------
+
+/** A score of head l.k at checkpoint i. */
+const historyScore = (i, name, l, k) => row('history', i, facts.score_names.indexOf(name), l)[k];
+
+/** [[step, value], ...] without missing values. */
+const historyCurve = values =>
+  values.map((value, i) => [facts.history.steps[i], value]).filter(point => point[1] !== null);
+
+// served pages keep the history of the text they started with
+const historyText = facts.live ? 'the initial text' : 'this text';
+
+function buildHistory(box) {
+  const {losses, val_losses, first_half, second_half} = facts.history;
+  const textLosses = [
+    {name: historyText, points: historyCurve(losses), tone: 'muted'},
+    {name: 'val', points: historyCurve(val_losses), tone: 'accent'}
+  ];
+  const repeatLosses = [
+    {name: 'first half', points: historyCurve(first_half), tone: 'muted'},
+    {name: 'second half', points: historyCurve(second_half), tone: 'accent'}
+  ];
+  const repeatTitle = 'Loss on repeated random tokens';
+  box.append(
+    h(
+      'div',
+      {class: 'columns two'},
+      curvesFigure('history-losses', 'Loss by checkpoint', textLosses),
+      curvesFigure('history-repeats', repeatTitle, repeatLosses, {zero: true}),
+      scoreHistoryFigure('induction'),
+      scoreHistoryFigure('previous')
+    )
+  );
+  buildComparison(box);
+}
+
+/** One score of every head over the checkpoints, with the best head at the end highlighted. */
+function scoreHistoryFigure(name) {
+  const curveOf = n => {
+    const l = Math.floor(n / H);
+    const k = n % H;
+    const points = facts.history.steps.map((step, i) => [step, historyScore(i, name, l, k)]);
+    return {
+      tableName: headName(l, k),
+      points: points.filter(point => Number.isFinite(point[1])),
       tone: 'accent',
       faint: true
-    }));
-    const last = line => line.points.at(-1)?.[1] ?? 0,
-      best = heads.toSorted((a, b) => last(b) - last(a))[0];
-    const when = best.points.find(p => p[1] > 0.3);
-    add(
-      'history-' + name,
-      `${KINDS[name][0].toUpperCase()}${KINDS[name].slice(1)} score of every head`,
-      [...heads, {...best, faint: false, name: `head ${best.title}`}],
-      {zero: true, high: 1},
-      when ? `Head ${best.title} passes 0.3 at step ${grouped(when[0])}.` : 'No head has passed 0.3.'
-    );
-  }
-  box.append(columns);
-  const chosen = [0, n - 1],
-    sides = h('div', {class: 'columns two'});
-  let by = 'induction';
+    };
+  };
+  const heads = range(L * H, curveOf);
+  const last = curve => curve.points.at(-1)?.[1] ?? 0;
+  const [best] = heads.toSorted((a, b) => last(b) - last(a));
+  const highlighted = {...best, faint: false, name: `head ${best.tableName}`};
+  const chart = curvesFigure(
+    'history-' + name,
+    `Scores of all heads: ${SCORES[name]}`,
+    [...heads, highlighted],
+    {zero: true, high: 1}
+  );
+  const first = best.points.find(([, value]) => value > 0.3);
+  chart.setReadout(
+    first
+      ? `Head ${best.tableName} exceeds 0.3 at step ${integer(first[0])}.`
+      : 'No head exceeds 0.3.'
+  );
+  return chart;
+}
+
+/** Two grids of head scores, each at a checkpoint of the reader's choice. */
+function buildComparison(box) {
+  const {steps, losses, first_half, second_half} = facts.history;
+  const chosen = [0, steps.length - 1];
+  let name = 'induction';
   const draws = [];
-  const kind = h(
+  const drawAll = () => draws.forEach(draw => draw());
+  const scoreSelect = h(
     'select',
     {
       id: 'history-kind',
       onchange: event => {
-        by = event.target.value;
-        draws.forEach(draw => draw());
+        name = event.target.value;
+        drawAll();
       }
     },
-    names.map(name => h('option', {value: name, selected: name === by}, KINDS[name]))
+    facts.score_names.map(key => h('option', {value: key, selected: key === name}, SCORES[key]))
   );
-  [0, 1].forEach(side => {
+
+  const checkpointFigure = side => {
+    const option = (step, i) =>
+      h('option', {value: i, selected: i === chosen[side]}, `step ${integer(step)}`);
     const select = h(
       'select',
       {
         'aria-label': `Checkpoint ${side + 1}`,
         onchange: event => {
           chosen[side] = Number(event.target.value);
-          draws.forEach(draw => draw());
+          drawAll();
         }
       },
-      steps.map((step, i) => h('option', {value: i, selected: i === chosen[side]}, `step ${grouped(step)}`))
+      steps.map(option)
     );
-    const element = figure(
-      'checkpoint-' + (side + 1),
-      side ? 'and another' : 'One checkpoint',
-      () => [
-        ['head', by],
-        Array.from({length: L * H}, (_, i) => [
-          `${Math.floor(i / H)}.${i % H}`,
-          of(chosen[side], by, Math.floor(i / H), i % H).toFixed(4)
-        ])
-      ],
+    const value = (l, k) => historyScore(chosen[side], name, l, k);
+    const tableRow = n => {
+      const l = Math.floor(n / H);
+      const k = n % H;
+      return [headName(l, k), value(l, k).toFixed(4)];
+    };
+    const chart = figure(
+      `checkpoint-${side + 1}`,
+      side ? 'Second checkpoint' : 'First checkpoint',
+      () => [['head', name], range(L * H, tableRow)],
       h('div', {class: 'controls'}, select),
       false
     );
-    sides.append(element);
     const draw = () => {
-      headGrid(
-        element,
-        L,
-        H,
-        (l, k) => of(chosen[side], by, l, k),
-        `${KINDS[by]} scores at step ${steps[chosen[side]]}`,
-        (l, k) => set({layer: l, head: k, source: -1})
-      );
-      element.say(
-        `Loss of ${facts.live ? 'the first' : 'this'} text ${fixed(losses[chosen[side]], 3)}; repeated tokens ${fixed(first_half[chosen[side]], 2)}, then ${fixed(second_half[chosen[side]], 2)}.`
+      const i = chosen[side];
+      const label = `${SCORES[name]} scores at step ${steps[i]}`;
+      const select = (layer, head) => set({layer, head, source: -1});
+      headGrid(chart, L, H, value, label, select);
+      chart.setReadout(
+        `Loss on ${historyText} ${fixed(losses[i], 3)}; ` +
+          `on repeated tokens ${fixed(first_half[i])} in the first half, ` +
+          `${fixed(second_half[i])} in the second.`
       );
     };
     draws.push(draw);
     watch(['theme'], draw);
-  });
-  box.append(h('div', {class: 'controls'}, h('label', {for: 'history-kind'}, 'Two checkpoints side by side, by'), kind), sides);
+    return chart;
+  };
+
+  const label = h('label', {for: 'history-kind'}, 'Compare two checkpoints by');
+  box.append(
+    h('div', {class: 'controls'}, label, scoreSelect),
+    h('div', {class: 'columns two'}, checkpointFigure(0), checkpointFigure(1))
+  );
 }

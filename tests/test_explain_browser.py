@@ -1,0 +1,476 @@
+"""The page of explain.py in a real browser: numbers against PyTorch, controls, accessibility."""
+
+import contextlib
+import csv
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import explain
+import interpret
+from checkpoint import load_model
+from helpers import TEXT, awake, char_tokenizer, collect, tiny, tokens
+from lib.generation import filter_logits, sample_next_token
+from model import GPT, GPTConfig
+
+NO_RUN = {'run': {'path': 'x', 'step': 0, 'val_loss': None, 'curves': {}}, 'live': False}
+PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'circuits',
+          'bigrams', 'training')
+CHROMIUM_NAMES = ('chromium', 'chromium-browser', 'google-chrome')
+CHROMIUM = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None,
+                                reason='needs Chromium: apt-get install chromium')
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    arguments = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-sync',
+                 '--disable-background-networking', '--disable-component-update']
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope='module')
+def page(run, trained):
+    """Path of the page of a tiny run with two checkpoints."""
+    run('explain.py', f'--out_dir={trained}', f'--start={TEXT}', '--checkpoints=all')
+    return trained / 'explain.html'
+
+
+def write_page(path, facts, arrays):
+    path.write_text(explain.build_page(NO_RUN | facts, arrays), encoding='utf-8')
+    return path
+
+
+@contextlib.contextmanager
+def opened(chromium, path, state='', width=1280, **options):
+    """The page in a new tab, fully drawn. Fails on console messages and network requests."""
+    tab = chromium.new_page(viewport={'width': width, 'height': 900}, **options)
+    problems = []
+
+    def check_request(request):
+        if not request.url.startswith(('file:', 'data:', 'blob:')):
+            problems.append(request.url)
+
+    tab.on('console', lambda message: problems.append(message.text))
+    tab.on('pageerror', lambda error: problems.append(str(error)))
+    tab.on('request', check_request)
+    tab.goto(f'file://{path}{state}')
+    wait_until_drawn(tab)
+    yield tab
+    tab.close()
+    assert not problems
+
+
+def wait_until_drawn(tab):
+    tab.wait_for_selector('html[data-ready][data-settled]', timeout=30_000)
+
+
+def table(tab, name):
+    """The rows of a figure's data table, as text."""
+    figure = tab.locator(f'#figure-{name}')
+    if figure.locator('.data-table').is_hidden():
+        figure.get_by_role('button', name='table').click()
+    return figure.locator('.data-table tbody').evaluate(
+        'body => [...body.rows].map(row => [...row.cells].map(cell => cell.textContent))')
+
+
+def columns(tab, name):
+    """The columns of a data table of numbers."""
+    return np.array(table(tab, name), dtype=float).T
+
+
+def assert_close(shown, expected, atol=2e-3):
+    """Numbers on the page, as text, against a tensor."""
+    shown = [float(x) for x in shown]
+    np.testing.assert_allclose(shown, torch.as_tensor(expected).detach(), atol=atol, rtol=2e-3)
+
+
+# Numbers against PyTorch --------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def reference(chromium, tmp_path_factory):
+    """A model with grouped queries and random gains and biases, its trace, and its page in a tab.
+
+    Selected: position t, layer l, head k, source token 3, depth 1 of the logit lens.
+    """
+    model = awake(n_layer=3, n_kv_head=2, activation='gelu')
+    t, l, k = 5, 2, 3  # noqa: E741
+    ids = tokens(9).tolist()
+    facts, arrays = collect(model, char_tokenizer(48, 40), ids)
+    path = write_page(tmp_path_factory.mktemp('page') / 'page.html', facts, arrays)
+    state = f'#t={t}&layer={l}&head={k}&lens=1&source=3'
+    with opened(chromium, path, state) as tab:
+        yield SimpleNamespace(
+            tab=tab, model=model, facts=facts, ids=ids, t=t, l=l, k=k,
+            trace=interpret.run(model, torch.tensor([ids])),
+            id_of={chr(48 + i): i for i in range(40)},
+        )
+
+
+def unembedding_against_mean(model):
+    U = interpret.unembedding(model)[0].detach()
+    return U - U.mean(dim=0)
+
+
+def test_explain_page_stream_tables_match_model(reference):
+    tab, model, trace, t = reference.tab, reference.model, reference.trace, reference.t
+    rows = table(tab, 'flow')
+    outputs = [part[0, t] for part in trace.embeddings.values()]
+    for layer in range(3):
+        outputs += [trace.attn_out[layer, 0, t], trace.mlp_out[layer, 0, t]]
+    assert_close([row[1] for row in rows if row[1]], [x.norm().item() for x in outputs])
+    assert_close([row[2] for row in rows if row[2]], trace.residual[:, 0, t].norm(dim=-1))
+
+    _, token, position, total = columns(tab, 'embedding')
+    assert_close(token, model.transformer.wte.weight[reference.ids[t]])
+    assert_close(position, model.transformer.wpe.weight[t])
+    assert_close(total, trace.residual[0, 0, t])
+
+
+def test_explain_page_attention_tables_match_model(reference):
+    tab, model, trace = reference.tab, reference.model, reference.trace
+    t, l, k = reference.t, reference.l, reference.k  # noqa: E741
+    scores, losses = interpret.head_scores(model)
+    for layer, head, *shown in table(tab, 'heads'):
+        expected = [score[int(layer), int(head)].item() for score in scores.values()]
+        assert_close(shown[:4], expected)
+    for query, key, p in table(tab, 'attention'):
+        query_position, key_position = int(query.split()[0]), int(key.split()[0])
+        assert_close([p], [trace.attention[l, 0, k, query_position, key_position]])
+
+    q = trace.q[l, 0, k]
+    keys = interpret.per_head(model, trace.k[l, 0])[k]
+    for s, (_, dot, scaled, masked, p) in enumerate(table(tab, 'scores')):
+        expected = (q[t] @ keys[s]).item()
+        assert_close([dot, scaled], [expected, expected / 8**0.5], atol=2e-2)
+        assert_close([p], [trace.attention[l, 0, k, t, s]])
+        assert (masked == '-Infinity') == (s > t)
+    _, shown_q, shown_k, shown_product = columns(tab, 'terms')
+    assert_close(shown_q, q[t])
+    assert_close(shown_k, keys[3])
+    assert_close(shown_product, q[t] * keys[3], atol=2e-2)
+
+    shown_losses = [float(row[1]) for row in table(tab, 'repeats')]
+    assert_close(shown_losses, losses)
+    readout = tab.locator('#figure-repeats .readout').text_content()
+    first, second = re.search(r'loss (\S+) in the first half, (\S+) in', readout).groups()
+    assert float(first) == pytest.approx(np.mean(shown_losses[:7]), abs=0.006)
+    assert float(second) == pytest.approx(np.mean(shown_losses[8:]), abs=0.006)
+
+
+def test_explain_page_logit_effect_tables_match_model(reference):
+    tab, model, trace, id_of = reference.tab, reference.model, reference.trace, reference.id_of
+    t, l, k = reference.t, reference.l, reference.k  # noqa: E741
+    W_O = model.transformer.h[l].attn.c_proj.weight[:, k * 8:(k + 1) * 8].detach()
+    U = unembedding_against_mean(model)
+    effect = U @ W_O @ trace.mixed[l, 0, k, t] * trace.final_scale[0, t]
+    promoted = table(tab, 'promoted')
+    for token, value in promoted:
+        assert_close([value], [effect[id_of[token]]], atol=2e-2)
+    order = effect.argsort(descending=True).tolist()
+    assert [id_of[token] for token, _ in promoted] == order[:5] + order[:-6:-1]
+
+    by_source = [float(value) for _, value in table(tab, 'by-source')]
+    parts = dict(table(tab, 'why'))
+    assert len(by_source) == t + 1
+    assert sum(by_source) == pytest.approx(float(parts[f'head {l}.{k}']), abs=2e-2)
+    logit = trace.logits[0, t, reference.ids[t + 1]].item()
+    assert float(parts['sum']) == pytest.approx(logit, abs=1e-4)
+    assert 'biases' in parts and 'MLP 2' in parts
+
+
+def test_explain_page_neuron_and_lens_tables_match_model(reference):
+    tab, model, trace, id_of = reference.tab, reference.model, reference.trace, reference.id_of
+    t, l = reference.t, reference.l  # noqa: E741
+    effects = unembedding_against_mean(model) @ model.transformer.h[l].mlp.c_proj.weight.detach()
+    for neuron, pre, post, raised, lowered in table(tab, 'neurons'):
+        neuron = int(neuron)
+        assert_close([pre, post], [trace.pre[l, 0, t, neuron], trace.post[l, 0, t, neuron]])
+        order = effects[:, neuron].argsort(descending=True).tolist()
+        assert [id_of[token] for token in raised.split()] == order[:5]
+        assert [id_of[token] for token in lowered.split()] == order[:-6:-1]
+
+    lens = list(interpret.logit_lens(model, trace))
+    depths = {'embedding': 0, 'layer 0': 1, 'layer 1': 2, 'final': 3}
+    for after, position, _, prediction, p in table(tab, 'logit-lens'):
+        probs = lens[depths[after]][int(position)]
+        assert id_of[prediction] == probs.argmax()
+        assert_close([p], [probs.max()])
+    for token, p in table(tab, 'lens-top'):
+        assert_close([p], [lens[1][t, id_of[token]]])
+
+    probs = trace.logits[0, t].softmax(dim=-1)
+    entropy = -(probs * probs.log2()).sum().item()
+    assert tab.locator('#entropy').text_content() == f'{entropy:.3f} bits'
+
+
+def test_explain_page_circuit_tables_match_model(reference):
+    tab, model, id_of = reference.tab, reference.model, reference.id_of
+    l, k = reference.l, reference.k  # noqa: E741
+    composition = interpret.composition_scores(model)['k']
+    edges = table(tab, 'composition')
+    assert len(edges) == 3 * 16
+    for writer, reader, excess in edges:
+        writer_layer, writer_head = map(int, writer.split('.'))
+        reader_layer, reader_head = map(int, reader.split('.'))
+        score = composition[4 * reader_layer + reader_head, 4 * writer_layer + writer_head]
+        assert_close([excess], [score - 32**-0.5])
+    eigenvalues = interpret.ov_eigenvalues(model)[l, k]
+    real, imaginary = columns(tab, 'eigenvalues')
+    assert_close(real, eigenvalues.real, atol=0.05)
+    assert_close(imaginary, eigenvalues.imag, atol=0.05)
+    circuit_ids = torch.tensor(reference.facts['circuit_ids'])
+    scale = reference.trace.final_scale.mean().item()
+    qk, ov = interpret.token_circuits(model, circuit_ids, scale)
+    for name, circuit in (('qk', qk), ('ov', ov)):
+        assert_close([row[2] for row in table(tab, name)], circuit[l, k].flatten(), atol=0.05)
+
+    token = reference.ids[reference.t]
+    full, direct = interpret.bigrams(model, torch.arange(40))
+    for name, probs in (('whole', full), ('direct', direct)):
+        for next_token, p in table(tab, f'bigram-{name}'):
+            assert_close([p], [probs[token, id_of[next_token]]])
+        assert_close([row[2] for row in table(tab, f'bigrams-{name}')], probs.flatten(), atol=5e-3)
+
+
+SAMPLING = [(31, 0.8, 20, 1), (3, 1, 200, 0.6), (10, 0.3, 5, 0.9), (7, 0, 9, 1)]
+
+
+@pytest.mark.parametrize('t, temperature, k, p', SAMPLING)
+def test_explain_page_samples_match_sample_py(chromium, page, trained, run, t, temperature, k, p):
+    model, chars = load_model(trained)
+    ids = chars.encode(TEXT)[-32:][:t + 1]  # the prefix that ends at t
+    logits = model(torch.tensor([ids]))[0][0, -1]
+    base = logits.softmax(dim=-1)
+    if temperature:
+        expected = filter_logits(logits[None], temperature, k, p).softmax(dim=-1)[0]
+    else:
+        expected = torch.nn.functional.one_hot(logits.argmax(), len(logits))
+    k = min(k, chars.vocab_size)
+    state = f'#t={t}&temperature={temperature}&k={k}&p={p}&seed=7'
+    with opened(chromium, page, state) as tab:
+        rows = table(tab, 'next-token')
+        assert len(rows) == chars.vocab_size
+        for _, token, logit, base_p, p_after in rows:
+            token = int(token)
+            assert float(logit) == pytest.approx(logits[token].item(), abs=1e-4)
+            assert float(base_p) == pytest.approx(base[token].item(), abs=1e-5)
+            assert float(p_after) == pytest.approx(expected[token].item(), abs=1e-5)
+        kept = tab.locator('#kept').text_content()
+        assert int(kept.split()[0]) == (expected > 0).sum()
+        draws = tab.locator('#draws .token').evaluate_all(
+            'tokens => tokens.map(token => JSON.parse(token.title))')
+    prompt = chars.decode(ids)
+    result = run('sample.py', f'--out_dir={trained}', f'--start={prompt}', '--num_samples=10',
+                 '--max_new_tokens=1', '--seed=7', '--dtype=float32',
+                 f'--temperature={temperature}', f'--top_k={k}', f'--top_p={p}')
+    samples = result.stdout.split('\n' + '-' * 15 + '\n')[:-1]
+    assert draws == [sample.removeprefix(prompt) for sample in samples]
+
+
+@pytest.fixture(scope='module')
+def large_vocabulary(tmp_path_factory):
+    """(path of a page, logits (T, V), tokenizer) of a model whose logits are stored in part."""
+    model = tiny(vocab_size=6000, block_size=64)
+    names = char_tokenizer(0x3400, 6000)
+    facts, arrays = collect(model, names, tokens(60, vocab_size=6000).tolist())
+    path = write_page(tmp_path_factory.mktemp('large') / 'page.html', facts, arrays)
+    idx = torch.tensor([facts['ids']])
+    return path, model(idx, idx)[0][0].detach(), names
+
+
+# t = 59 is the last position, where all logits are stored
+@pytest.mark.parametrize('t, k, p', [(20, 300, 0.5), (20, 6000, 0.97), (59, 6000, 0.97)])
+def test_explain_page_filters_large_vocabulary(chromium, large_vocabulary, t, k, p):
+    path, logits, names = large_vocabulary
+    expected = filter_logits(logits[t:t + 1], 1.5, k, p).softmax(dim=-1)[0]
+    base = logits[t].softmax(dim=-1)
+    with opened(chromium, path, f'#t={t}&temperature=1.5&k={k}&p={p}') as tab:
+        for _, token, _, _, p_after in table(tab, 'next-token')[:500]:
+            assert float(p_after) == pytest.approx(expected[int(token)].item(), rel=2e-3, abs=1e-7)
+        draws = tab.locator('#draws .token').evaluate_all('all => all.map(x => x.textContent)')
+        mass = float(tab.locator('#mass').text_content().removesuffix('%')) / 100
+        entropy = float(tab.locator('#entropy-left').text_content().split()[0])
+        kept = int(tab.locator('#kept').text_content().split()[0].replace(',', ''))
+    if k == 300:  # all of them stored exactly, so the samples are exact too
+        generator = torch.Generator().manual_seed(1337)
+        batch = logits[t].expand(10, -1)
+        sampled = sample_next_token(batch, 1.5, k, p, generator=generator)
+        assert draws == [names.decode([token]) for token in sampled.tolist()]
+    assert mass == pytest.approx(base[expected > 0].sum().item(), abs=0.01)
+    expected_entropy = -(expected * expected.clamp(min=1e-30).log2()).sum().item()
+    assert entropy == pytest.approx(expected_entropy, rel=0.01)
+    assert kept == pytest.approx((expected > 0).sum().item(), rel=0.01)
+
+
+# Controls -----------------------------------------------------------------------------------------
+
+def test_explain_page_panels_follow_selected_token(chromium, page):
+    contents = ', '.join(f'.picture {x}' for x in ('svg', 'canvas', 'table', '.thumbs', '.note'))
+    with opened(chromium, page) as tab:
+        for name in PANELS:
+            figures = tab.locator(f'#{name} figure')
+            assert figures.count() >= 1, name
+            for i in range(figures.count()):
+                assert figures.nth(i).locator(contents).count() >= 1, (name, i)
+        assert tab.locator('#heads .thumbs button').count() == 4
+        assert 'model(idx)' in tab.locator('#accuracy').text_content()
+        where = tab.locator('#where')
+        token = tab.locator('#tokens button').nth(4)
+        assert where.text_content().startswith('Position 31 ')
+        following = ('next', 'flow', 'mlp', 'lens', 'why', 'bigrams')
+        before = {name: tab.locator(f'#{name}').inner_html() for name in following}
+        token.click()
+        wait_until_drawn(tab)
+        assert where.text_content().startswith('Position 4 of 31: ')
+        assert token.get_attribute('aria-pressed') == 'true'
+        for name, html in before.items():
+            assert tab.locator(f'#{name}').inner_html() != html, name
+        tab.keyboard.press('ArrowRight')
+        tab.keyboard.press('ArrowRight')
+        wait_until_drawn(tab)
+        assert where.text_content().startswith('Position 6 ') and 't=6' in tab.url
+        tab.locator('#heads .thumbs button').nth(3).click()
+        wait_until_drawn(tab)
+        selects = tab.locator('#head select')
+        assert [selects.nth(i).input_value() for i in range(2)] == ['1', '1']
+
+
+def test_explain_page_controls_update_panels_and_url(chromium, page):
+    with opened(chromium, page) as tab:
+        kept = tab.locator('#kept')
+        why = tab.locator('#figure-why')
+        tab.get_by_role('slider', name='Temperature').fill('0')
+        wait_until_drawn(tab)
+        assert kept.text_content().startswith('1 of') and 'temperature=0' in tab.url
+        tab.locator('#again').click()
+        assert tab.locator('#seed').input_value() == '1338'
+
+        readout = why.locator('.readout').text_content()
+        total = float(re.search(r'sum to (\S+);', readout)[1].replace('−', '-'))
+        contributions = [float(value) for _, value in table(tab, 'why')[:-1]]
+        assert sum(contributions) == pytest.approx(total, abs=1e-3)
+        tab.locator('#versus').select_option(index=2)
+        wait_until_drawn(tab)
+        assert 'rather than' in why.locator('h3').text_content()
+
+        tab.get_by_role('group', name='Head score').get_by_text('induction').click()
+        tab.get_by_role('group', name='Order of the heads').get_by_text('by score').click()
+        wait_until_drawn(tab)
+        scores = tab.locator('#heads .name span:last-child').all_text_contents()
+        assert scores == sorted(scores, key=float, reverse=True)
+        state = '#' + tab.url.split('#')[1]
+    with opened(chromium, page, state) as tab:  # the URL restores the state
+        assert tab.locator('#kept').text_content().startswith('1 of')
+        assert 'rather than' in tab.locator('#figure-why h3').text_content()
+
+
+def test_explain_page_ignores_invalid_url_state(chromium, page):
+    state = '#t=999&layer=-1&k=x&measure=nonsense&temperature=&theme=7'
+    with opened(chromium, page, state) as tab:
+        assert tab.locator('#where').text_content().startswith('Position 31 ')
+
+
+def test_explain_page_keyboard_reads_matrix(chromium, page):
+    with opened(chromium, page) as tab:
+        readout = tab.locator('#figure-attention .readout')
+        tab.locator('#figure-attention canvas').focus()
+        for key in ('ArrowRight', 'ArrowDown', 'ArrowDown'):
+            tab.keyboard.press(key)
+        text = readout.text_content()
+        assert re.search(r'\(2\) attends to .*\(0\).*attention 0\.\d+', text), text
+        tab.keyboard.press('Enter')
+        wait_until_drawn(tab)
+        assert tab.locator('#where').text_content().startswith('Position 2 ')
+        tab.keyboard.press('ArrowDown')  # the cursor stays where it was
+        assert '(3) attends to' in readout.text_content()
+        tab.locator('#lens .lens').focus()
+        tab.keyboard.press('ArrowDown')
+        wait_until_drawn(tab)
+        assert 'After layer 0' in tab.locator('#figure-lens-top h3').text_content()
+
+
+def test_explain_page_tour_runs_to_the_end(chromium, page):
+    with opened(chromium, page) as tab:
+        tab.get_by_role('button', name='Take the tour').click()
+        titles = set()
+        for step in range(1, 14):
+            assert tab.locator('#tour .bar span').text_content() == f'{step} of 13'
+            titles.add(tab.locator('#tour-title').text_content())
+            assert len(tab.locator('#tour .look').text_content()) > 20
+            tab.keyboard.press('Enter')
+        assert len(titles) == 13
+        assert tab.locator('#tour').is_hidden()
+
+
+def test_explain_page_saves_figures(chromium, page, tmp_path):
+    files = [('why', 'SVG', b'<svg'), ('flow', 'PNG', b'\x89PNG'), ('attention', 'PNG', b'\x89PNG'),
+             ('next-token', 'CSV', b'token,id,logit'), ('attention', 'SVG', b'<svg')]
+    with opened(chromium, page, accept_downloads=True) as tab:
+        for name, kind, magic in files:
+            button = tab.locator(f'#figure-{name}').get_by_role('button', name=f'save {kind}')
+            with tab.expect_download() as download:
+                button.click()
+            path = tmp_path / download.value.suggested_filename
+            download.value.save_as(path)
+            assert path.name == f'{name}.{kind.lower()}'
+            assert path.read_bytes().startswith(magic) and path.stat().st_size > 300
+    lines = (tmp_path / 'next-token.csv').read_text(encoding='utf-8').splitlines()
+    rows = list(csv.reader(lines))[1:]
+    assert sum(float(row[3]) for row in rows) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize('width, scheme', [(1280, 'light'), (360, 'dark')])
+def test_explain_page_fits_screen_and_is_accessible(chromium, page, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    def background(tab):
+        return tab.evaluate('getComputedStyle(document.body).backgroundColor')
+
+    with opened(chromium, page, '#tour=3', width=width, color_scheme=scheme) as tab:
+        assert tab.evaluate('document.documentElement.scrollWidth') == width
+        serious = [f'{x["id"]}: {x["nodes"][0]["html"][:200]}'
+                   for x in Axe().run(tab).response['violations']
+                   if x['impact'] in ('serious', 'critical')]
+        assert not serious, '\n'.join(serious)
+        before = background(tab)
+        tab.locator('#theme').click()
+        wait_until_drawn(tab)
+        assert background(tab) != before
+
+
+# Extremes -----------------------------------------------------------------------------------------
+
+def test_explain_page_works_without_dropped_arrays(chromium, tmp_path, monkeypatch):
+    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', 0)
+    facts, arrays = collect(tiny(), char_tokenizer(48, 40), tokens(9).tolist())
+    hostile = '</script><script>document.title = "x"</script><!--'
+    facts |= NO_RUN | {'live': True, 'error': hostile}
+    path = write_page(tmp_path / 'page.html', facts, arrays)
+    with opened(chromium, path, '#tour=1') as tab:
+        for _ in range(13):
+            tab.locator('#tour .bar button').nth(1).click()
+            wait_until_drawn(tab)
+        assert tab.locator('#tour').is_hidden()
+        assert tab.locator('#heads .thumbs button').count() == 8
+        assert tab.locator('#live-error').text_content() == hostile
+        assert 'Left out' in tab.locator('#accuracy').text_content()
+
+
+def test_explain_page_single_token_single_layer(chromium, tmp_path):
+    config = GPTConfig(block_size=2, vocab_size=40, n_layer=1, n_head=1, n_embd=8, position='none')
+    facts, arrays = collect(GPT(config).eval(), char_tokenizer(48, 40), [5])
+    path = write_page(tmp_path / 'page.html', facts | NO_RUN | {'live': True}, arrays)
+    with opened(chromium, path) as tab:
+        assert tab.locator('#where').text_content().startswith('Position 0 of 0: ')
+        assert tab.locator('#live-text').input_value() == '5'
+        assert tab.locator('#figure-why .picture svg').count() == 1
