@@ -51,8 +51,7 @@ class Checkpoint:
             value = getattr(self, name)
             in_range = kind is not int or isinstance(value, int) and 0 <= value < 2**63
             if not (isinstance(value, kind) and in_range):  # str() of a large state takes long
-                raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not '
-                                f'{describe(kind)}')
+                raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not {describe(kind)}')
         try:
             self.model_config = complete_model_config(self.model_config)
         except UserError as error:
@@ -82,9 +81,8 @@ class Checkpoint:
             found = bins.open_tokenizer(bins.find_dataset(self.config.get('dataset', '')))
         found = found or tokenizer.gpt2()
         vocab_size = self.model_config['vocab_size']
-        require(found.vocab_size <= vocab_size,
-                f'{self.path} has {vocab_size} tokens but no tokenizer, and its data set is not '
-                f'here')
+        require(found.vocab_size <= vocab_size, f'{self.path} has {vocab_size} tokens but no '
+                                                'tokenizer, and its data set is not here')
         return found
 
 
@@ -280,9 +278,8 @@ def load(where, prefer_best=False, mmap=False, average_last=1):
             wrong = damage(where, manifest) if manifest else wrong
             require(not wrong, f'{where} is damaged: {wrong}; name another')
         return load_file(where, mmap)
-    require(where.is_dir(),
-            f'{where}: there is no checkpoint; train one first, or name a run\'s folder, a .pt '
-            f'file or one of {", ".join(formats.GPT2_SIZES)}')
+    require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s '
+                            f'folder, a .pt file or one of {", ".join(formats.GPT2_SIZES)}')
     end = time.monotonic() + 10
     while time.monotonic() < end:
         with contextlib.suppress(FileNotFoundError):  # a live run has just deleted it

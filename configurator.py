@@ -25,7 +25,6 @@ from typing import Annotated, Literal, NamedTuple
 
 from lib.errors import UserError, require
 
-# Keys --------------------------------------------------------------------------------------------
 
 class Bound(NamedTuple):
     """Attached to a key's type: the values it may take, and the words for them."""
@@ -155,7 +154,7 @@ class TrainConfig(ModelConfig):
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # for torchrun; auto: ddp if a copy fits
     deterministic_sum: bool = False  # same bits for 1, 2, 4, ... processes; no overlap
     peak_flops: Positive | None = None  # of your device, for MFU; None: from a table
-    bias: bool = False
+    bias: bool = False  # nanoGPT's default for training
 
 
 def check_bounds(config):

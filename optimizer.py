@@ -22,8 +22,7 @@ def make_optimizer(model, config):
     params = [p for p in model.parameters() if id(p) not in taken]
     groups = adamw_groups(params, config.weight_decay, config.learning_rate)
     if tables:  # each row is used rarely: larger steps, and no decay between two uses
-        groups.append({'params': tables, 'lr': config.embedding_learning_rate,
-                       'weight_decay': 0.0})
+        groups.append({'params': tables, 'lr': config.embedding_learning_rate, 'weight_decay': 0.0})
     if muon:
         groups.append({'params': muon, 'lr': config.muon_learning_rate, 'kind': 'muon',
                        'weight_decay': config.weight_decay, 'momentum': config.muon_momentum})
@@ -165,9 +164,8 @@ class Optimizer(torch.optim.Optimizer):
 def merge_old_format(state_dict):
     """({parameter index: state}, tensors per group) of a state_dict. AdamW and Muon used to be two
     optimizers: {'muon': ..., 'adamw': ...}."""
-    parts = [state_dict]
-    if 'adamw' in state_dict:
-        parts = [state_dict['adamw'], state_dict['muon']]
+    old = 'adamw' in state_dict
+    parts = [state_dict['adamw'], state_dict['muon']] if old else [state_dict]
     state, group_sizes = {}, []
     for part in parts:
         if not {'state', 'param_groups'} <= part.keys():

@@ -249,9 +249,8 @@ def compiles(model, n):
 
 
 def main(config):
-    device = pick_device(config.device)
-    starts = config.start if isinstance(config.start, list) else [config.start]
-    starts = [read_prompt(start) for start in starts]
+    device, start = pick_device(config.device), config.start
+    starts = [read_prompt(text) for text in (start if isinstance(start, list) else [start])]
     where = config.out_dir if config.init_from == 'resume' else config.init_from
     checkpoint = ckpt.load(where, prefer_best=True, mmap=True, average_last=config.average_last)
     dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
@@ -275,8 +274,7 @@ def main(config):
     if config.interactive:
         chat(model, tokenizer, config)
     else:
-        # a target begins on a line of its own
-        shown = [start + '\n' if model.config.turns else start for start in starts]
+        shown = [start + '\n' * (model.config.turns > 0) for start in starts]  # then the target
         write(model, tokenizer, shown, prompts, config)
 
 

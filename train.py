@@ -24,16 +24,7 @@ import torch.distributed as dist
 import checkpoint as ckpt
 from configurator import differences
 from lib import bins, distributed, memory, resume
-from lib.device import (
-    autocast,
-    compile_and_fit,
-    dtype_name,
-    math_attention_is_faster,
-    pick_dtype,
-    start_device,
-    to_device,
-    total_memory,
-)
+from lib import device as devices
 from lib.distributed import fail, gather, main_process_first, print0, rank, world_size
 from lib.evaluation import evaluate_run
 from lib.run import Run, StepLog
@@ -62,7 +53,7 @@ class Trainer:
 
     def loss_of(self, model, x, y):
         """Mean loss of a micro-batch x, y (B, T) on the device."""
-        with autocast(self.device, self.dtype):
+        with devices.autocast(self.device, self.dtype):
             return model(x, y, return_logits=False)[1]
 
     def micro_batches(self):
@@ -73,7 +64,7 @@ class Trainer:
                 # along the samples of a step, process by process: the same for any number of them
                 first = samples_seen + (rank() * self.accumulation + i) * size
                 x, y = self.data.train.batch(first, size, self.config.seed)
-                yield *to_device(x, y, self.device), int((y >= 0).sum())
+                yield *devices.to_device(x, y, self.device), int((y >= 0).sum())
             samples_seen += self.samples_per_step
 
     def train_step(self):
@@ -115,7 +106,7 @@ class Trainer:
         """The val loss, or None if a signal interrupted the evaluation."""
         self.model.eval()
         val_loss = evaluate_run(
-            lambda x, y: self.loss_of(self.model, *to_device(x, y, self.device)),
+            lambda x, y: self.loss_of(self.model, *devices.to_device(x, y, self.device)),
             self.raw_model, self.data, self.config, self.step, self.run)
         self.model.train()
         self.log.reset_clock(self.step)  # evaluations do not count as training time
@@ -206,11 +197,11 @@ class Trainer:
             # as in a step: the second micro-batch adds to existing gradients
             for _ in range(min(distributed.micro_batches_per_process(config), 2)):
                 x, y = self.data.train.batch(0, config.batch_size, config.seed)
-                loss = self.loss_of(model, *to_device(x, y, self.device))
+                loss = self.loss_of(model, *devices.to_device(x, y, self.device))
                 self.scaler.scale(loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
 
-        self.model = compile_and_fit(self.model, config, self.device, dry_run)
+        self.model = devices.compile_and_fit(self.model, config, self.device, dry_run)
         self.accumulation = distributed.micro_batches_per_process(config)
         if ddp:
             # DDP rebuilds its buckets after the first reduction: now, so that a resumed run sums
@@ -269,12 +260,11 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
         model.crop_block_size(model_config['block_size'])
     for key in resume.MODEL_KEYS:
         setattr(config, key, getattr(model.config, key))  # save and print what the run really has
-    if math_attention_is_faster(device, dtype, model.config.block_size):
+    if devices.math_attention_is_faster(device, dtype, model.config.block_size):
         model.train_with_math_attention()
     parallel = None
     if dist.is_initialized() and not config.eval_only:
-        parallel = distributed.choose_parallel(config.parallel, model,
-                                               total_memory(device))
+        parallel = distributed.choose_parallel(config.parallel, model, devices.total_memory(device))
     if parallel == 'fsdp':
         if config.deterministic_sum:
             fail('deterministic_sum = True: only for copies of the model; give --parallel=ddp')
@@ -290,21 +280,16 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
     return model.to(device), parallel
 
 
-def describe(config, model, device, dtype, T):
-    """Print what differs from the defaults, and the size of model and step."""
+def describe(run, config, model, device, dtype, T, step):
+    """Print what differs from the defaults, the size of model and step, and notes on the steps."""
     print0('\n'.join(differences(config)))
     tables = model.transformer.ngram.tables.weight.numel() if model.config.ngram > 1 else 0
     n_params = f'{model.get_num_params() - tables:,} parameters'
-    if tables:
-        n_params += f' and {tables:,} in n-gram tables'
+    n_params += f' and {tables:,} in n-gram tables' * (tables > 0)
     processes = '1 process' if world_size() == 1 else f'{world_size()} processes'
     tokens = config.gradient_accumulation_steps * config.batch_size * T
-    print0(f'{n_params}, vocabulary {model.config.vocab_size:,}; {device}, {dtype_name(dtype)}, '
-           f'{processes}; {tokens:,} tokens per step')
-
-
-def warn_about_steps(run, config, step):
-    """Print a note if the schedule or the run has no steps to take."""
+    print0(f'{n_params}, vocabulary {model.config.vocab_size:,}; {device}, '
+           f'{devices.dtype_name(dtype)}, {processes}; {tokens:,} tokens per step')
     if config.eval_only:
         return
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0:
@@ -316,37 +301,28 @@ def warn_about_steps(run, config, step):
                f'give a larger --max_iters to go on')
 
 
-def claim_folder(run, config, model):
-    """Lock the folder of a new run, and check that its disk has room."""
-    with main_process_first():
-        if not run.resuming:
-            run.claim()
-        if run.writes:
-            size = 4 * model.get_num_params(False) + state_bytes(model, config)
-            resume.check_disk(config, size, run.resuming)
-
-
 def main(config, given):
     """Returns the exit code."""
     distributed.init_processes(config.backend)
     with Run(config) as run:
         checkpoint = load_checkpoint(run, config, given)
-        device = start_device(config.device, config.deterministic)
+        device = devices.start_device(config.device, config.deterministic)
         distributed.micro_batches_per_process(config)  # raises if it is not an int
         data, model_config = open_data(run, config, given, checkpoint)
-        dtype = pick_dtype(config.dtype, device, model_config['n_embd'])
+        dtype = devices.pick_dtype(config.dtype, device, model_config['n_embd'])
         model, parallel = build_model(config, checkpoint, data, model_config, device, dtype)
         trainer = Trainer(config, run, data, model, device, dtype)
         if run.resuming:
             trainer.resume(checkpoint, given)
         checkpoint = None  # free its memory
-        describe(config, model, device, dtype, data.train.block_size)
-        claim_folder(run, config, model)
+        describe(run, config, model, device, dtype, data.train.block_size, trainer.step)
+        with main_process_first():
+            run.claim()
+            resume.check_disk(run, 4 * model.get_num_params(False) + state_bytes(model, config))
         if not config.eval_only:
             trainer.wrap(parallel)
         saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save)
         run.start(trainer.step, saver)
-        warn_about_steps(run, config, trainer.step)
         trainer.loop()
         run.finish(trainer.stop)
         if trainer.stop:

@@ -49,9 +49,8 @@ class TokenBin:
             self.shards.append(map_file(path, dtype))
             self.ends.append(self.n_tokens + len(self.shards[-1]))
         files = f' in {len(self.shards)} files' if len(self.shards) > 1 else ''
-        require(n_tokens in (None, self.n_tokens),
-                f'{self.path} has {self.n_tokens} tokens{files} where meta.json says {n_tokens}; '
-                f'{AGAIN}')
+        require(n_tokens in (None, self.n_tokens), f'{self.path} has {self.n_tokens} tokens{files} '
+                                                   f'where meta.json says {n_tokens}; {AGAIN}')
         if pairs:
             require(self.n_tokens % block_size == 0,
                     f'{self.path} has {self.n_tokens} tokens, not a multiple of its row length '
@@ -194,14 +193,12 @@ def find_or_prepare(name):
     script = DATA / name / 'prepare.py'
     scripts = ', '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
     missing = f'dataset = {name!r}: there is no {folder / "train.bin"}'
-    require(script.exists(),
-            f'{missing} and no {name} among {scripts}; for your own text: '
-            f'python data/text/prepare.py --input=PATH --dataset={name}, for sources and targets '
-            f'data/pairs/prepare.py; if it was moved: --dataset=PATH')
+    require(script.exists(), f'{missing} and no {name} among {scripts}; for your own text: python '
+                             f'data/text/prepare.py --input=PATH --dataset={name}, for sources and '
+                             'targets data/pairs/prepare.py; if it was moved: --dataset=PATH')
     command = f'python data/{name}/prepare.py' + ' --input=PATH' * (name in ('text', 'pairs'))
-    require(name in SMALL_DATASETS,
-            f'{missing}; make it with: {command} '
-            f'(or start small: python train.py config/quickstart.py)')
+    require(name in SMALL_DATASETS, f'{missing}; make it with: {command} (or start small: python '
+                                    'train.py config/quickstart.py)')
     print(f'{folder / "train.bin"} is missing: running {command}', flush=True)
     code = subprocess.run([sys.executable, script]).returncode
     if code:
@@ -284,8 +281,6 @@ def read_nanogpt_meta(path):
     except Exception as error:  # unpickling garbage raises anything
         raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({error!r}); {AGAIN}') from None
 
-
-# A random order without a table ------------------------------------------------------------------
 
 def mix(x):
     """splitmix64's finalizer (Steele et al. 2014) on uint64; numpy's generators may change."""

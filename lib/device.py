@@ -45,7 +45,12 @@ def start_device(name, deterministic):
     if cuda and 'LOCAL_RANK' in os.environ:
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     device = pick_device(name)
-    make_deterministic(deterministic, device)
+    # same bits every time (PyTorch notes, "Reproducibility"); warn_only on CUDA would keep flash
+    # attention's nondeterministic backward
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(deterministic, warn_only=device.type != 'cuda')
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
@@ -104,15 +109,6 @@ def to_device(x, y, device):
         return x.to(device), y.to(device)
     x, y = x.pin_memory(), y.pin_memory()
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-
-def make_deterministic(wanted, device):
-    """Kernels that give the same bits every time (PyTorch notes, "Reproducibility")."""
-    if wanted:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    # warn_only on CUDA would keep flash attention's nondeterministic backward
-    torch.use_deterministic_algorithms(wanted, warn_only=device.type != 'cuda')
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 
 def device_name(device):

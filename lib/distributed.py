@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from lib.errors import UserError
 
-# Processes ---------------------------------------------------------------------------------------
 
 def init_processes(backend):
     """Join the other processes if torchrun started this one. backend: auto, nccl or gloo."""
@@ -116,8 +115,6 @@ def job():
     return None if name == 'none' else name
 
 
-# DDP and FSDP2 -----------------------------------------------------------------------------------
-
 def choose_parallel(parallel, model, memory):
     """'ddp' or 'fsdp'. auto: fsdp if weights, gradients and AdamW's state would fill half of a GPU.
     memory: of the GPU, in bytes; None: not a GPU."""
@@ -205,8 +202,6 @@ def shard_like(tensor, like):
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
-
-# Summing gradients over micro-batches and processes ----------------------------------------------
 
 class GradientSync:
     """Sums gradients over the micro-batches of a step, and over processes in the last backward."""

@@ -30,8 +30,8 @@ def os_errors(what, remedy=None):
     try:
         yield
     except OSError as error:
-        advice = f'; {remedy}' if remedy else ''
-        raise UserError(f'{what}: {error.strerror or error}{advice}') from None
+        reason = f'{what}: {error.strerror or error}'
+        raise UserError(f'{reason}; {remedy}' if remedy else reason) from None
 
 
 @contextlib.contextmanager

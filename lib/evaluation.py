@@ -52,12 +52,9 @@ def evaluate_run(loss_of, model, data, config, step, run):
     if config.eval_iters > 0:
         n_windows = config.eval_iters * config.batch_size
     sharded = is_shard(model.lm_head.weight)  # ask now: a forward pass leaves the head gathered
-    results = []
-    for split in (data.val, data.train):
-        windows = split.evaluation_windows(n_windows)
-        results.append(evaluate(loss_of, split, windows, config.batch_size, data.token_bytes,
-                                run.signals))
-    (val_loss, bits, _), (train_loss, *_) = results
+    (val_loss, bits, _), (train_loss, *_) = (
+        evaluate(loss_of, split, split.evaluation_windows(n_windows), config.batch_size,
+                 data.token_bytes, run.signals) for split in (data.val, data.train))
     if val_loss is None or train_loss is None:
         return None
     if not math.isfinite(val_loss):

@@ -7,7 +7,6 @@ import math
 
 import torch
 
-# KV cache ----------------------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of every layer for the tokens read so far, in buffers of a fixed size.
@@ -128,8 +127,6 @@ def left_pad(model, prompts, room=0):
         row[longest - len(prompt):longest] = torch.tensor(prompt, device=device)
     return prompts, tokens, torch.tensor([longest - n for n in lengths], device=device)
 
-
-# Sampling ----------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop_tokens=(), **options):
@@ -279,8 +276,6 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=Non
     return torch.searchsorted(cdf, u, right=True).squeeze(1)
 
 
-# Beam search -------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, stop_tokens=(),
                 vocab_size=None):
@@ -319,9 +314,7 @@ def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, 
             beam, token = best // V, best % V
             parent = written.gather(1, beam[..., None].expand_as(written))
             written = torch.cat((parent, token[..., None]), dim=2)
-            ended = torch.isin(token, stops)
-            if length == max_new_tokens:
-                ended = torch.ones_like(ended)
+            ended = torch.isin(token, stops) | (length == max_new_tokens)
             places = torch.tensor([K - len(result) for result in results], device=device)[:, None]
             scores = scores.masked_fill(beams >= places, -math.inf)
             found = (ended & scores.isfinite()).nonzero(as_tuple=True)  # one sync for all prompts

@@ -31,9 +31,7 @@ def activation_bytes(model, batch_size, half=False):
     mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)
     # the inputs of both norms, the masks of both dropouts
     block = attention + mlp + 2 * 4 * C + 2 * C * (c.dropout > 0)
-    blocks = c.n_layer * block
-    if c.activation_checkpointing:
-        blocks = c.n_layer * 4 * C + block
+    blocks = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block
     weights = 0  # their copies in 16 bits
     if half:
         weights = 2 * sum(module.weight.numel() for module in model.modules()

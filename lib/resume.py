@@ -134,9 +134,11 @@ def load_optimizer(optimizer, scaler, checkpoint):
         scaler.load_state_dict(checkpoint.scaler)
 
 
-def check_disk(config, checkpoint_bytes, resuming):
+def check_disk(run, checkpoint_bytes):
     """Room for the checkpoints to keep, and the one being written. Raises UserError."""
-    n = 1 if resuming else config.keep_last + 2
+    if not run.writes:
+        return
+    config, n = run.config, 1 if run.resuming else run.config.keep_last + 2
     need, free = n * checkpoint_bytes, shutil.disk_usage(config.out_dir).free
     require(free >= need,
             f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} of '

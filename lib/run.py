@@ -29,12 +29,12 @@ class Run(contextlib.ExitStack):
         self.config = config
         self.writes = rank() == 0 and not config.eval_only
         self.resuming = False  # config.init_from becomes that of the run's first start
-        self.log = None
+        self.log = self.claimed = None
 
     def claim(self):
         """Keep other runs out of the folder. Raises UserError if one is in it."""
-        if self.writes:
-            self.enter_context(claim(self.config.out_dir))
+        if self.writes and not self.claimed:
+            self.claimed = self.enter_context(claim(self.config.out_dir))
 
     def start(self, step, saver):
         """Open the log and catch signals. step: 0, or the one to continue from."""
@@ -65,8 +65,6 @@ class Run(contextlib.ExitStack):
         if self.writes:
             write_status(self.config.out_dir, 'stopped' if stop else 'done')
 
-
-# Files -------------------------------------------------------------------------------------------
 
 def claim(out_dir):
     """Lock the folder until the returned file is closed, and delete what a killed run left
@@ -287,8 +285,6 @@ class StepLog(contextlib.AbstractContextManager):
         fail(f'{fault}; the weights were not updated, and checkpoints in {config.out_dir} are '
              f'kept: lower --learning_rate, or {advice}')
 
-
-# Signals -----------------------------------------------------------------------------------------
 
 class Signals:
     """SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) save and stop after a step or during

@@ -60,8 +60,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def save(self, path):
-        text = json.dumps(self.to_dict(), ensure_ascii=False)
-        Path(path).write_text(text, encoding='utf-8')
+        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding='utf-8')
 
     @staticmethod
     def load(path):
@@ -154,8 +153,8 @@ class BPETokenizer(Tokenizer):
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def to_dict(self):
-        tokens = [base64.b64encode(token).decode() for token in self.token_bytes[:-1]]
-        return {'kind': self.kind, 'pattern': self.pattern, 'tokens': tokens}
+        return {'kind': self.kind, 'pattern': self.pattern,
+                'tokens': [base64.b64encode(token).decode() for token in self.token_bytes[:-1]]}
 
 
 def gpt2():

@@ -5,11 +5,11 @@ import random
 import re
 from types import SimpleNamespace
 
-import evaluate
 import pytest
 import torch
 
 import checkpoint as ckpt
+import evaluate
 from helpers import ROOT, TINY, read_documents
 from lib import bins
 

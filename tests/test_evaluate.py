@@ -4,13 +4,13 @@ import json
 import math
 import re
 
-import evaluate
 import pytest
 import tokenizers as hf
 import torch
 import transformers
 
 import checkpoint as ckpt
+import evaluate
 
 
 @pytest.fixture(scope='module')
@@ -153,7 +153,7 @@ def test_evaluate_lambada_and_hellaswag_match_transformers(run, gpt2, tmp_path):
         '--batch_size=4',
     ).stdout
     assert f'6 contexts: accuracy {right / 6:.2%}' in output
-    assert f'accuracy {right / 6:.2%}, normalised by length {by_length / 6:.2%}' in output
+    assert f'accuracy {right / 6:.2%}, normalized by length {by_length / 6:.2%}' in output
 
 
 def test_evaluate_loss_matches_train(run, trained, char_data, text, tmp_path):
@@ -201,8 +201,8 @@ def test_evaluate_hellaswag_accepts_huggingface_labels(run, refused, gpt2, tmp_p
     [
         ('{', 'line 1: not JSON'),
         ('{"text": "a \\ud83d b"}', 'line 1: not JSON'),
-        ('{"text": 3}', "line 1: there is no 'text' that is str"),
-        ('', 'there is no example'),
+        ('{"text": 3}', "line 1: 'text' must be a str"),
+        ('', 'there are no examples'),
         ('{"text": "word"}', 'line 1: there is no last word'),
     ],
 )

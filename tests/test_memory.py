@@ -58,6 +58,8 @@ def test_activation_bytes_matches_autograd(options, half):
             | options
         )
     )
+    if half:  # as train.py does on a CPU
+        model.train_with_math_attention()
     _, kept = forward_and_measure(model, torch.randint(200, (4, model.config.block_size)), half)
     logits = 4 * model.config.block_size * 200 * 4  # of the log-softmax
     assert memory.activation_bytes(model, 4, half) == pytest.approx(kept - logits, rel=0.06)

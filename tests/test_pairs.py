@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-from data.pairs.prepare import read_json
 
+from data.pairs.prepare import read_json
 from helpers import TINY, random_pairs, read_documents
 from lib import bins
 from model import GPT, GPTConfig

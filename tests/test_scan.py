@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+
 from data.scan.prepare import commands
 
 

@@ -5,10 +5,10 @@ import math
 import re
 from types import SimpleNamespace
 
-import compare_rnn
 import pytest
 import torch
 
+import compare_rnn
 from configurator import TrainConfig
 from helpers import TINY
 from lib.errors import UserError
@@ -62,7 +62,7 @@ def test_sweep_trains_each_combination_once_and_ranks_them(run, char_data, tmp_p
     for path in broken.glob('ckpt_00000020.*'):
         path.unlink()
     again = run(*command[:3], '--learning_rate=1e-5,1e-2,1e-3', '--seed=1,2')
-    assert again.stdout.count('done before') == 3 and again.stdout.count('step 0: train loss') == 2
+    assert again.stdout.count('already done') == 3 and again.stdout.count('step 0: train loss') == 2
     assert len((tmp_path / 'sweep' / 'table.md').read_text().splitlines()) == 5
 
 
@@ -73,7 +73,7 @@ def test_sweep_trains_each_combination_once_and_ranks_them(run, char_data, tmp_p
             ('config/quickstart.py', '--learning_rte=1,2'),
             'learning_rte: no such key; did you mean learning_rate?',
         ),
-        (('config/quickstart.py', '--n_layer=2,two'), "n_layer = 'two': give a whole number"),
+        (('config/quickstart.py', '--n_layer=2,two'), "n_layer = 'two': expected int"),
         (('config/quickstart.py', '--batch_size=4,0'), 'batch_size = 0: give at least 1'),
         (('--n_layer=2,4',), 'name a config file'),
         (('config/quickstart.py', '--n_layer', '4'), 'write --key=value'),
@@ -161,10 +161,10 @@ def test_plan_gpt2_matches_nanogpt_and_palm(run):
     assert ' 123.69M ' in lines['parameters']
     assert '0.79M of learned positions' in lines['parameters']
     flops = 6 * 123_689_472 + 12 * 12 * 12 * 64 * 1024
-    assert f' {flops:.4g} ' in lines['FLOPs for a token']
-    assert ' 491,520 ' in lines['tokens of a step']
-    assert f'{flops * 491520 / 8 / 312e12 * 1e3:,.3g} ms' in lines['computing']
-    assert f'{2 * 7 / 8 * 4 * 124_475_904 / 1e9:.2f} GB' in lines['sent, DDP']
+    assert f' {flops:.4g} ' in lines['FLOPs per token']
+    assert ' 491,520 ' in lines['tokens per step']
+    assert f'{flops * 491520 / 8 / 312e12 * 1e3:,.3g} ms' in lines['compute']
+    assert f'{2 * 7 / 8 * 4 * 124_475_904 / 1e9:.2f} GB' in lines['communication, DDP']
 
     def numbers(name):
         return [float(number) for number in re.findall(r'[\d.]+', lines[name])]
@@ -172,7 +172,7 @@ def test_plan_gpt2_matches_nanogpt_and_palm(run):
     assert numbers('weights')[0] == round(4 * 124_475_904 / 1e9, 2)
     assert numbers('optimizer') == [1.0, 0.12]  # 8 bytes per parameter; sharded over 8 GPUs
     parts = ('weights', 'gradients', 'optimizer', 'activations', 'backward', 'logits')
-    assert numbers('together') == pytest.approx(
+    assert numbers('total') == pytest.approx(
         [sum(column) for column in zip(*map(numbers, parts))], abs=0.03
     )
 
@@ -199,14 +199,14 @@ def test_plan_muon_and_fsdp_match_hand_calculation(run):
     products = sum(
         n * 5 * (2 * 2 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m, n in matrices.items()
     )
-    assert f'{products / 989e12 * 1e3:,.3g} ms' in lines["Muon's products"]
+    assert f'{products / 989e12 * 1e3:,.3g} ms' in lines["Muon's matmuls"]
     in_muon = sum(n * a * b for (a, b), n in matrices.items())
     rest = 1000 * 256 + 5 * 256  # tied embedding and head; gains
     total = in_muon + rest
     assert f'{4 * (7 * total - 2 * in_muon) / 3.35e12 * 1e3:,.3g} ms' in lines['update, DDP']
     # weights for two micro-batches, gradients, Muon's updates
     sent = (2 * (4 * in_muon + 4 * rest) + 4 * total + 4 * in_muon) / 2
-    assert f'{sent / 450e9 * 1e3:,.3g} ms' in lines['sent, FSDP']
+    assert f'{sent / 450e9 * 1e3:,.3g} ms' in lines['communication, FSDP']
 
 
 def test_plan_handles_large_models_and_reports_mistakes(run, refused):
