@@ -318,8 +318,8 @@ def load_run(folder, prefer_best, mmap, average_last):
             return mean_of(whole)
     require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or '
                    f'train anew in another --out_dir')
-    raise UserError(f'average_last = {average_last}: whole checkpoints in {folder}: {len(whole)}; '
-                    f'a run keeps as many as its --keep_last')
+    raise UserError(f'average_last = {average_last}: {folder} has {len(whole)} whole checkpoints; a '
+                    f'run keeps as many as its --keep_last')
 
 
 def mean_of(checkpoints):

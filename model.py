@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import GPTConfig
 from lib import formats, generation
-from lib.linear import Linear
+from lib.linear import Linear, make_embedding
 from lib.loss import chunked_cross_entropy, needs_chunks, softcap
 from lib.ngram import NgramEmbedding
 from lib.pairs import document_numbers, source_parts
@@ -191,12 +191,12 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        with torch.device('meta'):  # no memory, no default init: init_weights does both
-            parts = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
+        with torch.device('meta'):  # skip PyTorch's default init: init_weight overwrites it
+            parts = {'wte': make_embedding(config.vocab_size, config.n_embd)}
             if config.ngram > 1:
                 parts['ngram'] = NgramEmbedding(config)
             if config.position == 'learned':
-                parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+                parts['wpe'] = make_embedding(config.block_size, config.n_embd)
             parts['drop'] = nn.Dropout(config.dropout)
             parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             parts['ln_f'] = make_norm(config) if config.norm_position == 'pre' else nn.Identity()

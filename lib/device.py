@@ -49,7 +49,9 @@ def start_device(name, deterministic):
     # attention's nondeterministic backward
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(deterministic, warn_only=device.type != 'cuda')
+    # use_deterministic_algorithms does the same, but takes 2 s to import Inductor
+    mode = 'error' if device.type == 'cuda' else 'warn'
+    torch.set_deterministic_debug_mode(mode if deterministic else 'default')
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -164,6 +166,9 @@ def compile_model(model, choice, device, dry_run):
     if choice is True or choice == 'auto' and device.type == 'cuda':
         print0('compiling the model: the first step takes up to a minute')
         try:
+            torch.use_deterministic_algorithms(  # tell Inductor too
+                torch.are_deterministic_algorithms_enabled(),
+                warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
             compiled = torch.compile(model, dynamic=False)
             dry_run(compiled)
             return compiled

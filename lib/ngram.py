@@ -3,6 +3,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from lib.linear import make_embedding
 from lib.pairs import document_numbers
 
 PRIME = 2**31 - 1  # token ids stay below it: no product overflows 64 bits
@@ -19,7 +20,7 @@ class NgramEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.lengths = range(2, config.ngram + 1)
-        self.tables = nn.Embedding(len(self.lengths) * config.ngram_rows, config.n_embd)
+        self.tables = make_embedding(len(self.lengths) * config.ngram_rows, config.n_embd)
 
     def hash(self, tokens):
         """Hash table rows. tokens: (B, ngram - 1 + T), -1 = nothing -> (B, T, ngram - 1)"""

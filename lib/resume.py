@@ -141,5 +141,5 @@ def check_disk(run, checkpoint_bytes):
     config, n = run.config, 1 if run.resuming else run.config.keep_last + 2
     need, free = n * checkpoint_bytes, shutil.disk_usage(config.out_dir).free
     require(free >= need,
-            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} of '
-            f'{free / 1e6:,.1f} MB: free some room, lower --keep_last or choose another --out_dir')
+            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, {free / 1e6:,.1f} '
+            f'MB are free: free some room, lower --keep_last or choose another --out_dir')

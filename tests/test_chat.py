@@ -162,7 +162,7 @@ def test_chat_answer_is_independent_of_batch(run, chat_run):
             for size in (1, 2, 3)
         ]
         turns = [([short], ''), ([long], ''), ([long[1:]], '')]
-        alone, *together = [evaluate.write_targets(model, tok, turns, option) for option in options]
+        alone, *together = [evaluate.write_answers(model, tok, turns, option) for option in options]
         assert all(answers == alone for answers in together) and len(alone[0]) > 30 > len(alone[1])
     sample = ('sample.py', f'--out_dir={chat_run[0]}', '--num_samples=1', '--temperature=0')
     plain = [run(*sample, f'--start={start}').stdout for start in (short, long)]

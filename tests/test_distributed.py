@@ -224,7 +224,7 @@ def test_torchrun_restart_resumes_run(run, clone, char_data, tmp_path):
         os.kill(int(workers[-1]), signal.SIGKILL)
         output = agent.communicate(timeout=200)[0]
     assert agent.returncode == 0, output
-    assert 'started the processes again, the run goes on' in output
+    assert 'restarted the processes, the run continues' in output
     assert (tmp_path / 'out' / 'status').read_text() == 'done\n'
     parts = step_losses(tmp_path / 'out')
     assert [step for step, *_ in parts] == list(range(80))

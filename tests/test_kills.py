@@ -65,7 +65,7 @@ def test_resume_continues_from_last_save_after_repeated_sigkill(
         options = ('--init_from=resume',)
         assert ckpt.manifests(tmp_path / 'out')[0]['step'] == step, case
     result = run(*command, *options)
-    assert 'half written: ckpt_00000012.json.tmp' in result.stdout
+    assert 'half-written: ckpt_00000012.json.tmp' in result.stdout
     assert_same_run(tmp_path / 'out', reference_run)
 
 
@@ -98,7 +98,7 @@ def test_resume_survives_sigkill_while_resuming(run, patched_env, reference_run,
             code=-signal.SIGKILL,
         )
     result = run('train.py', '--init_from=resume', f'--out_dir={out_dir}')
-    assert 'removed what a killed process left half written: log.jsonl.tmp' in result.stdout
+    assert 'removed what a killed process left half-written: log.jsonl.tmp' in result.stdout
     assert_same_run(out_dir, reference_run)
 
 
@@ -145,6 +145,8 @@ def test_prepare_leaves_no_dataset_when_killed(
 
 PREPARE = """
 import os, signal, sys
+from lib import write
+from lib.bpe import train_bpe
 text, kill_at = open(sys.argv[2], encoding='utf-8').read(), int(sys.argv[3])
 write.COMMIT_BYTES, write.SHARD_BYTES = 20_000, 30_000
 def pieces():
@@ -153,8 +155,8 @@ def pieces():
             os.kill(os.getpid(), signal.SIGKILL)
         split = 'val' if i // 1000 % 10 == 9 else 'train'
         yield write.Piece(split, text[i:i + 1000], ends_document=i // 1000 % 7 == 0)
-real = bins.encoded
-bins.encoded = lambda pieces, tokenizer, pool: real(pieces, tokenizer, pool, size=3000)
+real = write.encode_pieces
+write.encode_pieces = lambda pieces, tokenizer, pool: real(pieces, tokenizer, pool, size=3000)
 write.write_dataset(sys.argv[1], pieces(), train_bpe([text[:4000]], 300), sys.argv[4])
 """
 
@@ -205,22 +207,24 @@ def test_prepare_resumes_to_identical_bins_after_sigkill(clone, text, tmp_path):
     prepare('changed', 60)
     (tmp_path / 'text.txt').write_text(text[:5000] + 'x' + text[5000:])
     result = prepare('changed')
-    assert 'a text has changed since a prepare of it was interrupted' in result.stderr
+    assert 'a text has changed since its prepare was interrupted' in result.stderr
     assert prepare('changed').returncode == 0
 
 
 STREAM = """
 import os, signal, sys
+from lib import tokenizer, write
+from lib.text import hub_documents
 kill_at, read = int(sys.argv[3]), 0
 write.COMMIT_BYTES = 50_000
-(pieces, source), encoded = bins.hub_documents(sys.argv[2], None, val_every=7), bins.encoded
+(pieces, source), encoded = hub_documents(sys.argv[2], None, val_every=7), write.encode_pieces
 def counted(state):
     global read
     for read, piece in enumerate(pieces(state), 1):
         if read == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         yield piece
-bins.encoded = lambda pieces, tokenizer, pool: encoded(pieces, tokenizer, pool, size=3000)
+write.encode_pieces = lambda pieces, tokenizer, pool: encoded(pieces, tokenizer, pool, size=3000)
 write.write_dataset(sys.argv[1], counted, tokenizer.ByteTokenizer(), source)
 print(read, 'documents read')
 """

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from configurator import TrainConfig
 from lib import memory
+from lib.device import math_attention_is_faster
 from lib.resume import MODEL_KEYS
 from model import GPT, GPTConfig
 from optimizer import make_optimizer
@@ -58,7 +59,8 @@ def test_activation_bytes_matches_autograd(options, half):
             | options
         )
     )
-    if half:  # as train.py does on a CPU
+    cpu, dtype = torch.device('cpu'), torch.bfloat16
+    if half and math_attention_is_faster(cpu, dtype, model.config.block_size):
         model.train_with_math_attention()
     _, kept = forward_and_measure(model, torch.randint(200, (4, model.config.block_size)), half)
     logits = 4 * model.config.block_size * 200 * 4  # of the log-softmax

@@ -63,7 +63,7 @@ def test_nonfinite_step_is_skipped_on_request(run, train_args, patched_env, tmp_
     bad = patched_env(NONFINITE, AT=[13], WHAT='loss', RANK='0')
     options = ('--nonfinite=skip', '--save_interval=1', '--keep_last=99')
     result = run('train.py', f'--out_dir={tmp_path}/out', *train_args, *options, env=bad)
-    assert 'step 5: the loss is nan in samples 40 to 43: left out' in result.stdout
+    assert 'step 5: the loss is nan in samples 40 to 43: skipped' in result.stdout
     before, after = (ckpt.load(tmp_path / 'out' / f'ckpt_0000000{step}.pt') for step in (5, 7))
     steps_taken = [state.optimizer['adamw']['state'][0]['step'] for state in (before, after)]
     assert steps_taken == [5, 6] and after.samples_seen == before.samples_seen + 16
@@ -95,7 +95,7 @@ def test_nonfinite_steps_beyond_max_skips_stop_run(run, train_args, patched_env,
         env=bad,
         code=2,
     )
-    assert result.stdout.count('left out') == 5 and 'step 7: the loss is nan' in error_line(result)
+    assert result.stdout.count('skipped') == 5 and 'step 7: the loss is nan' in error_line(result)
 
 
 def test_nonfinite_float16_gradients_stop_run_after_max_skips(
@@ -111,7 +111,7 @@ def test_nonfinite_float16_gradients_stop_run_after_max_skips(
         env=bad,
         code=2,
     )
-    assert result.stdout.count('left out') == 4
+    assert result.stdout.count('skipped') == 4
     assert 'step 4: the gradient norm is' in error_line(result)
 
 

@@ -15,11 +15,26 @@ from lib.errors import UserError
 from lib.recipe import read_train_config
 
 
+def write_tiny_config(path, dataset):
+    lines = [flag.removeprefix('--').replace('device=cpu', "device='cpu'") for flag in TINY]
+    path.write_text('\n'.join([*lines, f"dataset = '{dataset}'", 'max_iters = 20', '']))
+
+
+def test_sweep_trains_each_value_and_ranks_them(run, char_data, tmp_path):
+    write_tiny_config(tmp_path / 'tiny.py', char_data)
+    command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/sweep')
+    output = run(*command, '--learning_rate=1e-5,1e-2').stdout
+    folders = sorted(path.name for path in (tmp_path / 'sweep').iterdir() if path.is_dir())
+    assert folders == ['learning_rate=1e-2', 'learning_rate=1e-5']
+    table = (tmp_path / 'sweep' / 'table.md').read_text()
+    assert table.strip() in output
+    rows = [[cell.strip() for cell in line.strip('| ').split('|')] for line in table.splitlines()]
+    assert [row[0] for row in rows[2:]] == ['0.01', '1e-05']  # best first
+
+
+@pytest.mark.slow
 def test_sweep_trains_each_combination_once_and_ranks_them(run, char_data, tmp_path):
-    (tmp_path / 'tiny.py').write_text(
-        '\n'.join(flag.removeprefix('--').replace('device=cpu', "device='cpu'") for flag in TINY)
-        + f"\ndataset = '{char_data}'\nmax_iters = 20\n"
-    )
+    write_tiny_config(tmp_path / 'tiny.py', char_data)
     command = (
         'tools/sweep.py',
         tmp_path / 'tiny.py',
