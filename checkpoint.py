@@ -1,7 +1,7 @@
-"""Checkpoints: a whole one is always there, and nothing in them can run code.
+"""Checkpoints: a complete one is always on disk, and loading never runs code.
 
 A run's folder holds ckpt_{step:08d}.pt with a manifest, ckpt_{step:08d}.json, which is written last
-and carries the sha256: a file without its manifest does not count. nanoGPT's ckpt.pt and GPT-2's
+and carries the sha256: a file without its manifest is ignored. nanoGPT's ckpt.pt and GPT-2's
 weights in Hugging Face's layout are read too.
 """
 import contextlib
@@ -31,7 +31,7 @@ FORMAT = 1
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's content, wherever it comes from."""
+    """The content of a checkpoint, whatever its source."""
     model_config: dict  # the fields of GPTConfig
     model: dict  # name -> tensor
     step: int = 0  # optimizer steps done
@@ -72,7 +72,7 @@ class Checkpoint:
         return model.requires_grad_()
 
     def get_tokenizer(self):
-        """The tokenizer inside; of nanoGPT's files that of its data folder, of GPT-2 its own."""
+        """The stored tokenizer; for nanoGPT the data folder's, for GPT-2 its own."""
         if self.tokenizer is not None:
             return tokenizer.Tokenizer.from_dict(self.tokenizer)
         if os.path.isdir(self.path):
@@ -94,8 +94,6 @@ def complete_model_config(values):
     return asdict(GPTConfig(**{key: check_type(key, value, types_[key])
                                for key, value in values.items() if key in types_}))
 
-
-# Writing -----------------------------------------------------------------------------------------
 
 def save(out_dir, checkpoint, keep_last=2):
     """Write a Checkpoint into out_dir, then delete all but the last keep_last and the best one.
@@ -156,7 +154,7 @@ def delete_old(out_dir, step, keep_last):
 
 
 def delete(path):
-    """Delete a checkpoint: uncommit it first."""
+    """Delete a checkpoint: its manifest first."""
     mark = path.with_suffix('.json.tmp')
     os.replace(path.with_suffix('.json'), mark)
     path.unlink(missing_ok=True)
@@ -165,7 +163,7 @@ def delete(path):
 
 class Saver:
     """Writes a run's checkpoints in a background thread, from a copy in CPU memory. One at a time:
-    `save` waits for the one before. background=False: at once, without a copy."""
+    `save` waits for the previous one. background=False: at once, without a copy."""
 
     def __init__(self, out_dir, keep_last=2, background=True):
         self.out_dir, self.keep_last = out_dir, keep_last
@@ -173,7 +171,7 @@ class Saver:
         self.pending = None
 
     def save(self, checkpoint):
-        """Raises UserError if this one, or in the background the one before, cannot be written."""
+        """Raises UserError if this one, or the previous one in the background, fails."""
         self.wait()
         if self.thread is None:
             self.write(checkpoint)
@@ -209,8 +207,6 @@ def cpu_copy(value, copies=None):
     return [cpu_copy(v, copies) for v in value] if isinstance(value, list) else value
 
 
-# Reading -----------------------------------------------------------------------------------------
-
 def finite_val_loss(manifest):
     loss = manifest['val_loss']
     return loss if loss is not None and math.isfinite(loss) else math.inf
@@ -218,7 +214,7 @@ def finite_val_loss(manifest):
 
 def manifests(out_dir, report=lambda text: None):
     """The manifests of a run's folder, newest first. A damaged one is reported and left out. Only
-    names that `save` gives count: somebody's copy is not ours to list or to delete."""
+    names that `save` produces count: copies are neither listed nor deleted."""
     found = []
     for path in Path(out_dir).glob('ckpt_*.json'):
         name = re.fullmatch(r'ckpt_(\d{8,})\.json', path.name)
@@ -240,7 +236,7 @@ def read_manifest(path):
         manifest = json.loads(path.read_text(encoding='utf-8'))
         for key, kind in kinds.items():
             require(isinstance(manifest[key], kind), f'{key} = {str(manifest[key])[:40]}')
-        # whatever it says: no other file is read or deleted
+        # never trust a path in the manifest
         return manifest | {'file': path.with_suffix('.pt').name}, None
     except FileNotFoundError:
         return None, None
@@ -267,10 +263,9 @@ def load(where, prefer_best=False, mmap=False, average_last=1):
     where = Path(where)
     require(average_last == 1 or where.is_dir(),
             f'average_last = {average_last}: only for the folder of a run, not for {where}')
-    is_gpt2 = str(where) in formats.GPT2_SIZES and not where.exists()
-    if is_gpt2 or (where / 'config.json').exists():
-        folder = formats.download_gpt2(str(where)) if is_gpt2 else where
-        return Checkpoint(*formats.load_huggingface(folder), path=str(folder))
+    if formats.is_gpt2(where) or (where / 'config.json').exists():
+        config, weights, folder = formats.load_gpt2(where)
+        return Checkpoint(config, weights, path=str(folder))
     if where.is_file():
         manifest_path = where.with_suffix('.json')
         if manifest_path.exists():
@@ -281,10 +276,13 @@ def load(where, prefer_best=False, mmap=False, average_last=1):
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s '
                             f'folder, a .pt file or one of {", ".join(formats.GPT2_SIZES)}')
     end = time.monotonic() + 10
-    while time.monotonic() < end:
-        with contextlib.suppress(FileNotFoundError):  # a live run has just deleted it
+    while True:
+        try:
             return load_run(where, prefer_best, mmap, average_last)
-    raise UserError(f'{where}: its checkpoints disappear while they are read; try again')
+        except FileNotFoundError:  # a live run has just deleted it
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def load_run(folder, prefer_best, mmap, average_last):
@@ -296,11 +294,11 @@ def load_run(folder, prefer_best, mmap, average_last):
             return load_file(folder / 'ckpt.pt', mmap)
         remedy = 'train one first'
         if loose:
-            remedy = (f'{loose[-1].name} has no manifest to check it by: trust it with '
+            remedy = (f'{loose[-1].name} has no manifest to verify it; to load it anyway: '
                       f'--init_from={loose[-1]}')
         raise UserError(f'{folder}: there is no whole checkpoint in this folder; {remedy}')
     for path in loose:
-        warn(f'{path} has no manifest to check it by and is skipped; to trust it: '
+        warn(f'{path} has no manifest to verify it and is skipped; to load it: '
              f'--init_from={path}')
     improvements_only = not found[0]['config'].get('always_save_checkpoint', True)
     if prefer_best and average_last == 1 and improvements_only:
@@ -317,13 +315,13 @@ def load_run(folder, prefer_best, mmap, average_last):
         if len(whole) == average_last:
             return mean_of(whole)
     require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or '
-                   f'train anew in another --out_dir')
-    raise UserError(f'average_last = {average_last}: {folder} has {len(whole)} whole checkpoints; a '
-                    f'run keeps as many as its --keep_last')
+                   f'start over in another --out_dir')
+    raise UserError(f'average_last = {average_last}: {folder} has {len(whole)} whole checkpoints; '
+                    f'a run keeps as many as its --keep_last')
 
 
 def mean_of(checkpoints):
-    """The first, with the mean of all weights."""
+    """The newest, with the mean of all weights."""
     first, *others = checkpoints
     if others:
         for name, weight in first.model.items():
@@ -345,7 +343,7 @@ def load_model(path_or_out_dir, device='cpu'):
 
 
 def damage(path, manifest):
-    """What is wrong with a checkpoint's file, by its manifest; None if it is whole."""
+    """How a checkpoint's file differs from its manifest; None if it is intact."""
     if not path.exists():
         if not path.with_suffix('.json').exists():
             raise FileNotFoundError(path)  # both are gone: deleted, not damaged
@@ -353,7 +351,7 @@ def damage(path, manifest):
     size = path.stat().st_size
     if size != manifest['bytes']:
         return f'it has {size:,} bytes instead of {manifest["bytes"]:,}'
-    return None if sha256_of(path) == manifest['sha256'] else 'its sha256 is not the manifest\'s'
+    return None if sha256_of(path) == manifest['sha256'] else 'its sha256 does not match'
 
 
 def load_file(path, mmap=False):

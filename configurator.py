@@ -169,8 +169,6 @@ def check_bounds(config):
                         f'{key} = {value}: give {bound.text}{or_none}')
 
 
-# Config files and flags --------------------------------------------------------------------------
-
 def configure(cls, argv=None):
     """Read argv (default: the command line) into the dataclass cls, from left to right.
 

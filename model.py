@@ -49,8 +49,8 @@ def apply_rotary(x, cos, sin):
 def sdpa(q, k, v, mask=None, dropout=0.0):
     """softmax(QK^T / sqrt(hs)) V by PyTorch's fused kernels (flash attention on CUDA).
 
-    q: (B, nh, T, hs); k, v: (B, nkv, S, hs). mask: True where a query sees a key; None: causal if
-    T > 1, everything if T = 1 (the next token of a cached text).
+    q: (B, nh, T, hs); k, v: (B, nkv, S, hs) -> (B, nh, T, hs). mask: True where a query sees a key;
+    None: causal if T > 1, no mask if T = 1 (decoding with a cache).
     """
     causal = mask is None and q.size(2) > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
@@ -68,8 +68,8 @@ def math_attention(q, k, v, mask=None, dropout=0.0):
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float('-inf'))
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout)  # each row sums to 1
-    return weights.type_as(v) @ v  # (B, nh, T, hs)
+    weights = F.softmax(scores, dim=-1)  # each row sums to 1
+    return F.dropout(weights, dropout).type_as(v) @ v  # (B, nh, T, hs)
 
 
 class CausalSelfAttention(nn.Module):
@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
         self.attend_in_training = self.attend  # see GPT.train_with_math_attention
 
     def project(self, x, rotary=None):
-        """Queries (B, nh, T, hs), keys and values (B, nkv, T, hs), after RoPE and QK-norm."""
+        """x (B, T, C) -> q (B, nh, T, hs), k, v (B, nkv, T, hs), after RoPE and QK-norm."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -133,7 +133,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def activate(self, x):
-        """(B, T, hidden) -> (B, T, hidden); for swiglu x is twice as wide: gates, then values."""
+        """(B, T, n_out) -> (B, T, hidden); for swiglu n_out = 2 hidden: gates, then values."""
         if self.activation == 'gelu':
             return F.gelu(x)
         if self.activation == 'gelu_tanh':
@@ -191,7 +191,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        with torch.device('meta'):  # skip PyTorch's default init: init_weight overwrites it
+        with torch.device('meta'):  # no default init: to_empty allocates, init_weight fills
             parts = {'wte': make_embedding(config.vocab_size, config.n_embd)}
             if config.ngram > 1:
                 parts['ngram'] = NgramEmbedding(config)
@@ -204,6 +204,8 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         device = torch.get_default_device()
         self.to_empty(device=device)
+        for name, _ in self.named_buffers():
+            raise NotImplementedError(f'{name}: a buffer has no values here; compute it in forward')
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         if device.type != 'meta':
@@ -215,10 +217,12 @@ class GPT(nn.Module):
         """Initialize the parameter p of that name as GPT-2 does (Radford et al. 2019, 2.3)."""
         std = 0.02
         if name.endswith('c_proj.weight'):
-            # 2 n_layer projections add to the residual stream: keep its variance at any depth
+            # 2 n_layer projections add to the residual stream: its variance stays the same
             std /= math.sqrt(2 * self.config.n_layer)
             if self.config.zero_init:
                 std = 0.0
+        if p.dim() < 2 and not name.endswith(('.weight', '.bias')):
+            raise NotImplementedError(f'{name}: give it its initial value in GPT.init_weight')
         if p.dim() == 1:
             p.fill_(float(name.endswith('weight')))  # gains 1, biases 0
         elif name == 'transformer.ngram.tables.weight':
@@ -227,9 +231,9 @@ class GPT(nn.Module):
             p.normal_(std=std)
 
     def embed(self, idx, position, tokens):
-        """{'token', 'n-grams', 'position': (B, T, C) or (T, C)}: their sum is the first residual.
+        """{'token', 'n-grams', 'position': (B, T, C) or (T, C)}, whose sum enters the first block.
 
-        idx: (B, T). position: (B, T) or (T,). tokens: (B, ngram - 1 + T), with those before idx.
+        idx: (B, T). position: (B, T) or (T,). tokens: (B, ngram - 1 + T), idx and those before it.
         """
         parts = {'token': self.transformer.wte(idx)}
         if self.config.ngram > 1:
@@ -244,7 +248,7 @@ class GPT(nn.Module):
         return parts
 
     def ngram_history(self, tokens, columns):
-        """The tokens of columns (T,) and ngram - 1 before them, -1 = nothing. (B, ngram - 1 + T)"""
+        """The tokens of columns (T,) and ngram - 1 before them, -1 = none. (B, ngram - 1 + T)"""
         before, T = self.config.ngram - 1, columns.size(0)
         if before == 0:
             return None
@@ -264,8 +268,8 @@ class GPT(nn.Module):
     def attention_mask(self, tokens, columns, mask=None):
         """True where a query sees a key, (B or 1, 1, T, S), or None for plain causality.
 
-        tokens: (B, S), all ids up to the last query, -1 = padding. columns: (T,), the queries.
-        mask: the cache's. Attention stays within a document (eot_token), and is bidirectional
+        tokens: (B, S), -1 = padding or not read yet. columns: (T,), the queries. mask: the cache's.
+        Attention stays within a document (eot_token), and is bidirectional
         within a source (prefix_lm; Raffel et al. 2020, 3.2.1).
         """
         eot, turns = self.config.eot_token, self.config.turns
@@ -320,7 +324,7 @@ class GPT(nn.Module):
         return softcap(self.lm_head(x).float(), self.config.logit_softcap)
 
     def train_with_math_attention(self):
-        """Train with math_attention, evaluate as before: faster where lib.device says so."""
+        """Train with math_attention and evaluate with sdpa (device.math_attention_is_faster)."""
         for block in self.transformer.h:
             block.attn.attend_in_training = math_attention
 
@@ -333,8 +337,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a folder in Hugging Face's layout.
-        override_args: {'dropout': ...}, as in nanoGPT. Raises UserError if it cannot be had."""
-        config, weights = formats.load_gpt2(model_type)
+        override_args: {'dropout': ...}, as in nanoGPT. Raises UserError."""
+        config, weights, _ = formats.load_gpt2(model_type)
         model = cls(GPTConfig(**config | (override_args or {})))
         model.load_state_dict(weights)
         return model
@@ -360,7 +364,7 @@ class GPT(nn.Module):
         return n
 
     def num_matmul_params(self):
-        """Parameters that take part in matrix products: without the ones that are looked up."""
+        """Parameters in matrix products, excluding lookup tables."""
         n = self.get_num_params()
         if not self.config.tie_weights:
             n -= self.transformer.wte.weight.numel()

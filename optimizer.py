@@ -9,8 +9,6 @@ from lib.distributed import gather_like, is_shard, local, shard_like
 
 MUON_MAX_NUMEL = 2**25  # numbers in the matrices that Muon orthogonalizes together
 
-# Parameter groups --------------------------------------------------------------------------------
-
 def make_optimizer(model, config):
     """The Optimizer that train.py's keys ask for."""
     muon, tables = muon_matrices(model, config), []
@@ -51,8 +49,6 @@ def adamw(params, weight_decay, learning_rate, betas, eps=1e-8):
     """AdamW alone (Loshchilov & Hutter 2019), as nanoGPT configures it."""
     return Optimizer(adamw_groups(params, weight_decay, learning_rate), betas=betas, eps=eps)
 
-
-# The optimizer -----------------------------------------------------------------------------------
 
 class Optimizer(torch.optim.Optimizer):
     """One optimizer for all groups: kind 'adamw' (fused), or 'muon' for matrices.
@@ -97,6 +93,7 @@ class Optimizer(torch.optim.Optimizer):
             return
         self.found_inf = (~finite).float()
         self.step()
+        self.found_inf = None
 
     def step_adamw(self, params, group):
         states = [self.state[p] for p in params]
@@ -198,8 +195,6 @@ def state_bytes(model, config):
     n_muon = sum(p.numel() for p in muon_matrices(model, config))
     return 8 * model.get_num_params(False) - 4 * n_muon
 
-
-# Schedules ---------------------------------------------------------------------------------------
 
 def lr_multiplier(step, config):
     """The factor on each group's initial_lr at a step, counted from 0.

@@ -30,14 +30,14 @@ class Config:
     repetition_penalty: Penalty = 1.0  # above 1: tokens in the text so far become less likely
     temperature: Temperature = 0.8  # below 1: more predictable; above 1: more random; 0: greedy
     top_k: Count | None = 200  # only the k most likely tokens; None: all
-    top_p: Share | None = None  # nucleus: the most likely tokens that hold this probability
+    top_p: Share | None = None  # the fewest most likely tokens that hold this probability
     min_p: MinP | None = None  # only tokens at least this many times as likely as the likeliest
     seed: WholeNumber = 1337  # the same seed and options give the same samples
     # beam search
     num_beams: Count = 1  # above 1: print the num_samples best texts, with their scores
     length_penalty: float = 0.6  # score = log p / ((5 + tokens) / 6)^length_penalty
     # system
-    slide: WholeNumber = 0  # tokens by which a full context moves on; 1: nanoGPT; 0: an eighth
+    slide: WholeNumber = 0  # tokens that a full context moves at a time; 1: nanoGPT; 0: an eighth
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
     quantize: Literal['none', 'int8'] = 'none'  # int8 weights: fewer bytes to read per token
@@ -50,10 +50,10 @@ def check(config):
     require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
     require(config.start != [], 'start is an empty list: give at least one prompt')
     require('' not in config.stop,
-            f'stop = {config.stop}: an empty text is everywhere already; give others')
+            f'stop = {config.stop}: an empty text matches at once; give others')
 
 
-if __name__ == '__main__':  # --help and typos are answered before the slow imports
+if __name__ == '__main__':  # so that --help and typos do not wait for the slow imports
     with user_errors():
         config, _ = configure(Config)
         check(config)
@@ -77,7 +77,7 @@ class Text:
         self.tokenizer, self.end = tokenizer, end
         self.stop_texts = [s for s in stop if isinstance(s, str)]
         self.stop_tokens = [s for s in stop if isinstance(s, int)]
-        # keeps half a character until the rest of it comes
+        # buffers incomplete UTF-8
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         self.held = ''  # may be the beginning of a stop text
         self.ended = False
@@ -120,8 +120,8 @@ def encode_prompts(starts, model, tokenizer, config):
     for start in starts:
         ids = encode_turns([start], tokenizer) if turns else encode_prompt(start, tokenizer)
         require(not turns or len(ids) < block_size,
-                f'start has {len(ids)} tokens: a source and its target have block_size = '
-                f'{block_size} together')
+                f'start has {len(ids)} tokens: a source and its target share block_size = '
+                f'{block_size}')
         if len(ids) > block_size:
             print(f'the prompt has {len(ids)} tokens: only the last {block_size} are used',
                   file=sys.stderr)
@@ -238,7 +238,7 @@ def recent_turns(history, start, model, tokenizer, config):
 
 def compiles(model, n):
     """Whether the decode step compiles for n sequences; prints why not."""
-    print('compiling the decode step: this takes up to some minutes', file=sys.stderr)
+    print('compiling the decode step: this can take a few minutes', file=sys.stderr)
     try:
         model.generate([[0]] * n, 2, compile=True)
         return True

@@ -9,7 +9,7 @@ The keys are in configurator.py. Read from main, at the end of this file.
 from lib.errors import user_errors
 from lib.recipe import check, read_train_config
 
-if __name__ == '__main__':  # --help and typos are answered before the slow imports
+if __name__ == '__main__':  # so that --help and typos do not wait for the slow imports
     with user_errors():
         config, given = read_train_config()
 
@@ -31,7 +31,6 @@ from lib.run import Run, StepLog
 from model import GPT, GPTConfig
 from optimizer import lr_multiplier, make_optimizer, state_bytes
 
-# The loop ----------------------------------------------------------------------------------------
 
 class Trainer:
     """The state of a run, with its steps, evaluations and checkpoints. raw_model is the GPT; model
@@ -48,7 +47,7 @@ class Trainer:
         self.step = self.samples_seen = 0
         self.best_val_loss = math.inf
         self.resumed = None  # (step, whether it was evaluated) of the checkpoint resumed from
-        self.stop = 0  # number of the signal to stop by
+        self.stop = 0  # the signal that asked to stop, or 0
         self.saves_requested = self.saves_done = 0
 
     def loss_of(self, model, x, y):
@@ -61,14 +60,14 @@ class Trainer:
         size, samples_seen = self.config.batch_size, self.samples_seen
         while True:
             for i in range(self.accumulation):
-                # along the samples of a step, process by process: the same for any number of them
+                # each process takes a contiguous share of the step's samples
                 first = samples_seen + (rank() * self.accumulation + i) * size
                 x, y = self.data.train.batch(first, size, self.config.seed)
                 yield *devices.to_device(x, y, self.device), int((y >= 0).sum())
             samples_seen += self.samples_per_step
 
     def train_step(self):
-        """One optimizer step. Nothing here waits for the device."""
+        """One optimizer step, without a host sync."""
         config, optimizer = self.config, self.optimizer
         multiplier = lr_multiplier(self.step, config)
         optimizer.set_lr(multiplier)
@@ -84,7 +83,7 @@ class Trainer:
             x, y, n = self.batch
             loss = self.loss_of(self.model, x, y)
             self.batch = next(self.batches)  # prefetch while the device computes
-            # mean over all targets of the step, however it is cut into micro-batches
+            # mean over all targets of the step, however it is split into micro-batches
             scaled = loss * self.sync.scale(n / n_targets)
             self.scaler.scale(scaled).backward()
             self.sync.add(scaled)
@@ -113,7 +112,7 @@ class Trainer:
         return val_loss
 
     def evaluate_and_save(self, done):
-        """Whatever is due before the next step."""
+        """Evaluate and save, if due."""
         config, step = self.config, self.step
         requested = self.stop or self.saves_requested > self.saves_done
         save = requested or bool(config.save_interval) and step % config.save_interval == 0
@@ -130,7 +129,7 @@ class Trainer:
                 improved = val_loss < self.best_val_loss
                 save = save or done or improved or config.always_save_checkpoint
                 self.best_val_loss = min(self.best_val_loss, val_loss)
-        # step 0 has nothing to save; nor has a checkpoint that was just resumed
+        # nothing to save at step 0, or right after resuming at this step
         fresh = step > 0 or done or self.stop
         known = self.resumed == (step, True) or val_loss is None and self.resumed == (step, False)
         if save and fresh and not known:
@@ -168,17 +167,14 @@ class Trainer:
         with main_process_first():  # torchrun ends all processes when one fails: wait for the save
             run.saver.wait()
 
-    # before the loop -----------------------------------------------------------------------------
-
     def resume(self, checkpoint, given):
         """Continue from a checkpoint of this run. Raises UserError if it does not fit."""
-        allow_other_data = self.config.eval_only or 'dataset' in given
-        resume.check_environment(checkpoint, self.environment, self.data, allow_other_data)
         self.step, self.samples_seen = checkpoint.step, checkpoint.samples_seen
         if checkpoint.best_val_loss is not None:
             self.best_val_loss = checkpoint.best_val_loss
         self.resumed = self.step, checkpoint.val_loss is not None
         if self.optimizer:
+            resume.check_environment(checkpoint, self.environment, self.data, 'dataset' in given)
             resume.load_optimizer(self.optimizer, self.scaler, checkpoint)
 
     def wrap(self, parallel):
@@ -188,11 +184,11 @@ class Trainer:
         parts = memory.step_bytes(raw_model, config, half, parallel, world_size())
         print0(memory.describe_memory(parts, self.device))
         ddp = parallel == 'ddp' and not config.deterministic_sum
-        if ddp:  # before compiling, so that it overlaps reduction with backward
+        if ddp:  # before compiling, so that reduction overlaps with backward
             self.model = distributed.wrap_ddp(raw_model, self.device)
         self.sync = distributed.GradientSync(self.model)
 
-        def dry_run(model, last=parallel == 'fsdp'):  # FSDP would keep what it has not reduced
+        def dry_run(model, last=parallel == 'fsdp'):  # FSDP holds on to unreduced gradients
             self.sync.begin(last)
             # as in a step: the second micro-batch adds to existing gradients
             for _ in range(min(distributed.micro_batches_per_process(config), 2)):
@@ -212,8 +208,6 @@ class Trainer:
         self.batches = self.micro_batches()
         self.batch = next(self.batches)
 
-
-# Phases ------------------------------------------------------------------------------------------
 
 def load_checkpoint(run, config, given):
     """The Checkpoint to start from, or None; resuming sets the keys that are not given."""
@@ -259,7 +253,7 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
         model = checkpoint.build_model(**free, **from_data)
         model.crop_block_size(model_config['block_size'])
     for key in resume.MODEL_KEYS:
-        setattr(config, key, getattr(model.config, key))  # save and print what the run really has
+        setattr(config, key, getattr(model.config, key))  # save and print what the run uses
     if devices.math_attention_is_faster(device, dtype, model.config.block_size):
         model.train_with_math_attention()
     parallel = None
@@ -267,7 +261,7 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
         parallel = distributed.choose_parallel(config.parallel, model, devices.total_memory(device))
     if parallel == 'fsdp':
         if config.deterministic_sum:
-            fail('deterministic_sum = True: only for copies of the model; give --parallel=ddp')
+            fail('deterministic_sum = True: needs --parallel=ddp')
         if config.sample_every_eval:
             print0('note: no process has the whole model, so sample_every_eval prints no samples; '
                    'sample.py does')

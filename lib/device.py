@@ -78,7 +78,7 @@ def dtype_name(dtype):
 
 
 def has_bfloat16(device_type):
-    """Whether the hardware multiplies in bf16; emulated on a CPU it takes 60 times fp32's time.
+    """Whether the hardware multiplies in bf16; emulated on a CPU it is 60 times slower than fp32.
     MPS, where that has not been measured: no."""
     if device_type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -92,7 +92,7 @@ def math_attention_is_faster(device, dtype, T):
     """Whether training on T tokens takes less time with math_attention than with sdpa.
 
     On a CPU in bf16 it takes two thirds of the fused kernel's time up to 256 tokens (PyTorch 2.13;
-    in fp32 1.3 times). It rounds the scores to bf16 too, which does not show in the losses.
+    in fp32 1.3 times). It rounds the scores to bf16 too, without a visible difference in the loss.
     """
     return device.type == 'cpu' and dtype == torch.bfloat16 and T <= 256
 
@@ -164,7 +164,7 @@ def compile_model(model, choice, device, dry_run):
     the plain model is returned.
     """
     if choice is True or choice == 'auto' and device.type == 'cuda':
-        print0('compiling the model: the first step takes up to a minute')
+        print0('compiling the model: this takes up to a minute')
         try:
             torch.use_deterministic_algorithms(  # tell Inductor too
                 torch.are_deterministic_algorithms_enabled(),
@@ -172,7 +172,7 @@ def compile_model(model, choice, device, dry_run):
             compiled = torch.compile(model, dynamic=False)
             dry_run(compiled)
             return compiled
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # no compiler on the machine, an unsupported platform, ...
             print0(f'torch.compile failed, going on without it: '

@@ -1,6 +1,6 @@
-"""Several processes: who goes first, DDP and FSDP2, sums of gradients. One process is a run too.
+"""Several processes: who goes first, DDP and FSDP2, sums of gradients. A single process works too.
 
-torchrun starts the processes. What FSDP needs is imported where it is used: that takes a second.
+torchrun starts the processes. FSDP is imported lazily: that takes a second.
 """
 import contextlib
 import os
@@ -17,7 +17,7 @@ from lib.errors import UserError
 def init_processes(backend):
     """Join the other processes if torchrun started this one. backend: auto, nccl or gloo."""
     if 'RANK' in os.environ:
-        # gloo next to nccl: what lives on the CPU, such as signals, is exchanged without the GPU
+        # gloo in addition to nccl: CPU values, such as signals, are exchanged without the GPU
         backends = {'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}
         dist.init_process_group(backends[backend])
 
@@ -127,7 +127,7 @@ def choose_parallel(parallel, model, memory):
 def wrap_fsdp(model, device, dtype):
     """Shard parameters, gradients and optimizer state (Zhao et al. 2023), in place.
 
-    A block's attention and MLP are gathered in dtype while they work, gradients are reduced in
+    A block's attention and MLP are gathered in dtype while they run, gradients are reduced in
     fp32; norms, embeddings and head stay in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -149,7 +149,7 @@ def wrap_ddp(model, device):
 @torch.no_grad()
 def init_weights(model, device):
     """Give a model on the meta device the initial weights of GPT(config), on device. Each is drawn
-    whole on the CPU, then sharded: no process ever holds a whole sharded model."""
+    whole on the CPU, then sharded: no process ever holds the whole model."""
     weights = {}
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape)
@@ -218,7 +218,7 @@ class GradientSync:
             self.model.set_requires_gradient_sync(last)
 
     def scale(self, fraction):
-        """The factor on a micro-batch's mean loss that has this fraction of the step's targets."""
+        """The factor on the mean loss of a micro-batch with this fraction of the step's targets."""
         return fraction * world_size()  # DDP and FSDP average over the processes
 
     def add(self, loss):

@@ -36,7 +36,7 @@ def os_errors(what, remedy=None):
 
 @contextlib.contextmanager
 def user_errors():
-    """Entry points run inside: a UserError becomes one line on stderr and exit code 2. So does a
+    """Wrap entry points in this: a UserError becomes one line on stderr and exit code 2. So does a
     full disk, which can hit any write. Every other exception keeps its traceback."""
     script = Path(sys.argv[0]).name
     for name in ('stdout', 'stderr'):  # None if the shell closed them: train.py >&-
@@ -59,9 +59,13 @@ def user_errors():
     except UserError as error:
         print(f'{script}: {error}', file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # sample.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # sample.py | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        raise
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

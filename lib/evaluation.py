@@ -60,8 +60,7 @@ def evaluate_run(loss_of, model, data, config, step, run):
     if not math.isfinite(val_loss):
         fail(f'step {step}: the val loss is {val_loss}: lower --learning_rate or set --grad_clip; '
              f'checkpoints saved in {config.out_dir} are kept')
-    seconds = time.perf_counter() - start
-    perplexity = math.exp(min(val_loss, 700))
+    seconds, perplexity = time.perf_counter() - start, math.exp(min(val_loss, 700))
     print0(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity '
            f'{perplexity:.2f}, {bits:.4f} bits per byte ({seconds:.1f} s)')
     if run.log:

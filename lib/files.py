@@ -25,14 +25,16 @@ def lock(folder, what):
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except OSError:
+    except OSError as error:
         file.close()
-        reason = 'another process is writing there; wait for it or choose another folder'
+        reason = f'cannot lock it: {error.strerror}; choose a folder on another file system'
+        if isinstance(error, BlockingIOError):
+            reason = 'another process is writing there; wait for it or choose another folder'
         raise UserError(f'{what}: {reason}') from None
 
 
 def temporary(path):
-    """Where a file is written before it gets its name."""
+    """Where a file is written before the rename."""
     return path.with_name(path.name + '.tmp')
 
 

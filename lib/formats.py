@@ -19,11 +19,14 @@ DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
           'I16': torch.int16, 'I32': torch.int32, 'I64': torch.int64}
 
 
+def is_gpt2(where):
+    return str(where) in GPT2_SIZES and not Path(where).exists()
+
+
 def load_gpt2(where):
-    """(fields of GPTConfig, {name: tensor}) of 'gpt2', ..., 'gpt2-xl' or of a local folder."""
-    if str(where) in GPT2_SIZES and not Path(where).exists():
-        where = download_gpt2(str(where))
-    return load_huggingface(where)
+    """(fields of GPTConfig, {name: tensor}, folder) of 'gpt2', ..., 'gpt2-xl' or of a folder."""
+    folder = download_gpt2(str(where)) if is_gpt2(where) else Path(where)
+    return *load_huggingface(folder), folder
 
 
 def download_gpt2(name):

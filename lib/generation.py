@@ -27,7 +27,7 @@ class KVCache:
         self.padding = padding  # (B,) or None
         self.size, self.static = size, static
         self.length = 0  # columns filled
-        self.filled = torch.zeros(1, dtype=torch.long, device=device)  # the same, if static
+        self.filled = torch.zeros(1, dtype=torch.long, device=device)  # same, if static
 
     def select(self, index, spare=None):
         """A cache of the rows index (B',), with repeats; reuses the memory of spare if given."""
@@ -80,7 +80,7 @@ class KVCache:
         return visible.view(-1, 1, *visible.shape[-2:])
 
     def append(self, layer, k, v):
-        """Store k, v (B, nkv, T, hs) of a layer; returns all that it has, (B, nkv, S, hs) each."""
+        """Store k, v (B, nkv, T, hs) of a layer; returns all so far, (B, nkv, S, hs) each."""
         T, end = k.size(2), self.length
         if self.static:
             columns = self.filled - T + torch.arange(T, device=k.device)
@@ -119,7 +119,8 @@ def left_pad(model, prompts, room=0):
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise ValueError('generate needs at least one token to continue')
-    if max(max(prompt) for prompt in prompts) >= model.config.vocab_size:
+    ids = {id_ for prompt in prompts for id_ in prompt}
+    if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
         raise ValueError(f'a token id is not below vocab_size = {model.config.vocab_size}')
     longest = max(lengths)
     tokens = torch.zeros(len(lengths), longest + room, dtype=torch.long, device=device)
@@ -172,7 +173,7 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
     Sequences with the same prompt share its prefill. In fp32 the greedy tokens of a sequence depend
     neither on the cache nor on its batch; in bf16 and int8 rounding may tip a close choice.
 
-    Past block_size the window slides: the tokens that stay are read anew at positions 0, 1, ...,
+    Past block_size the window slides: the tokens that stay are re-encoded at positions 0, 1, ...,
     because the keys of deeper layers have seen tokens that left the window. slide=1 moves it by one
     token per step: each token is drawn given the last block_size ones, exactly as in nanoGPT.
     slide=n moves it by n tokens every n steps, n times faster; the context is then never below
@@ -271,7 +272,7 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=Non
     # layer. Draw one per row instead and invert the cumulative distribution.
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
     if not cdf[:, -1].isfinite().all():
-        raise ValueError('the logits are not finite: nothing can be drawn from them')
+        raise ValueError('the logits are not finite: cannot sample from them')
     u = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(1)
 

@@ -26,7 +26,7 @@ def activation_bytes(model, batch_size, half=False):
         attention += n * (C + kv) * (c.position == 'rope')  # q and k again
     if c.eot_token is not None:
         attention += c.block_size * n  # the mask, converted to numbers
-    hidden = mlp_width(model)
+    hidden = model.transformer.h[0].mlp.c_proj.in_features
     # the MLP's input, before and after its activation
     mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)
     # the inputs of both norms, the masks of both dropouts
@@ -39,10 +39,6 @@ def activation_bytes(model, batch_size, half=False):
     return batch_size * c.block_size * (blocks + (4 + n) * C) + weights
 
 
-def mlp_width(model):
-    return model.transformer.h[0].mlp.c_proj.in_features
-
-
 def step_bytes(model, config, half, parallel=None, world_size=1):
     """{part: bytes} at the peak of a step in each process. parallel: 'ddp', 'fsdp' or None."""
     n, size = model.get_num_params(False), 2 if half else 4
@@ -50,7 +46,8 @@ def step_bytes(model, config, half, parallel=None, world_size=1):
     activations = activation_bytes(model, config.batch_size, half)
     tokens = config.batch_size * config.block_size
     # gradients before and after an MLP's activation, and of the residual stream
-    backward = tokens * (2 * size * mlp_width(model) + 2 * 4 * model.config.n_embd)
+    hidden = model.transformer.h[0].mlp.c_proj.in_features
+    backward = tokens * (2 * size * hidden + 2 * 4 * model.config.n_embd)
     # per logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
     per_logit = 8 + 2 * half
     logits = tokens * model.config.vocab_size * per_logit

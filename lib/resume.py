@@ -1,4 +1,4 @@
-"""What a run takes from its checkpoint and its data, and what it refuses."""
+"""Settings that a run takes from its checkpoint and data, and combinations it rejects."""
 import shutil
 import typing
 from dataclasses import fields
@@ -72,15 +72,15 @@ def choose_data_config(config, given, checkpoint, data, resuming):
         if 'prefix_lm' not in given:
             config.prefix_lm = saved['prefix_lm']
     if resuming and config.prefix_lm != saved['prefix_lm']:
-        fail(f'prefix_lm = {config.prefix_lm} but {checkpoint.path} was trained without that: '
+        fail(f'prefix_lm = {config.prefix_lm} but {checkpoint.path} has {saved["prefix_lm"]}: '
              f'leave it out, or begin another run with --init_from={checkpoint.path}')
     if config.prefix_lm and not data.pairs:
         fail(f'prefix_lm = True: {data.folder} has no sources and targets: give --prefix_lm=False, '
              f'or prepare some with data/pairs/prepare.py')
     if data.pairs and (data.pairs.packing or config.prefix_lm):
         if 'doc_mask' in given and not config.doc_mask:
-            fail(f'doc_mask = False: the pairs of a row must not see one another: leave it out, or '
-                 f'prepare {data.folder} with --packing=False and give --prefix_lm=False')
+            fail(f'doc_mask = False: pairs of a row must not attend to each other: leave it out, '
+                 f'or prepare {data.folder} with --packing=False and give --prefix_lm=False')
         config.doc_mask = True
     eot = data.tokenizer.eot if config.doc_mask else None
     if config.doc_mask and eot is None:
@@ -98,8 +98,8 @@ def check_same_tokenizer(checkpoint, data):
     else:  # nanoGPT rounds 50257 up
         same = vocab_size == tokenizer.vocab_size or (vocab_size == 50304
                                                       and tokenizer.vocab_size == 50257)
-    require(same, f'{data.folder} was made with another tokenizer ({tokenizer.kind}, '
-                  f'{tokenizer.vocab_size} tokens) than {checkpoint.path} ({vocab_size} tokens): '
+    require(same, f'{data.folder} was made with a different tokenizer ({tokenizer.kind}, '
+                  f'{tokenizer.vocab_size} tokens) from {checkpoint.path} ({vocab_size} tokens): '
                   f'prepare the data set with the tokenizer of the weights')
 
 
@@ -107,8 +107,8 @@ def check_environment(checkpoint, environment, data, allow_other_data):
     """Report what prevents a bitwise resume. Raises UserError if the data have changed."""
     saved = environment | checkpoint.environment
     require(allow_other_data or saved['data'] == environment['data'],
-            f'{data.folder} is not what {checkpoint.path} was trained on: the bins have changed; '
-            f'put the old ones back, or say that other data are meant with --dataset={data.folder}')
+            f'{data.folder} has changed since {checkpoint.path} was trained on it: restore '
+            f'it, or train on the new data with --dataset={data.folder}')
     names = {'world_size': 'processes'}
     changed = [f'{names.get(key, key)} {saved[key]} then, {now} now'
                for key, now in environment.items()
@@ -126,7 +126,7 @@ def load_optimizer(optimizer, scaler, checkpoint):
     try:
         optimizer.load_state_dict(state)
         if checkpoint.scaler and not scaler.state_dict().keys() <= checkpoint.scaler.keys():
-            raise ValueError('the state of its gradient scaler is not whole')
+            raise ValueError('the state of its gradient scaler is incomplete')
     except ValueError as error:
         raise UserError(f'{path}: its optimizer state does not fit: {error}; start another run '
                         f'from these weights with --init_from={path}') from None
@@ -141,5 +141,6 @@ def check_disk(run, checkpoint_bytes):
     config, n = run.config, 1 if run.resuming else run.config.keep_last + 2
     need, free = n * checkpoint_bytes, shutil.disk_usage(config.out_dir).free
     require(free >= need,
-            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, {free / 1e6:,.1f} '
-            f'MB are free: free some room, lower --keep_last or choose another --out_dir')
+            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, '
+            f'{free / 1e6:,.1f} MB are free: free some room, lower --keep_last or choose another '
+            f'--out_dir')

@@ -51,8 +51,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         for id_ in ids:
-            require(0 <= id_ < self.vocab_size,
-                    f'token id {id_} is not below vocab_size = {self.vocab_size}')
+            require(0 <= id_ < self.vocab_size, f'token id {id_} is not below {self.vocab_size}')
         return b''.join(self.token_bytes[id_] for id_ in ids)
 
     def decode(self, ids):

@@ -121,8 +121,9 @@ def patched_env(tmp_path):
 @pytest.fixture(scope='session')
 def text():
     """Real text: the repository's own source and README."""
-    names = ('model.py', 'train.py', 'README.md')
-    text = ''.join((ROOT / name).read_text(encoding='utf-8') for name in names)
+    names = ('model', 'train', 'configurator', 'checkpoint', 'interpret', 'lib/generation')
+    paths = [ROOT / 'README.md', *(ROOT / f'{name}.py' for name in names)]
+    text = ''.join(path.read_text(encoding='utf-8') for path in paths)
     return text.replace('<|endoftext|>', '')
 
 

@@ -181,7 +181,7 @@ def test_prepare_resumes_to_identical_bins_after_sigkill(clone, text, tmp_path):
         assert prepare('killed', kill_at).returncode == -signal.SIGKILL
         assert not (tmp_path / 'killed' / 'val.bin').exists()
     result = prepare('killed')
-    assert 'going on behind the' in result.stdout and result.returncode == 0, result.stderr
+    assert 'continuing after the' in result.stdout and result.returncode == 0, result.stderr
     names = sorted(path.name for path in (tmp_path / 'whole').iterdir())
     assert sorted(path.name for path in (tmp_path / 'killed').iterdir()) == names
     assert 'train_00001.bin' in names
@@ -252,7 +252,7 @@ def test_prepare_stream_resumes_without_rereading_documents(clone, text, tmp_pat
     assert '120 documents read' in prepare('whole').stdout
     assert prepare('killed', 70).returncode == -signal.SIGKILL
     result = prepare('killed')
-    assert 'going on behind' in result.stdout and '70 documents read' in result.stdout, (
+    assert 'continuing after' in result.stdout and '70 documents read' in result.stdout, (
         result.stdout + result.stderr
     )
     for name in ('meta.json', 'train.bin', 'val.bin'):

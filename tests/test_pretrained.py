@@ -255,7 +255,11 @@ def test_nanogpt_run_can_be_sampled_resumed_and_finetuned(run, nanogpt_run):
 
 @pytest.mark.parametrize(
     'case, says',
-    [('cut off', 'connection lost after'), ('other content', 'sha256'), ('not https', 'only https')],
+    [
+        ('cut off', 'connection lost after'),
+        ('other content', 'sha256'),
+        ('not https', 'only https'),
+    ],
 )
 def test_gpt2_download_is_renamed_only_when_complete(run, tmp_path, case, says):
     content = b'{"model_type": "gpt2"}' * 1000
