@@ -27,7 +27,7 @@ from lib.errors import UserError, require
 
 
 class Bound(NamedTuple):
-    """Attached to a key's type: the values it may take, and the words for them."""
+    """Attached to a key's type: a predicate on its values, and its wording."""
     holds: Callable
     text: str
 
@@ -37,7 +37,7 @@ WholeNumber = Annotated[int, Bound(lambda x: x >= 0, '0 or more')]
 Positive = Annotated[float, Bound(lambda x: x > 0, 'more than 0')]
 NonNegative = Annotated[float, Bound(lambda x: x >= 0, '0 or more')]
 Fraction = Annotated[float, Bound(lambda x: 0 <= x < 1, 'at least 0 and less than 1')]
-Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'a share above 0, at most 1')]
+Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'more than 0, at most 1')]
 CountOrAll = Annotated[int, Bound(lambda x: x >= 1 or x == -1, 'at least 1, or -1')]
 Softcap = Annotated[float, Bound(lambda x: x >= 0, '0 (off) or more')]
 
@@ -71,10 +71,10 @@ class ModelConfig:
 
 @dataclass
 class GPTConfig(ModelConfig):
-    """ModelConfig plus what follows from the data. Defaults are GPT-2 124M's. Raises ValueError."""
+    """ModelConfig plus fields derived from the data; defaults: GPT-2 124M. Raises UserError."""
     vocab_size: Count = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as in nanoGPT
     eot_token: int | None = None  # attention and n-grams do not look back past it; None: no masking
-    turns: WholeNumber = 0  # most source/target turns per document (lib/pairs.py); 0: plain text
+    turns: WholeNumber = 0  # maximum source/target turns per document (lib/pairs.py); 0: plain text
 
     def __post_init__(self):
         check_bounds(self)
@@ -136,7 +136,7 @@ class TrainConfig(ModelConfig):
     beta2: Fraction = 0.95  # AdamW
     adam_eps: Positive = 1e-8  # AdamW
     grad_clip: NonNegative = 1.0  # maximum gradient norm; 0: no clipping
-    nonfinite: Literal['stop', 'skip'] = 'stop'  # a step with an infinite or nan loss or gradient
+    nonfinite: Literal['stop', 'skip'] = 'stop'  # what to do on an infinite or nan loss or gradient
     max_skips: Count = 10  # consecutive skipped steps before the run stops anyway
     # learning rate schedule
     decay_lr: bool = True  # False: constant learning_rate, no warmup
@@ -149,7 +149,7 @@ class TrainConfig(ModelConfig):
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 uses a GradScaler
     compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA
-    deterministic: bool = True  # same bits every time; False: may be faster on some GPUs
+    deterministic: bool = True  # bitwise reproducible; False: may be faster on some GPUs
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # for torchrun; auto: nccl on CUDA
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # for torchrun; auto: ddp if a copy fits
     deterministic_sum: bool = False  # same bits for 1, 2, 4, ... processes; no overlap
@@ -185,13 +185,13 @@ def configure(cls, argv=None):
         flag = word.startswith('-')
         new = read_flag(word, words, types_) if flag else read_config_file(word, cls)
         for key, value in new.items():
-            values.pop(key, None)  # dicts keep the position of the first assignment
+            values.pop(key, None)  # re-insert: order matters for --depth
             values[key] = value
     return cls(**values), values.keys()
 
 
 def read_flag(word, words, types_):
-    """{key: value} of --key=value, of --key value (then words loses its first), or of --switch."""
+    """Parse --key=value, --key value (popped from words) or --switch into {key: value}."""
     key, equals, text = word.removeprefix('--').partition('=')
     require(word.startswith('--') and key, f'{word}: options are written --key=value')
     require(key in types_, f'--{key}: no such key{nearest(key, types_)}')
@@ -273,7 +273,7 @@ def evaluate(node, names):
 def calculate(op, a, b, source):
     """op(a, b) for two numbers, or str + str. Raises UserError that names the source."""
     text = isinstance(a, str) and isinstance(b, str) and op is operator.add
-    require(text or is_number(a) and is_number(b), f'{source}: arithmetic takes two numbers')
+    require(text or is_number(a) and is_number(b), f'{source}: arithmetic needs two numbers')
     small = op is not operator.pow or abs(b) <= 64 and abs(a) <= 2**64
     require(small, f'{source} is too large')
     try:
@@ -283,7 +283,7 @@ def calculate(op, a, b, source):
 
 
 def parse_value(key, text, type_):
-    """The value of a flag. A str key takes the text as typed; others are read like in a file."""
+    """The value of a flag. A str key takes the text as typed; others are parsed as in files."""
     if type_ is str:
         return text
     try:

@@ -7,10 +7,10 @@ from torch.optim.adamw import adamw as adamw_step
 from lib.device import has_bfloat16
 from lib.distributed import gather_like, is_shard, local, shard_like
 
-MUON_MAX_NUMEL = 2**25  # numbers in the matrices that Muon orthogonalizes together
+MUON_MAX_NUMEL = 2**25  # most elements orthogonalized in one batch
 
 def make_optimizer(model, config):
-    """The Optimizer that train.py's keys ask for."""
+    """Build the Optimizer from train.py's keys."""
     muon, tables = muon_matrices(model, config), []
     if config.embedding_learning_rate is not None and not model.config.tie_weights:
         tables.append(model.transformer.wte.weight)
@@ -19,7 +19,7 @@ def make_optimizer(model, config):
     taken = {id(p) for p in muon + tables}
     params = [p for p in model.parameters() if id(p) not in taken]
     groups = adamw_groups(params, config.weight_decay, config.learning_rate)
-    if tables:  # each row is used rarely: larger steps, and no decay between two uses
+    if tables:  # each row is updated rarely: larger steps, and no decay between two updates
         groups.append({'params': tables, 'lr': config.embedding_learning_rate, 'weight_decay': 0.0})
     if muon:
         groups.append({'params': muon, 'lr': config.muon_learning_rate, 'kind': 'muon',
@@ -53,7 +53,7 @@ def adamw(params, weight_decay, learning_rate, betas, eps=1e-8):
 class Optimizer(torch.optim.Optimizer):
     """One optimizer for all groups: kind 'adamw' (fused), or 'muon' for matrices.
 
-    The state exists from the start: whether it fits into memory shows before the first step. Each
+    State is allocated up front, so out-of-memory shows before the first step. Each
     group keeps its peak rate in group['initial_lr'].
     """
 
@@ -105,7 +105,7 @@ class Optimizer(torch.optim.Optimizer):
                    weight_decay=group['weight_decay'])
 
     def step_muon(self, params, group):
-        """Matrices of one shape take the step together: a third of the time for small models."""
+        """Matrices of one shape are updated together: a third of the time for small models."""
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
@@ -191,7 +191,7 @@ def orthogonalize(x):
 
 
 def state_bytes(model, config):
-    """Bytes of optimizer state: two fp32 numbers per parameter of AdamW, one per one of Muon."""
+    """Bytes of optimizer state: two fp32 numbers per AdamW parameter, one per Muon parameter."""
     n_muon = sum(p.numel() for p in muon_matrices(model, config))
     return 8 * model.get_num_params(False) - 4 * n_muon
 

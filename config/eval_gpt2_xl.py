@@ -4,5 +4,5 @@
 init_from = 'gpt2-xl'
 dataset = 'openwebtext'
 eval_only = True
-eval_iters = 500  # many, for a good estimate
+eval_iters = 500  # more, for a better estimate
 batch_size = 8

@@ -19,7 +19,7 @@ prefix_lm = True  # bidirectional attention within a source
 n_head = 8
 learning_rate = 0.005
 embedding_learning_rate = None
-weight_decay = 0.1  # fewer commands need more of it: 1,000 need 1.0
+weight_decay = 0.1  # use more with fewer commands: 1.0 with 1,000
 
 eval_interval = 200
 eval_iters = 20

@@ -1,4 +1,4 @@
-# GPT-2 124M on OpenWebText with nanoGPT's settings: 300 billion tokens, 4 days on 8 A100s there.
+# GPT-2 124M on OpenWebText, nanoGPT's settings: 300 billion tokens (there 4 days on 8 A100s).
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 

@@ -16,7 +16,7 @@ bias = True
 norm = 'layernorm'  # 3.1: LayerNorm(x + Sublayer(x))
 norm_position = 'post'
 activation = 'relu'  # 3.3, 4 n_embd wide
-tie_weights = True  # 3.4; with sinusoidal positions embeddings are times sqrt(n_embd)
+tie_weights = True  # 3.4; with sinusoidal positions embeddings are multiplied by sqrt(n_embd)
 position = 'sinusoidal'  # 3.5
 
 optimizer = 'adamw'  # 5.3: Adam, hence no weight decay
@@ -33,6 +33,6 @@ label_smoothing = 0.1  # 5.4
 
 max_iters = 100000  # 5.2
 eval_interval = 1000
-keep_last = 5  # 6.1: sampled with --average_last=5
+keep_last = 5  # 6.1: sample with --average_last=5
 eval_iters = 20
 log_interval = 10

@@ -1,6 +1,6 @@
 """Token bins: train.bin and val.bin, one long row of token ids each, with meta.json next to them.
 
-A row of more than 2 GB goes on in train_00001.bin, train_00002.bin, ... Files are memory-mapped.
+A row of more than 2 GB continues in train_00001.bin, train_00002.bin, ... Files are memory-mapped.
 Batches are a pure function of (seed, number of samples seen). nanoGPT's bins (uint16, no meta.json,
 perhaps a meta.pkl) are read too. lib/write.py writes bins.
 """
@@ -41,7 +41,7 @@ class TokenBin:
         self.path = shard_path(folder, split, 0)
         self.dtype, self.vocab_size, self.block_size = dtype, vocab_size, block_size
         self.pairs, self.eot = pairs, eot
-        self.shards, self.ends = [], []  # the ids of each file, their number up to its end
+        self.shards, self.ends = [], []  # ids per file; cumulative counts
         while not self.shards or n_tokens is not None and self.n_tokens < n_tokens:
             path = shard_path(folder, split, len(self.shards))
             if self.shards and not path.exists():
@@ -130,7 +130,7 @@ class TokenBin:
         return x, np.where(position < self.n_tokens, y, -1)
 
     def evaluation_windows(self, count):
-        """Numbers of count random windows of the split, always the same ones; -1: all."""
+        """Indices of count random windows of the split, always the same ones; -1: all."""
         if count < 0 or count >= self.n_windows:
             return np.arange(self.n_windows)
         chosen = permute(np.arange(count, dtype=np.uint64), self.n_windows, np.uint64(0))
@@ -245,7 +245,7 @@ def read_meta(folder):
         for key in ('tokenizer', 'train_tokens', 'val_tokens'):
             require(key in meta, f'{key} is missing')
         keys = {field.name for field in fields(Pairs)}
-        require(not meta.get('pairs') or set(meta['pairs']) == keys, 'pairs are not described')
+        require(not meta.get('pairs') or set(meta['pairs']) == keys, 'pairs is malformed')
         return meta
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f'{path}: {error}; {AGAIN}') from None

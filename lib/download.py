@@ -40,7 +40,7 @@ def download(url, path, sha256=None, advice='put the file there by hand'):
 def check_scheme(url):
     parts = urllib.parse.urlsplit(url)
     require(parts.scheme == 'https' or parts.hostname in ('127.0.0.1', 'localhost'),
-            f'{url}: only https is downloaded from')
+            f'{url}: only https downloads are allowed')
 
 
 def fetch(url, part):

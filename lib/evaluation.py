@@ -21,7 +21,7 @@ def evaluate(loss_of, split, windows, batch_size, token_bytes, signals):
     mine = windows[rank()::world_size()]
     longest = len(windows[::world_size()])
     losses, n_tokens, n_bytes = [], 0, 0
-    for start in range(0, longest, batch_size):  # as often in every process: FSDP needs all
+    for start in range(0, longest, batch_size):  # the same number in every process: FSDP
         if any_process(signals.stop):
             break
         x, y = split.windows(mine[start:start + batch_size])

@@ -1,4 +1,4 @@
-"""Weights of others: nanoGPT's ckpt.pt, GPT-2 in Hugging Face's layout, safetensors.
+"""Third-party weights: nanoGPT's ckpt.pt, GPT-2 in Hugging Face's layout, safetensors.
 
 Nothing loaded can run code: torch.load with weights_only, safetensors, JSON.
 """
@@ -99,7 +99,7 @@ def read_pytorch_bin(path):
         require(all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()),
                 'not only tensors')
         return tensors
-    except Exception as error:  # a foreign file raises anything
+    except Exception as error:  # a foreign file can raise anything
         raise UserError(f'{path}: refused, it does not hold plain tensors only: '
                         f'{first_line(error)[:120]}') from None
 
@@ -139,7 +139,7 @@ def read_checkpoint_file(path, mmap=False):
         named = re.search(r'GLOBAL (\S+)', str(error))
         reason = f'it would run {named[1]}' if named else 'it is not a checkpoint'
         raise UserError(f'{path}: refused: {reason}') from None
-    except Exception as error:  # a truncated or foreign file raises anything
+    except Exception as error:  # a truncated or foreign file can raise anything
         if not Path(path).exists():  # deleted while it was read
             raise FileNotFoundError(path) from None
         raise UserError(f'{path}: not a whole checkpoint of plainGPT or nanoGPT '
@@ -155,7 +155,7 @@ def read_checkpoint_file(path, mmap=False):
 def convert_nanogpt(state, path):
     """nanoGPT's ckpt.pt -> the fields of a Checkpoint. Its GELU is the exact one; its first
     versions saved the causal mask as attn.bias."""
-    machine = ('device', 'dtype', 'compile', 'backend')  # perhaps of another one
+    machine = ('device', 'dtype', 'compile', 'backend')  # may be another machine's
     config = {k: v for k, v in state.get('config', {}).items() if k not in machine}
     step = int(state.get('iter_num', 0))
     samples = step * config.get('batch_size', 12) * config.get('gradient_accumulation_steps', 1)

@@ -12,7 +12,7 @@ def make_embedding(n, dim):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; one bf16 token on a CPU takes torch.mv, which reads weights 1.4 times as fast."""
+    """nn.Linear; a single bf16 token on a CPU uses torch.mv: 1.4 times as fast."""
 
     def forward(self, x):
         bf16 = x.dtype == torch.bfloat16 == self.weight.dtype

@@ -1,4 +1,4 @@
-"""Cross-entropy of a large vocabulary, in chunks: the logits never exist all at once."""
+"""Cross-entropy of a large vocabulary, in chunks: the full logits are never materialized."""
 import math
 
 import torch
@@ -21,9 +21,9 @@ def needs_chunks(n_tokens, vocab_size):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softcap(x W^T), one chunk of logits at a time.
 
-    Forward computes the gradients too, while it has the logits (as Liger Kernel, Hsu et al. 2024).
+    Forward computes the gradients too, while it has the logits (Liger Kernel, Hsu et al. 2024).
     x: (N, C); weight: (V, C); targets: (N,), -1 = ignored. Matrix products are in dtype, the rest
-    in fp32. needs_grad: False in an evaluation.
+    in fp32. needs_grad: False during evaluation.
     """
 
     @staticmethod

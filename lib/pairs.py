@@ -1,8 +1,8 @@
-"""How sources and targets lie in a row of token ids. Everything about them follows from the ids.
+"""How sources and targets are laid out in a row of token ids: everything follows from the ids.
 
 A document of n turns is `e source e target e ... source e target e`, e = `<|endoftext|>`, and the
-rest of a row is filled with e. So two e in a row begin a document, and its first, third, ... part
-is a source. Plain text has one e before each document (turns = 0).
+rest of a row is filled with e. So two consecutive e begin a document, and its first, third, ...
+part is a source. Plain text has one e before each document (turns = 0).
 
 The functions take numpy arrays (bins) and torch tensors (the model).
 """
@@ -28,7 +28,7 @@ def source_parts(tokens, eot):
     """(True in sources, number of the part each token belongs to) of a row of pairs. (B, T) each"""
     part = (tokens == eot).cumsum(1)
     document = document_numbers(tokens, eot, turns=1)
-    # both counts grow by 1 at a document's first part, then only the first: parity says which
+    # part + document grows by 2 at a document's first part and by 1 at each later one
     return ((part + document) % 2 == 0) & (document > 0), part
 
 
@@ -45,7 +45,7 @@ class Pairs:
         if self.mask_prompt:
             no_loss = source_parts(x, eot)[0]
         else:
-            no_loss = (x == eot) & (y == eot)  # filling, and the beginning of a document
+            no_loss = (x == eot) & (y == eot)  # padding, and the beginning of a document
         no_loss[:, -1] = True  # the next row is another text
         return np.where(no_loss, -1, y)
 

@@ -33,11 +33,11 @@ def turn_dial(config, given):
     n_embd      64 * depth: GPT-2's proportions, 12 blocks of 768 (as in nanochat); heads of 64
     rates       Muon's is the same for all widths, since its steps have the same length in every
                 direction (Jordan 2024): of 0.01, 0.02 and 0.04 the second was best for depths 2
-                and 4 (README). AdamW's fall with the root of the width (as in nanochat); the one
+                and 4 (README). AdamW's scale as 1/sqrt(width) (as in nanochat); the one
                 of embeddings is 4 times the other, as measured at a width of 192
     tokens      20 per parameter in the blocks (Hoffmann et al. 2022)
-    batch       2.6 * sqrt(tokens) tokens per step, rounded to a power of two: through the 2,048
-                that were best for 0.6 million
+    batch       2.6 * sqrt(tokens) tokens per step, rounded to a power of two: fitted
+                through 2,048, the best at 0.6 million
     """
     if 'depth' not in given or config.depth is None or config.init_from == 'resume':
         return

@@ -28,7 +28,7 @@ class Run(contextlib.ExitStack):
         super().__init__()
         self.config = config
         self.writes = rank() == 0 and not config.eval_only
-        self.resuming = False  # config.init_from becomes that of the run's first start
+        self.resuming = False  # remembered: resuming restores config.init_from
         self.log = self.claimed = None
 
     def claim(self):
@@ -67,8 +67,8 @@ class Run(contextlib.ExitStack):
 
 
 def claim(out_dir):
-    """Lock the folder until the returned file is closed, and delete what a killed run left
-    half-written: whatever has a .tmp next to it, nothing else. Raises UserError."""
+    """Lock the folder until the returned file is closed; delete the incomplete files of a killed
+    run: whatever has a .tmp next to it, nothing else. Raises UserError."""
     held, out_dir = lock(out_dir, f'out_dir = {str(out_dir)!r}'), Path(out_dir)
     names, removed = ('ckpt_[0-9]*', 'log.jsonl', 'config.py'), []
     for mark in sorted(path for name in names for path in out_dir.glob(name + '.tmp')):
@@ -142,7 +142,7 @@ def cut_log(out_dir, step):
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object per line, and wandb, which never stops training."""
+    """out_dir/log.jsonl, one JSON object per line, and wandb, whose errors never stop training."""
 
     def __init__(self, config):
         self.path = Path(config.out_dir) / 'log.jsonl'
@@ -186,7 +186,7 @@ def start_wandb(config):
 
         mode = os.environ.get('WANDB_MODE')
         if mode is None and not wandb.login(prompt=False, verify=False):
-            print0('wandb: not logged in, so it logs offline; wandb sync uploads it later')
+            print0('wandb: not logged in, logging offline; upload later with wandb sync')
             mode = 'offline'
         return wandb.init(project=config.wandb_project, name=config.wandb_run_name,
                           config=asdict(config), dir=config.out_dir, mode=mode,
@@ -264,7 +264,7 @@ class StepLog(contextlib.AbstractContextManager):
         """Report the samples that made a step's loss or gradient infinite or nan.
 
         losses: of this process's micro-batches. Raises UserError unless such steps are skipped. An
-        overflow in fp16 is no error: the scaler lowers its scale, unless that keeps happening.
+        fp16 overflow is expected (the scaler backs off) unless it keeps happening.
         """
         config = self.config
         finite = [math.isfinite(value) for value in sum(gather(losses), [])]
@@ -296,7 +296,7 @@ class Signals:
         handlers = {'SIGINT': self.request_stop, 'SIGTERM': self.request_stop,
                     'SIGHUP': self.request_stop, 'SIGUSR1': self.request_save}
         for name, handler in handlers.items():
-            number = getattr(signal, name, None)  # Windows has not all of them
+            number = getattr(signal, name, None)  # Windows lacks some
             if catch and number and signal.getsignal(number) != signal.SIG_IGN:  # nohup: SIGHUP
                 signal.signal(number, handler)
 

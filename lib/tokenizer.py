@@ -110,7 +110,7 @@ class CharTokenizer(Tokenizer):
             position = int((ids < 0).argmax())
             raise UserError(f'character {text[position]!r} at position {position} is not one of '
                             f'the {len(self.characters)} characters that this tokenizer knows; '
-                            f'a byte or bpe tokenizer knows all')
+                            f'a byte or bpe tokenizer can encode any text')
         return ids.astype(np.uint32)
 
     def to_dict(self):
@@ -138,8 +138,8 @@ class BPETokenizer(Tokenizer):
     """Byte-pair encoding (Sennrich et al. 2016) on bytes, by tiktoken; the last id is eot."""
 
     def __init__(self, kind, pattern, tokens):
-        """tokens: the bytes of each other id, in merge order."""
-        import tiktoken  # char and byte tokenizers do without
+        """tokens: the bytes of every id but eot, in merge order."""
+        import tiktoken  # char and byte tokenizers don't need it
 
         self.kind, self.pattern = kind, pattern
         self.token_bytes = list(tokens)

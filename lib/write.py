@@ -159,8 +159,8 @@ class Progress:
         if saved['pieces']:
             same = (saved['sha256'], saved['bytes']) == (self.sha256.hexdigest(), self.n_bytes)
             self.committed = same
-            require(same, f'{source} has changed since its prepare was interrupted, which is '
-                          f'forgotten now: run this again')
+            require(same, f'{source} has changed since its prepare was interrupted, and its '
+                          f'progress was discarded: run this again')
         return pieces
 
     def commit(self, writers, state):
@@ -290,14 +290,14 @@ def estimate(folder, n_tokens, size, total, speed, itemsize):
     tokens, free = n_tokens * total / size, shutil.disk_usage(folder).free
     need = (tokens - n_tokens) * itemsize
     require(free >= need,
-            f'{folder}: {need / 1e9:,.1f} GB are still to come, {free / 1e9:,.1f} GB are free: '
+            f'{folder}: {need / 1e9:,.1f} GB are still needed, {free / 1e9:,.1f} GB are free: '
             f'free some room or prepare less')
     return (f'about {tokens / 1e6:,.0f} million tokens, {tokens * itemsize / 1e9:,.1f} GB on disk, '
             f'where {free / 1e9:,.1f} GB are free; {(total - size) / speed / 60:,.1f} minutes left')
 
 
 def commit_files(folder, meta, writers):
-    """Give the files of a finished prepare their names, in place of the data set before."""
+    """Rename the files of a finished prepare, replacing the previous data set."""
     write_synced(temporary(folder / 'meta.json'), json.dumps(meta, ensure_ascii=False))
     if (folder / 'train.bin').exists():
         print(f'replacing the data set in {folder}')
