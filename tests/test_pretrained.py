@@ -94,7 +94,7 @@ def test_gpt2_weights_can_be_finetuned_and_sampled(
         f'--init_from={gpt2_folder}',
         f'--dataset={char_data}',
         *common,
-        says='another tokenizer',
+        says='different tokenizer',
     )
     refused(
         'train.py',

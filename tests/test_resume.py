@@ -79,7 +79,7 @@ def flip_bit(path):
 
 
 DAMAGED = {  # step of the checkpoint: (how it is damaged, message)
-    8: (flip_bit, 'its sha256 is not'),
+    8: (flip_bit, 'its sha256 does not match'),
     10: (lambda path: path.write_bytes(path.read_bytes()[:-1000]), 'bytes instead of'),
     11: (lambda path: path.write_bytes(b''), 'it has 0 bytes'),
     12: (lambda path: path.unlink(), 'the file is missing'),
@@ -154,7 +154,7 @@ def save_wrong_shapes(out_dir):
 
 REFUSED = {  # case: (how the run's folder is changed, options, message)
     'all checkpoints damaged': (damage_all, (), 'every checkpoint in it is damaged'),
-    'no manifest': (remove_manifests, (), 'no manifest to check it by'),
+    'no manifest': (remove_manifests, (), 'no manifest to verify it'),
     'pickle that runs code': (save_evil_pickle, (), 'refused: it would run io.open'),
     'other architecture requested': (lambda out_dir: None, ('--n_layer=3',), 'n_layer = 3 but'),
     'other architecture saved': (
@@ -197,7 +197,7 @@ def test_resume_keeps_foreign_files(run, out_dir):
     result = run(
         'train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=32', '--keep_last=1'
     )
-    assert 'ckpt_00000024.pt has no manifest to check it by and is skipped' in result.stderr
+    assert 'ckpt_00000024.pt has no manifest to verify it and is skipped' in result.stderr
     after = folder_contents(out_dir)
     for name in foreign:
         assert before[name] in (after.get(name), after.get(name + '.unchecked')), name
@@ -228,7 +228,7 @@ def swap_ids(path):
 BROKEN_DATA = {
     'changed since the checkpoint': (
         lambda data: swap_ids(data / 'train.bin'),
-        'the bins have changed',
+        'has changed since',
     ),
     'odd size': (lambda data: (data / 'train.bin').write_bytes(b'123'), 'not a multiple of 2'),
     'empty': (lambda data: (data / 'val.bin').write_bytes(b''), 'val.bin: its size, 0 bytes'),
