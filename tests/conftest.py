@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import pytest
@@ -31,27 +33,78 @@ def clone(tmp_path_factory):
     return folder
 
 
+class ForkServer:
+    """Runs scripts in processes forked from one that has imported torch (fork_server.py)."""
+
+    def __init__(self):
+        command = [sys.executable, Path(__file__).with_name('fork_server.py')]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def start(self, script, arguments, cwd, env):
+        self.command = [script, *arguments]
+        self.files = [tempfile.NamedTemporaryFile('r') for _ in range(2)]  # stdout, stderr
+        request = [script, arguments, str(cwd), env, *(file.name for file in self.files)]
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+
+    def wait(self):
+        """What subprocess.run would return."""
+        code = int(self.process.stdout.readline())
+        with self.files[0] as stdout, self.files[1] as stderr:
+            return subprocess.CompletedProcess(self.command, code, stdout.read(), stderr.read())
+
+
 @pytest.fixture(scope='session')
-def forked():
+def fork_servers():
+    """Fork servers, one per process that runs at a time; started when they are needed."""
+    servers = []
+
+    def fork_servers(n):
+        while len(servers) < n:
+            servers.append(ForkServer())
+        return servers[:n]
+
+    yield fork_servers
+    for server in servers:
+        with server.process as process:
+            process.stdin.close()
+
+
+@pytest.fixture(scope='session')
+def forked(fork_servers):
     """forked(script, arguments, cwd, env) is a faster subprocess.run."""
-    command = [sys.executable, Path(__file__).with_name('fork_server.py')]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
 
-        def forked(script, arguments, cwd, env):
-            with (
-                tempfile.NamedTemporaryFile('r') as stdout,
-                tempfile.NamedTemporaryFile('r') as stderr,
-            ):
-                request = [script, arguments, str(cwd), env, stdout.name, stderr.name]
-                print(json.dumps(request), file=server.stdin, flush=True)
-                code = int(server.stdout.readline())
-                command = [script, *arguments]
-                return subprocess.CompletedProcess(command, code, stdout.read(), stderr.read())
+    def forked(*request):
+        (server,) = fork_servers(1)
+        server.start(*request)
+        return server.wait()
 
-        yield forked
-        server.stdin.close()
+    return forked
+
+
+@pytest.fixture(scope='session')
+def ranks(clone, fork_servers):
+    """ranks(n, '--key=value', ..., code=0) runs train.py in n processes with the environment that
+    torchrun gives them, without its startup time; returns their output. Each must exit with code.
+    """
+
+    def ranks(n, *arguments, code=0):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        common = {'WORLD_SIZE': n, 'LOCAL_WORLD_SIZE': n, 'MASTER_ADDR': '127.0.0.1',
+                  'MASTER_PORT': port, 'TORCHELASTIC_RUN_ID': uuid.uuid4().hex}
+        servers = fork_servers(n)
+        for rank, server in enumerate(servers):
+            env = {name: str(value) for name, value in common.items()}
+            env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
+            server.start(str(clone / 'train.py'), list(map(str, arguments)), clone, env)
+        results = [server.wait() for server in servers]
+        output = ''.join(result.stdout + result.stderr for result in results)
+        assert [result.returncode for result in results] == [code] * n, output
+        return output
+
+    return ranks
 
 
 @pytest.fixture(scope='session')

@@ -70,7 +70,7 @@ def test_bins_use_uint32_for_large_vocabulary(tmp_path, text):
     meta = write_text(tmp_path, text, WideTokenizer())
     assert meta['dtype'] == 'uint32'
     raw = np.fromfile(tmp_path / 'train.bin', dtype='<u4')
-    assert raw.tolist() == [b * 270 for b in text[: len(raw)].encode()] and raw.max() > 2**14
+    assert raw.tolist() == [b * 270 for b in text.encode()[: len(raw)]] and raw.max() > 2**14
 
 
 def test_bin_writer_rejects_out_of_range_ids(tmp_path):
@@ -336,7 +336,7 @@ def test_write_dataset_detects_small_disk_early(tmp_path, text, monkeypatch):
         write.Piece('val' if i % 9 == 8 else 'train', text[at : at + 500])
         for i, at in enumerate(range(0, len(text), 500))
     ]
-    with pytest.raises(UserError, match='0.0 GB are still to come, 0.0 GB are free'):
+    with pytest.raises(UserError, match='0.0 GB are still needed, 0.0 GB are free'):
         write.write_dataset(
             tmp_path, pieces, train_char([text]), 'test', len(text.encode())
         )

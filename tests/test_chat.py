@@ -73,7 +73,7 @@ def test_chat_answers_with_limited_history(run, chat_run):
     ).stdout
     assert beams.startswith(f'{texts[0]}\n') and '<|endoftext|>' not in beams and 'score' in beams
     too_long = run('sample.py', *options, f'--start={"x" * 70}', code=2)
-    message = 'start has 72 tokens: a source and its target have block_size = 64 together'
+    message = 'start has 72 tokens: a source and its target share block_size = 64'
     assert message in too_long.stderr
 
 

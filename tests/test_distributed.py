@@ -21,27 +21,10 @@ from helpers import (
     assert_same_run,
     log_lines,
     read_log,
-    start_train,
     step_losses,
 )
 from lib import device, distributed
 from model import GPT, GPTConfig
-
-
-@pytest.fixture
-def torchrun(clone):
-    """torchrun(n, '--key=value', ..., code=0) runs train.py in n processes; returns its output."""
-
-    def torchrun(n, *arguments, code=0):
-        command = [sys.executable, *TORCHRUN[:-1], f'--nproc_per_node={n}', clone / 'train.py']
-        result = subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=clone
-        )
-        output = result.stdout + result.stderr
-        assert (result.returncode == 0) == (code == 0), output
-        return output
-
-    return torchrun
 
 
 def test_ddp_matches_single_process(clone, run, char_data, tmp_path):
@@ -65,36 +48,29 @@ def test_ddp_matches_single_process(clone, run, char_data, tmp_path):
         assert one == pytest.approx(two, abs=1e-5) and len(one) in (2, 6)
 
 
-def test_ddp_reports_user_error_once(clone):
-    command = [sys.executable, *TORCHRUN, clone / 'train.py']
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=clone)
-    assert result.stderr.count('train.py: dataset =') == 1 and 'RuntimeError' not in result.stderr
+def test_ddp_reports_user_error_once(ranks):
+    output = ranks(2, code=2)
+    assert output.count('train.py: dataset =') == 1 and 'RuntimeError' not in output
 
 
 @pytest.mark.parametrize('n_processes', [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ddp_resume_is_bitwise_exact(clone, train_args, tmp_path, n_processes):
+def test_ddp_resume_is_bitwise_exact(ranks, train_args, tmp_path, n_processes):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    command = (*TORCHRUN[:-1], f'--nproc_per_node={n_processes}')
     options = ('--max_iters=8', '--n_embd=128', '--n_layer=4')
     options += (f'--gradient_accumulation_steps={n_processes}',)
-    with start_train(
-        clone, f'--out_dir={whole}', *train_args, *options, command=command
-    ) as process:
-        process.stdout.read()
+    ranks(n_processes, f'--out_dir={whole}', *train_args, *options)
     shutil.copytree(whole, parts)
     (parts / 'ckpt_00000008.pt').unlink()
-    with start_train(clone, f'--out_dir={parts}', '--init_from=resume', command=command) as process:
-        assert 'step 4:' in process.stdout.read()
+    assert 'step 4:' in ranks(n_processes, f'--out_dir={parts}', '--init_from=resume')
     assert_same_run(parts, whole)
 
 
 def test_ddp_resume_with_different_world_size_matches(
-    clone, run, train_args, reference_run, tmp_path
+    ranks, run, train_args, reference_run, tmp_path
 ):
     common = (f'--out_dir={tmp_path}/out', '--init_from=resume')
     run('train.py', f'--out_dir={tmp_path}/out', *train_args, '--max_iters=6')
-    with start_train(clone, *common, '--max_iters=13', command=TORCHRUN) as process:
-        assert 'processes 1 then, 2 now' in process.stdout.read()
+    assert 'processes 1 then, 2 now' in ranks(2, *common, '--max_iters=13')
     run('train.py', *common, '--max_iters=20')
     a, b = read_log(tmp_path / 'out'), read_log(reference_run)
     losses = [
@@ -117,7 +93,7 @@ def losses_and_norms(out_dir):
     return [line[key] for line in lines for key in ('loss', 'grad_norm') if key in line]
 
 
-def test_gradient_accumulation_weights_targets_equally(run, prepare_pairs, clone, tmp_path):
+def test_gradient_accumulation_weights_targets_equally(run, ranks, prepare_pairs, tmp_path):
     """The number of targets varies widely between micro-batches and between processes."""
     rng = random.Random(1)
     pairs = [('q' * rng.randint(1, 30), 'a' * rng.choice((1, 2, 60))) for _ in range(60)]
@@ -144,8 +120,7 @@ def test_gradient_accumulation_weights_targets_equally(run, prepare_pairs, clone
         '--batch_size=1',
         '--gradient_accumulation_steps=8',
     ]
-    command = [sys.executable, *TORCHRUN, 'train.py', *arguments]
-    subprocess.run(command, cwd=clone, check=True, capture_output=True, timeout=200)
+    ranks(2, *arguments)
     whole = losses_and_norms(tmp_path / '8')
     assert len(whole) == 10
     assert losses_and_norms(tmp_path / '2') == pytest.approx(whole, abs=2e-5)
@@ -154,14 +129,14 @@ def test_gradient_accumulation_weights_targets_equally(run, prepare_pairs, clone
 
 @pytest.mark.parametrize('n_processes', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fsdp_muon_matches_single_process_across_world_sizes(
-    run, torchrun, char_data, tmp_path, n_processes
+    run, ranks, char_data, tmp_path, n_processes
 ):
     common = (f'--dataset={char_data}', '--optimizer=muon', *PARALLEL_RUN)
     run('train.py', f'--out_dir={tmp_path}/whole', *common)
-    torchrun(2, f'--out_dir={tmp_path}/parts', *common, '--parallel=fsdp', '--max_iters=3')
+    ranks(2, f'--out_dir={tmp_path}/parts', *common, '--parallel=fsdp', '--max_iters=3')
     resume = (f'--out_dir={tmp_path}/parts', '--init_from=resume')
     run('train.py', *resume, '--max_iters=5')
-    output = torchrun(n_processes, *resume, '--max_iters=8', '--sample_every_eval')
+    output = ranks(n_processes, *resume, '--max_iters=8', '--sample_every_eval')
     assert 'sample.py does' in output  # no process has the whole model
     whole, parts = step_losses(tmp_path / 'whole'), step_losses(tmp_path / 'parts')
     assert [step for step, *_ in parts] == list(range(8))
@@ -178,21 +153,21 @@ def test_fsdp_muon_matches_single_process_across_world_sizes(
 
 @pytest.mark.parametrize('n_processes', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_deterministic_sum_is_bitwise_exact_across_world_sizes(
-    run, torchrun, char_data, tmp_path, n_processes
+    run, ranks, char_data, tmp_path, n_processes
 ):
     common = (f'--dataset={char_data}', '--deterministic_sum', *PARALLEL_RUN)
     run('train.py', f'--out_dir={tmp_path}/1', *common)
-    torchrun(n_processes, f'--out_dir={tmp_path}/many', *common)
+    ranks(n_processes, f'--out_dir={tmp_path}/many', *common)
     losses = [step_losses(tmp_path / name) for name in ('1', 'many')]
     assert losses[0] == losses[1] and len(losses[0]) == 8
     one, many = ckpt.load(tmp_path / '1').model, ckpt.load(tmp_path / 'many').model
     assert all(torch.equal(many[name], weight) for name, weight in one.items())
 
 
-def test_fsdp_rejects_deterministic_sum_once(torchrun, char_data, tmp_path):
+def test_fsdp_rejects_deterministic_sum_once(ranks, char_data, tmp_path):
     common = (f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *PARALLEL_RUN)
-    output = torchrun(2, *common, '--deterministic_sum', '--parallel=fsdp', code=2)
-    assert output.count('train.py: deterministic_sum = True: only for copies') == 1
+    output = ranks(2, *common, '--deterministic_sum', '--parallel=fsdp', code=2)
+    assert output.count('train.py: deterministic_sum = True: needs --parallel=ddp') == 1
     assert not (tmp_path / 'out').exists()
 
 

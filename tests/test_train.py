@@ -235,7 +235,7 @@ def test_wandb_logs_offline_and_survives_failure(run, char_data, tmp_path):
     common = (f'--dataset={char_data}', *TINY, '--max_iters=2', '--wandb_log')
     no_account = {'WANDB_API_KEY': '', 'HOME': str(tmp_path), 'WANDB_SILENT': 'true'}
     result = run('train.py', f'--out_dir={tmp_path}/out', *common, env=no_account)
-    assert 'logs offline' in result.stdout
+    assert 'logging offline' in result.stdout
     assert list((tmp_path / 'out' / 'wandb').glob('offline-run-*/*.wandb'))
     (tmp_path / 'wandb.py').write_text(BROKEN_WANDB)
     result = run(
