@@ -33,8 +33,8 @@ from optimizer import lr_multiplier, make_optimizer, state_bytes
 
 
 class Trainer:
-    """The state of a run, with its steps, evaluations and checkpoints. raw_model is the GPT; model
-    is what to call: wrapped by DDP, compiled."""
+    """The state of a run, with its steps, evaluations and checkpoints. raw_model is the GPT, model
+    the callable: wrapped by DDP, compiled."""
 
     def __init__(self, config, run, data, raw_model, device, dtype):
         self.config, self.run, self.data = config, run, data

@@ -88,7 +88,7 @@ def ranks(clone, fork_servers):
     torchrun gives them, without its startup time; returns their output. Each must exit with code.
     """
 
-    def ranks(n, *arguments, code=0):
+    def ranks(n, *arguments, code=0, env=None):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
@@ -96,9 +96,9 @@ def ranks(clone, fork_servers):
                   'MASTER_PORT': port, 'TORCHELASTIC_RUN_ID': uuid.uuid4().hex}
         servers = fork_servers(n)
         for rank, server in enumerate(servers):
-            env = {name: str(value) for name, value in common.items()}
-            env |= {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
-            server.start(str(clone / 'train.py'), list(map(str, arguments)), clone, env)
+            values = common | {'RANK': rank, 'LOCAL_RANK': rank}
+            values = {name: str(value) for name, value in values.items()} | (env or {})
+            server.start(str(clone / 'train.py'), list(map(str, arguments)), clone, values)
         results = [server.wait() for server in servers]
         output = ''.join(result.stdout + result.stderr for result in results)
         assert [result.returncode for result in results] == [code] * n, output

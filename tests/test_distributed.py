@@ -27,7 +27,7 @@ from lib import device, distributed
 from model import GPT, GPTConfig
 
 
-def test_ddp_matches_single_process(clone, run, char_data, tmp_path):
+def test_ddp_matches_single_process(ranks, run, char_data, tmp_path):
     common = (
         f'--dataset={char_data}',
         *TINY,
@@ -37,10 +37,7 @@ def test_ddp_matches_single_process(clone, run, char_data, tmp_path):
         '--dropout=0.1',
     )
     run('train.py', f'--out_dir={tmp_path}/one', *common)
-    script = clone / 'train.py'
-    command = [sys.executable, *TORCHRUN, script, f'--out_dir={tmp_path}/two', *common]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=clone)
-    assert result.returncode == 0, result.stderr
+    ranks(2, f'--out_dir={tmp_path}/two', *common)
     for key in ('loss', 'val_loss', 'grad_norm'):
         one, two = (
             [line[key] for line in log_lines(tmp_path / name, key)] for name in ('one', 'two')

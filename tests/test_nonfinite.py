@@ -5,7 +5,7 @@ import math
 import pytest
 
 import checkpoint as ckpt
-from helpers import TINY, TORCHRUN, assert_same_run, error_line, read_log, start_train
+from helpers import TINY, assert_same_run, error_line, read_log
 
 
 def test_nonfinite_loss_stops_run_and_keeps_checkpoints(refused, char_data, tmp_path):
@@ -115,12 +115,9 @@ def test_nonfinite_float16_gradients_stop_run_after_max_skips(
     assert 'step 4: the gradient norm is' in error_line(result)
 
 
-def test_nonfinite_loss_on_one_rank_stops_all(clone, train_args, patched_env, tmp_path):
+def test_nonfinite_loss_on_one_rank_stops_all(ranks, train_args, patched_env, tmp_path):
     # two in the dry run under DDP, then one per step and rank: this is step 3
     bad = patched_env(NONFINITE, AT=[6], WHAT='loss', RANK='1')
-    with start_train(
-        clone, f'--out_dir={tmp_path}/out', *train_args, command=TORCHRUN, env=bad
-    ) as process:
-        output = process.stdout.read()
+    output = ranks(2, f'--out_dir={tmp_path}/out', *train_args, env=bad, code=2)
     assert output.count('train.py: step 3: the loss is nan in samples 28 to 31') == 1, output
     assert not ckpt.manifests(tmp_path / 'out')

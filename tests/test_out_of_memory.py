@@ -1,7 +1,7 @@
 """Out of memory: the micro-batch is halved, and the step keeps its samples."""
 
 import checkpoint as ckpt
-from helpers import TORCHRUN, assert_same_run, start_train
+from helpers import assert_same_run
 
 OUT_OF_MEMORY = """
 import torch
@@ -45,19 +45,11 @@ def test_out_of_memory_is_reported_for_single_sequence(refused, train_args, patc
 
 
 def test_out_of_memory_on_one_rank_halves_micro_batch_on_all(
-    clone, train_args, patched_env, tmp_path
+    ranks, train_args, patched_env, tmp_path
 ):
     only_one = 'import os' + OUT_OF_MEMORY.replace(
         '> LIMIT', "> LIMIT and os.environ['RANK'] == '1'"
     )
-    with start_train(
-        clone,
-        f'--out_dir={tmp_path}/out',
-        *train_args,
-        command=TORCHRUN,
-        env=patched_env(only_one, LIMIT=2 * 32),
-    ) as process:
-        output = process.stdout.read()
-    assert 'going on with 2' in output
-    assert process.returncode == 0
+    env = patched_env(only_one, LIMIT=2 * 32)
+    assert 'going on with 2' in ranks(2, f'--out_dir={tmp_path}/out', *train_args, env=env)
     assert ckpt.load(tmp_path / 'out').step == 20
