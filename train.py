@@ -170,8 +170,9 @@ class Trainer:
     def resume(self, checkpoint, given):
         """Continue from a checkpoint of this run. Raises UserError if it does not fit."""
         self.step, self.samples_seen = checkpoint.step, checkpoint.samples_seen
-        if checkpoint.best_val_loss is not None:
-            self.best_val_loss = checkpoint.best_val_loss
+        data, best = self.environment['data'], checkpoint.best_val_loss
+        if best is not None and checkpoint.environment.get('data', data) == data:
+            self.best_val_loss = best  # losses on other data do not compare
         self.resumed = self.step, checkpoint.val_loss is not None
         if self.optimizer:
             resume.check_environment(checkpoint, self.environment, self.data, 'dataset' in given)

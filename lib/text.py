@@ -19,7 +19,9 @@ def read_pieces(path, size=PIECE_BYTES):
     """
     decoder = codecs.getincrementaldecoder('utf-8')()  # keeps half a character for the next block
     rest, position = '', 0
-    with open(path, 'rb') as file:
+    with os_errors(path):
+        file = open(path, 'rb')
+    with file:
         while True:
             block = file.read(size)
             try:

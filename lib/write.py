@@ -1,5 +1,6 @@
 """Write token bins: whole or not at all, in bounded memory, resumable."""
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.bins import DATA, FORMAT, shard_path
-from lib.errors import UserError, require
+from lib.errors import DISK_FULL, UserError, require
 from lib.files import lock, replace, temporary, write_synced, write_text
 
 SHARD_BYTES = 2 * 10**9  # most bytes of tokens per file
@@ -220,7 +221,9 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                         f'{source}: too little text, nothing is left for {split}.bin')
             commit_files(folder, meta, writers)
         except OSError as error:
-            raise UserError(f'{folder}: cannot write there: {error.strerror or error}') from None
+            if error.errno not in (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS):
+                raise  # not about writing
+            raise UserError(f'{folder}: cannot write there: {error.strerror}') from None
         finally:
             if progress.committed and not tokenized:
                 print('interrupted; the same command continues from here')

@@ -341,3 +341,14 @@ def test_resume_is_bitwise_exact_with_two_threads(run, train_args, tmp_path, com
     (parts / 'ckpt_00000008.pt').unlink()
     run('train.py', f'--out_dir={parts}', '--init_from=resume', env=threads)
     assert_same_run(parts, whole)
+
+
+def test_resume_on_other_data_forgets_best_val_loss(run, out_dir, clone, text):
+    (clone / 'other.txt').write_text(text[::-1])
+    tokenizer = ('data/text/prepare.py', f'--input={clone}/other.txt', f'--init_from={out_dir}')
+    run(*tokenizer, '--dataset=other')
+    best = ckpt.load(out_dir).best_val_loss
+    resume = ('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=21')
+    run(*resume, '--dataset=other', '--eval_interval=1000')
+    found = ckpt.load(out_dir)
+    assert found.step == 21 and found.best_val_loss == found.val_loss > best
