@@ -1,6 +1,6 @@
 """Train a GPT: config -> data -> model -> optimizer -> loop -> checkpoints and log.
 
-    python train.py config/quickstart.py                         # two minutes on any machine
+    python train.py config/quickstart.py                         # needs no data and no GPU
     python train.py --init_from=resume --out_dir=out-quickstart  # continue where it stopped
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
