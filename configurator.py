@@ -57,7 +57,7 @@ class ModelConfig:
     position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # see model.py
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # Ba 2016 | Zhang & Sennrich 2019
     norm_position: Literal['pre', 'post'] = 'pre'  # GPT-2 | Vaswani 2017, 3.1
-    activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # of the MLP
+    activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # MLP
     n_kv_head: Count | None = None  # key/value heads for GQA (Ainslie 2023); None: n_head
     qk_norm: bool = False  # RMS-normalize queries and keys (Henry 2020)
     tie_weights: bool = True  # lm_head shares the token embedding (Press & Wolf 2017)

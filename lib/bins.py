@@ -24,7 +24,7 @@ from lib.tokenizer import CharTokenizer, Tokenizer, gpt2
 FORMAT = 1
 AGAIN = 'prepare the data set again'
 DATA = Path(__file__).parents[1] / 'data'
-SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan')  # prepared if missing
+SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan')
 
 
 def shard_path(folder, split, number):

@@ -474,3 +474,13 @@ def test_explain_page_single_token_single_layer(chromium, tmp_path):
         assert tab.locator('#where').text_content().startswith('Position 0 of 0: ')
         assert tab.locator('#live-text').input_value() == '5'
         assert tab.locator('#figure-why .picture svg').count() == 1
+
+
+def test_explain_page_shows_activation_without_curve(chromium, tmp_path):
+    facts, arrays = collect(tiny(activation='gelu'), char_tokenizer(97, 40), list(range(9)))
+    facts['model']['activation'] = 'mish'
+    path = write_page(tmp_path / 'page.html', facts, arrays)
+    with opened(chromium, path) as tab:  # fails on an error in the console
+        assert 'mish, with these neurons' in tab.locator('#mlp').inner_text()
+        for panel in PANELS[:-1]:
+            assert tab.locator(f'#{panel} svg, #{panel} canvas, #{panel} table').count(), panel

@@ -54,6 +54,11 @@ const ACTIVATIONS = {
   },
   swiglu: {name: 'SwiGLU, SiLU(gate) × value', f: silu}
 };
+// an activation that is not in the table has neurons, but no curve
+const activationShown = ACTIVATIONS[facts.model.activation] ?? {
+  name: facts.model.activation,
+  f: null
+};
 
 /** Abramowitz and Stegun 1964, 7.1.26: error below 1.5e-7, enough for a plot. */
 function erf(x) {
@@ -112,7 +117,7 @@ export function buildMlp() {
     ['neuron', preName, 'post'],
     strongestNeurons().map(n => [n.id, n.pre.toFixed(4), n.post.toFixed(4)])
   ]);
-  plot.heading.textContent = `${ACTIVATIONS[facts.model.activation].name}, with these neurons`;
+  plot.heading.textContent = `${activationShown.name}, with these neurons`;
   box.append(h('div', {class: 'columns wide-left'}, list, plot));
   watch(['t', 'layer', 'theme'], () => {
     const neurons = strongestNeurons();
@@ -143,14 +148,15 @@ function drawNeuronList(list, neurons) {
 }
 
 function drawActivation(plot, neurons) {
-  const {f} = ACTIVATIONS[facts.model.activation];
+  const {f} = activationShown;
   const width = plot.width();
   const height = 220;
   const [left, right, top, bottom] = [34, width - 10, 12, height - 28];
   const pre = neurons.map(n => n.pre);
   const xMin = 1.05 * Math.min(-3, ...pre);
   const xMax = 1.05 * Math.max(3, ...pre);
-  const curve = range(101, i => xMin + ((xMax - xMin) * i) / 100).map(v => [v, f(v)]);
+  const inputs = range(101, i => xMin + ((xMax - xMin) * i) / 100);
+  const curve = f ? inputs.map(v => [v, f(v)]) : [];
   // with a gate, post also depends on a value that is not on the x axis
   const post = isGated ? [] : neurons.map(n => n.post);
   const ys = [...curve.map(point => point[1]), ...post];
@@ -161,7 +167,13 @@ function drawActivation(plot, neurons) {
   const dot = n =>
     s(
       'circle',
-      {cx: x(n.pre), cy: y(f(n.pre)), r: 4.5, fill: color('accent'), 'fill-opacity': 0.75},
+      {
+        cx: x(n.pre),
+        cy: y(isGated ? f(n.pre) : n.post),
+        r: 4.5,
+        fill: color('accent'),
+        'fill-opacity': 0.75
+      },
       s('title', {}, `neuron ${n.id}: ${fixed(n.pre)} → ${fixed(n.post)}`)
     );
   drawing(
