@@ -130,7 +130,7 @@ def wrap_fsdp(model, device, dtype):
     A block's attention and MLP are gathered in dtype while they run, gradients are reduced in
     fp32; norms, embeddings and head stay in fp32.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh  # slow, like the next one
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -188,7 +188,7 @@ def gather_like(part, like):
     """All of a tensor whose local part is given, sharded like `like`. All processes call it."""
     if not is_shard(like):
         return part
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # slow
 
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape,
                               stride=like.stride()).full_tensor()
@@ -198,7 +198,7 @@ def shard_like(tensor, like):
     """This process's shard of a whole tensor, if `like` is one; nothing is sent."""
     if not is_shard(like):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # slow
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
