@@ -336,6 +336,12 @@ def warn(text):
         print(text, file=sys.stderr)
 
 
+def load_for(config):
+    """The Checkpoint to evaluate, by the keys init_from, out_dir and average_last."""
+    where = config.out_dir if config.init_from == 'resume' else config.init_from
+    return load(where, prefer_best=True, mmap=True, average_last=config.average_last)
+
+
 def load_model(path_or_out_dir, device='cpu'):
     """(model in evaluation mode on device, tokenizer) from whatever `load` reads."""
     checkpoint = load(path_or_out_dir, prefer_best=True, mmap=True)

@@ -140,7 +140,7 @@ class TrainConfig(ModelConfig):
     max_skips: Count = 10  # consecutive skipped steps before the run stops anyway
     # learning rate schedule
     decay_lr: bool = True  # False: constant learning_rate, no warmup
-    schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'
+    schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'  # decay
     warmup_iters: WholeNumber = 2000  # steps of linear warmup
     lr_decay_iters: Count | None = None  # step at which min_lr is reached; None: max_iters
     min_lr: NonNegative | None = None  # final learning rate; None: learning_rate / 10

@@ -251,8 +251,7 @@ def compiles(model, n):
 def main(config):
     device, start = pick_device(config.device), config.start
     starts = [read_prompt(text) for text in (start if isinstance(start, list) else [start])]
-    where = config.out_dir if config.init_from == 'resume' else config.init_from
-    checkpoint = ckpt.load(where, prefer_best=True, mmap=True, average_last=config.average_last)
+    checkpoint = ckpt.load_for(config)
     dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()

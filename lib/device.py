@@ -2,7 +2,6 @@
 import contextlib
 import os
 import re
-import sys
 
 import torch
 
@@ -185,13 +184,3 @@ def total_memory(device):
     """A GPU's memory in bytes; None for other devices."""
     if device.type == 'cuda':
         return torch.cuda.get_device_properties(device).total_memory
-
-
-def peak_memory(device):
-    """Peak memory of this process in bytes: PyTorch's on a GPU, else resident memory."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    kilobyte = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte

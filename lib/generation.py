@@ -184,13 +184,9 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
         raise ValueError(f'slide = {slide} must be from 1 to block_size = {block_size}')
     prompts, tokens, start = left_pad(model, idx, max_new_tokens)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    device, seen = tokens.device, None
+    device = tokens.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    if repetition_penalty != 1.0:
-        shape = len(prompts), model.config.vocab_size
-        seen = torch.zeros(shape, dtype=torch.bool, device=device)  # (B, V)
-        for row, prompt in zip(seen, prompts):
-            row[torch.tensor(prompt, device=device)] = True
+    seen = seen_tokens(model, prompts, device) if repetition_penalty != 1.0 else None  # (B, V)
 
     unique = {}  # prompt -> its number
     number = [unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts]
@@ -227,6 +223,15 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
             yield next_token
     finally:
         model.train(was_training)
+
+
+def seen_tokens(model, prompts, device):
+    """True for the tokens of each prompt: (B, V)"""
+    shape = len(prompts), model.config.vocab_size
+    seen = torch.zeros(shape, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts):
+        row[torch.tensor(prompt, device=device)] = True
+    return seen
 
 
 def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,

@@ -152,7 +152,8 @@ class Log:
 
     def write(self, line):
         """line: a dict of numbers; non-finite ones become null. Raises UserError."""
-        line = {key: finite(value) for key, value in line.items()}
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in line.items()}
         with os_errors(f'{self.path}: cannot write',
                        'free some room, then go on with --init_from=resume'):
             self.file.write(json.dumps(line).encode() + b'\n')
@@ -172,11 +173,6 @@ class Log:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def finite(value):
-    """JSON has no nan and no inf: None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(config):

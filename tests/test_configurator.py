@@ -206,4 +206,4 @@ except SystemExit as e:
             shown_line = next(
                 x for x in shown.splitlines() if x.startswith(f'  --{key.split(":")[0].strip()}=')
             )
-            assert shown_line.endswith(comment), line
+            assert comment and shown_line.endswith(comment), line

@@ -12,6 +12,7 @@ from model import GPT, GPTConfig
 from optimizer import (
     Optimizer,
     adamw,
+    adamw_step,
     lr_multiplier,
     make_optimizer,
     orthogonalize,
@@ -98,14 +99,22 @@ def test_adamw_decays_only_matrices():
     assert len(decay['params']) + len(rest['params']) == len(names)
 
 
-def test_adamw_first_step_matches_formula():
+def test_adamw_first_step_matches_formula(monkeypatch):
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8))
     optimizer = adamw(model.parameters(), 0.1, 1e-2, (0.9, 0.95))
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs)
+        adamw_step(*args, **kwargs)
+
+    monkeypatch.setattr('optimizer.adamw_step', recorded)
     p = model.transformer.wpe.weight
     before, grad = p.detach().clone(), torch.randn_like(p)
     p.grad = grad.clone()
     # Loshchilov & Hutter 2019, algorithm 2; at step 1, m / (1 - beta1) = g, v / (1 - beta2) = g^2
     optimizer.step()
+    assert calls and all(call['fused'] for call in calls)
     torch.testing.assert_close(
         p.detach(), before * (1 - 1e-2 * 0.1) - 1e-2 * grad / (grad.abs() + 1e-8)
     )

@@ -126,41 +126,14 @@ def test_sample_batches_prompts_of_unequal_length(run, trained):
 
 def test_sample_ends_at_stop_text_or_token(run, trained):
     model, characters = ckpt.load_model(trained)
-    plain = read_samples(
-        run(
-            'sample.py',
-            f'--out_dir={trained}',
-            '--num_samples=1',
-            '--max_new_tokens=200',
-            '--start=d',
-        ),
-        1,
-    )[0]
+    options = ('--num_samples=1', '--max_new_tokens=200', '--start=d')
+    command = ('sample.py', f'--out_dir={trained}', *options)
+    plain = read_samples(run(*command), 1)[0]
     stop = plain[20:22]
-    stopped = read_samples(
-        run(
-            'sample.py',
-            f'--out_dir={trained}',
-            '--num_samples=1',
-            '--max_new_tokens=200',
-            '--start=d',
-            f'--stop=[{stop!r}]',
-        ),
-        1,
-    )
+    stopped = read_samples(run(*command, f'--stop=[{stop!r}]'), 1)
     assert stopped == [plain[: plain.index(stop, 1)]]
     token = characters.encode(plain[20])[0]
-    stopped = read_samples(
-        run(
-            'sample.py',
-            f'--out_dir={trained}',
-            '--num_samples=1',
-            '--max_new_tokens=200',
-            '--start=d',
-            f'--stop=[{token}]',
-        ),
-        1,
-    )
+    stopped = read_samples(run(*command, f'--stop=[{token}]'), 1)
     assert stopped == [plain[: plain.index(plain[20], 1) + 1]]
 
 

@@ -347,8 +347,7 @@ def main(config):
     if config.task in READ:
         examples = READ[config.task](config.input)[:config.limit]
     device = pick_device(config.device)
-    where = config.out_dir if config.init_from == 'resume' else config.init_from
-    checkpoint = ckpt.load(where, prefer_best=True, mmap=True, average_last=config.average_last)
+    checkpoint = ckpt.load_for(config)
     dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()
