@@ -1,14 +1,137 @@
-"""Files that are whole or absent: temporary names, fsync, rename; a lock per folder."""
+"""Files: how they are found, read, and written whole or not at all; a lock per folder."""
+import contextlib
+import gzip
 import hashlib
+import io
+import json
 import os
+import shlex
+import zlib
 from pathlib import Path
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 
 try:
     import fcntl
 except ImportError:  # Windows: no lock
     fcntl = None
+
+ROOT = Path(__file__).parents[1]
+MAX_JSON_BYTES = 2**28
+
+# Finding -----------------------------------------------------------------------------------------
+
+
+def find(path):
+    """The path that a user has given: `~` is the home folder; what is not in the working directory
+    is looked for in the repository."""
+    path = Path(os.path.expanduser(path))
+    in_repository = ROOT / path
+    return in_repository if not os.path.exists(path) and os.path.exists(in_repository) else path
+
+
+def command(script, **flags):
+    """The command that runs a script of the repository, to be printed: quoted for a shell."""
+    path = os.path.relpath(ROOT / script)
+    path = path if len(path) < len(str(ROOT / script)) else str(ROOT / script)
+    words = [f'--{key}={value}' for key, value in flags.items()]
+    return shlex.join(['python', path, *words])
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_text(path):
+    """A UTF-8 text file for reading, perhaps compressed (.gz, .zst): line ends become `\\n`, as in
+    nanoGPT, and a byte order mark is dropped. Only read it in the body. Raises UserError."""
+    try:
+        with open_binary(path) as binary, io.TextIOWrapper(binary, encoding='utf-8-sig') as file:
+            yield file
+    except UnicodeDecodeError:
+        raise UserError(f'{path}: byte {first_invalid_byte(path)} is not UTF-8 text; convert the '
+                        f'file to UTF-8') from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f'{path}: its compressed data is damaged ({error})') from None
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror or error}') from None
+
+
+def open_binary(path):
+    """An open file with the content of a file, decompressed if its name ends in .gz or .zst."""
+    if str(path).endswith('.gz'):
+        return gzip.open(path)
+    if str(path).endswith('.zst'):
+        try:
+            import zstandard  # optional
+        except ImportError:
+            raise UserError(f'{path}: reading it needs the optional package zstandard: '
+                            f'pip install zstandard') from None
+        return zstandard.open(path)
+    return open(path, 'rb')
+
+
+def first_invalid_byte(path):
+    """The position of the first byte that is not UTF-8."""
+    position = 0
+    with open_binary(path) as file:
+        for line in file:  # no character crosses the end of a line
+            try:
+                line.decode('utf-8')
+            except UnicodeDecodeError as error:
+                return position + error.start
+            position += len(line)
+    return position
+
+
+def read_text(path):
+    """The text of a file, as open_text reads it. Raises UserError."""
+    with open_text(path) as file:
+        return file.read()
+
+
+def parse_json(text):
+    """json.loads; whatever is wrong is a ValueError: nesting that is too deep, half a character."""
+    try:
+        value = json.loads(text)
+        if '\\ud' in text or '\\uD' in text:  # JSON can name half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode('utf-8')
+        return value
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
+
+
+def read_json(path):
+    """The value in a JSON file. Raises UserError, FileNotFoundError if it is missing."""
+    try:
+        size = os.stat(path).st_size
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f'it has {size:,} bytes, more than {MAX_JSON_BYTES:,}')
+        return parse_json(read_text(path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror or error}') from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f'{path}: not JSON: {first_line(error)[:200]}') from None
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def create(path, buffering=-1):
+    """Open a new file for writing in binary. What had its name is unlinked first, so that nothing
+    is written through a symbolic link."""
+    Path(path).unlink(missing_ok=True)
+    return open(path, 'xb', buffering)
+
+
+def open_own(path, mode):
+    """open() that does not follow a symbolic link at the end of path."""
+    no_follow = getattr(os, 'O_NOFOLLOW', 0)  # Windows lacks it
+    return open(path, mode, 0, opener=lambda p, flags: os.open(p, flags | no_follow, 0o666))
 
 
 def lock(folder, what):
@@ -17,7 +140,7 @@ def lock(folder, what):
     path = Path(folder) / '.lock'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, 'a')
+        file = open_own(path, 'ab')
     except OSError as error:
         reason = f'cannot write there: {error.strerror}; choose another folder'
         raise UserError(f'{what}: {reason}') from None
@@ -62,8 +185,8 @@ def write_text(path, text):
 def write_synced(path, text):
     """Write and fsync. Raises OSError that names the file."""
     try:
-        with open(path, 'w', encoding='utf-8') as file:
-            file.write(text)
+        with create(path) as file:
+            file.write(text.encode('utf-8'))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -79,7 +202,7 @@ class HashingFile:
     """A file for writing that hashes what passes through; fsynced when it is closed."""
 
     def __init__(self, path):
-        self.file = open(path, 'wb', buffering=0)
+        self.file = create(path, buffering=0)
         self.sha256, self.bytes = hashlib.sha256(), 0
         self.error = None  # torch.save raises its own, less useful error
 
