@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import check_type, describe
+from configurator import check_type, describe, key_types
 from lib import bins, formats, tokenizer
 from lib.distributed import job, print0
 from lib.errors import UserError, first_line, require
@@ -90,7 +90,7 @@ def complete_model_config(values):
     """Every field of GPTConfig, from the fields in a file. Raises UserError."""
     if 'document_token' in values:  # its name in earlier versions
         values = values | {'eot_token': values['document_token']}
-    types_ = typing.get_type_hints(GPTConfig)
+    types_ = key_types(GPTConfig)
     return asdict(GPTConfig(**{key: check_type(key, value, types_[key])
                                for key, value in values.items() if key in types_}))
 

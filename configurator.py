@@ -4,7 +4,7 @@
 
 A key is a field of a dataclass, `key: type = default  # comment`: typing, bounds and --help follow
 from that line. A config file is flat Python, `key = value`: literals, arithmetic, names of other
-keys. It is parsed, never executed.
+keys; a name that is no key may help to compute later values. It is parsed, never executed.
 """
 import ast
 import contextlib
@@ -13,6 +13,7 @@ import difflib
 import inspect
 import math
 import operator
+import os
 import re
 import sys
 import time
@@ -24,6 +25,11 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from lib.errors import UserError, require
+from lib.files import find, read_text
+
+MAX_FILE_BYTES = 100_000  # of a config file
+FilePath = typing.NewType('path', str)  # `~` is expanded
+Text = typing.NewType('text', str)  # a flag may have the escapes \n, \t and \\
 
 
 class Bound(NamedTuple):
@@ -102,7 +108,7 @@ class TrainConfig(ModelConfig):
     # scaling
     depth: Count | None = None  # sets model, rates, batch and steps; keys after it override
     # files
-    out_dir: str = 'out'  # checkpoints, log.jsonl and config.py go here
+    out_dir: FilePath = 'out'  # checkpoints, log.jsonl and config.py go here
     eval_interval: Count = 2000  # steps between evaluations, each followed by a checkpoint
     log_interval: Count = 1  # steps between log lines
     eval_iters: CountOrAll = 200  # batches per evaluation, always the same; -1: the whole split
@@ -112,7 +118,7 @@ class TrainConfig(ModelConfig):
     save_interval: Count | None = None  # steps between extra checkpoints; None: at evaluations only
     keep_last: Count = 2  # checkpoints to keep, in addition to the best one
     async_save: bool = True  # write checkpoints in the background, from a copy in CPU memory
-    init_from: str = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
+    init_from: FilePath = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
     sample_every_eval: bool = False  # print a sample at each evaluation
     seed: WholeNumber = 1337  # of weights, batches and dropout
     # wandb
@@ -120,7 +126,7 @@ class TrainConfig(ModelConfig):
     wandb_project: str = 'plaingpt'  # wandb project
     wandb_run_name: str = 'gpt'  # wandb run name
     # data
-    dataset: str = 'openwebtext'  # a folder in data/, or a path, with train.bin and val.bin
+    dataset: FilePath = 'openwebtext'  # a folder in data/, or a path, with train.bin and val.bin
     gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
     batch_size: Count = 12  # sequences per micro-batch
     doc_mask: bool = False  # attention and n-grams do not cross <|endoftext|>
@@ -157,37 +163,51 @@ class TrainConfig(ModelConfig):
     bias: bool = False  # nanoGPT's default for training
 
 
+def key_types(cls):
+    """{key: type}, bounds included."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def check_bounds(config):
     """Raise UserError if a key's value is outside the bound that its type declares."""
-    for key, type_ in typing.get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, key)
-        options = typing.get_args(type_) if is_union(type_) else [type_]
-        for option in options:
-            for bound in getattr(option, '__metadata__', ()):
-                or_none = ', or None' if types.NoneType in options else ''
-                require(value is None and or_none or bound.holds(value),
-                        f'{key} = {value}: give {bound.text}{or_none}')
+    for key, type_ in key_types(type(config)).items():
+        check_bound(key, getattr(config, key), type_)
+
+
+def check_bound(key, value, type_):
+    bound, or_none = bound_of(type_), types.NoneType in typing.get_args(type_)
+    require(not bound or value is None and or_none or bound.holds(value),
+            f'{key} = {value}: give {bound and bound.text}{", or None" * or_none}')
+
+
+def bound_of(type_):
+    """The Bound of an Annotated type, or of one in a union; None if there is none."""
+    options = typing.get_args(type_) if is_union(type_) else [type_]
+    bounds = [bound for option in options for bound in getattr(option, '__metadata__', ())]
+    return bounds[0] if bounds else None
 
 
 def configure(cls, argv=None):
     """Read argv (default: the command line) into the dataclass cls, from left to right.
 
-    Returns (config, given): the keys that were given, in the order in which they were last set.
-    --help prints the keys and exits. Raises UserError on an unknown key, a bad value or file.
+    Returns (config, given): {key: its config file, or None for a flag}, in the order in which they
+    were last set. --help prints the keys and exits. Raises UserError on an unknown key, a bad value
+    or file.
     """
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(help_text(cls))
         sys.exit(0)
-    types_, values, words = typing.get_type_hints(cls), {}, list(argv)
+    types_, values, given, words = key_types(cls), {}, {}, list(argv)
     while words:
         word = words.pop(0)
         flag = word.startswith('-')
         new = read_flag(word, words, types_) if flag else read_config_file(word, cls)
         for key, value in new.items():
-            values.pop(key, None)  # re-insert: order matters for --depth
+            given.pop(key, None)  # re-insert: order matters for --depth
+            given[key] = None if flag else word
             values[key] = value
-    return cls(**values), values.keys()
+    return cls(**values), given
 
 
 def read_flag(word, words, types_):
@@ -209,20 +229,19 @@ def read_flag(word, words, types_):
 
 
 def read_config_file(path, cls):
-    """{key: value} of a config file, typed by cls. Raises UserError with file and line."""
-    try:
-        tree = ast.parse(Path(path).read_text(encoding='utf-8'))
-    except OSError as error:
-        others = [str(p) for p in sorted(Path('config').glob('*.py'))]
-        hint = nearest(str(path), others) if others else ''
-        raise UserError(f'{path}: {error.strerror or error}{hint}; '
-                        f'a word without -- is the path of a config file') from None
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f' line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise UserError(f'{path}{line}: not a config file: {error}; '
-                        f'write lines of key = value') from None
-    types_, values = typing.get_type_hints(cls), {}
+    """{key: value} of a config file, typed by cls. Raises UserError with file and line.
+
+    A program that reads a run (it has a key out_dir) takes a config file of train.py too: the keys
+    that it shares, without init_from, which says where the training began.
+    """
+    as_input = f', or name a text with --input={path}' if 'input' in key_types(cls) else ''
+    tree = parse_config_file(path, as_input)
+    types_, values, ignored = key_types(cls), {}, []
+    reads_run = 'out_dir' in types_ and not issubclass(cls, TrainConfig)
+    of_train = key_types(TrainConfig) if reads_run else {}
     names = {f.name: default_of(f) for f in dataclasses.fields(cls)}
+    used = {node.id for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     for statement in tree.body:
         where = f'{path} line {statement.lineno}'
         match statement:
@@ -230,16 +249,67 @@ def read_config_file(path, cls):
                 continue  # `import time`, a docstring
             case (ast.Assign(targets=[ast.Name(id=key)], value=node)
                   | ast.AnnAssign(target=ast.Name(id=key), value=ast.AST() as node)):
-                require(key in types_, f'{where}: {key}: no such key{nearest(key, types_)}')
+                require(key in types_ or key in of_train or key in used,
+                        f'{where}: {key}: no such key{nearest(key, types_)}')
                 try:
-                    values[key] = check_type(key, evaluate(node, names), types_[key])
+                    value = names[key] = evaluate(node, names)
+                    if key in of_train and not fits(key, value, types_):
+                        typed(key, value, of_train[key])
+                        ignored.append(key)
+                    elif key in types_:
+                        values[key] = names[key] = typed(key, value, types_[key])
                 except UserError as error:
                     raise UserError(f'{where}: {error}') from None
-                names[key] = values[key]
             case _:
                 raise UserError(f'{where}: only lines of key = value are read here; '
-                                f'config files are not executed')
+                                f'config files are not executed{as_input}')
+    if ignored:
+        if values.pop('init_from', None) is not None:
+            ignored.append('init_from')
+        print(f'{path}: keys of train.py are ignored: {", ".join(ignored)}', file=sys.stderr)
     return values
+
+
+def typed(key, value, type_):
+    """The value as this type. Raises UserError if it does not fit, or is out of bounds."""
+    value = check_type(key, value, type_)
+    check_bound(key, value, type_)
+    return value
+
+
+def fits(key, value, types_):
+    try:
+        return key in types_ and typed(key, value, types_[key]) == value
+    except UserError:
+        return False
+
+
+def check_fields(values, path):
+    """Raise UserError unless each field of a dataclass read from path has its type and bounds."""
+    for key, type_ in key_types(type(values)).items():
+        try:
+            typed(key, getattr(values, key), type_)
+        except UserError as error:
+            raise UserError(f'{path}: {error}') from None
+
+
+def parse_config_file(path, as_input=''):
+    """The syntax tree of a config file. Raises UserError, which ends in as_input."""
+    found = find(path)
+    if not os.path.exists(found):
+        others = [str(p) for p in sorted(Path('config').glob('*.py'))]
+        hint = nearest(str(path), others) if others else ''
+        raise UserError(f'{path}: there is no such file{hint}; '
+                        f'a word without -- is the path of a config file')
+    try:
+        text = read_text(found)
+        require(len(text) <= MAX_FILE_BYTES, f'{path}: it has more than {MAX_FILE_BYTES:,} bytes')
+        return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f' line {error.lineno}' if isinstance(error, SyntaxError) else ''
+        reason = str(error).removeprefix(f'{found}: ')
+        raise UserError(f'{path}{line}: not a config file: {reason}; '
+                        f'write lines of key = value{as_input}') from None
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -251,6 +321,8 @@ def evaluate(node, names):
     """The value of a literal, arithmetic, a name, str + str, a list, str(x) or time.time()."""
     match node:
         case ast.Constant(value=value):
+            require(type(value) is not int or value < 2**63,
+                    'a whole number has more than 64 bits')  # which str() may refuse to print
             return value
         case ast.Name(id=name):
             require(name in names, f'{name}: no such key{nearest(name, names)}')
@@ -275,7 +347,8 @@ def calculate(op, a, b, source):
     text = isinstance(a, str) and isinstance(b, str) and op is operator.add
     require(text or is_number(a) and is_number(b), f'{source}: arithmetic needs two numbers')
     small = op is not operator.pow or abs(b) <= 64 and abs(a) <= 2**64
-    require(small, f'{source} is too large')
+    small = small and not (text and len(a) + len(b) > MAX_FILE_BYTES)
+    require(small, f'{source[:60]} is too large')
     try:
         return op(a, b)
     except (ArithmeticError, ValueError) as error:
@@ -284,15 +357,15 @@ def calculate(op, a, b, source):
 
 def parse_value(key, text, type_):
     """The value of a flag. A str key takes the text as typed; others are parsed as in files."""
-    if type_ is str:
-        return text
+    if type_ in (str, FilePath, Text):
+        return check_type(key, unescape(text) if type_ is Text else text, type_)
     try:
         constants = {'true': True, 'false': False, 'none': None}
         value = evaluate(ast.parse(text.strip(), mode='eval').body, constants)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # not an expression: text
-        value = text
-    if str in typing.get_args(type_) and not isinstance(value, (list, types.NoneType)):
-        value = text
+        value = unescape(text)
+    if Text in typing.get_args(type_) and not isinstance(value, (list, types.NoneType)):
+        value = unescape(text)
     try:
         return check_type(key, value, type_)
     except UserError as error:
@@ -301,11 +374,19 @@ def parse_value(key, text, type_):
         raise error from None
 
 
+def unescape(text):
+    """Decode the escapes \\n, \\t and \\\\ of text that was typed in a shell; not in FILE:path."""
+    if text.startswith('FILE:'):
+        return text
+    return re.sub(r'\\([nt\\])', lambda match: {'n': '\n', 't': '\t'}.get(match[1], '\\'), text)
+
+
 def check_type(key, value, type_):
     """value as type_: 1.0 for int, 1 for float, 0 or 1 for bool, x for list[x]. Or UserError."""
     options = typing.get_args(type_) if is_union(type_) else [type_]
     choices = []
     for option in options:
+        option = getattr(option, '__origin__', option) if bound_of(option) else option
         origin, arguments = typing.get_origin(option), typing.get_args(option)
         if origin is Literal:
             choices += arguments
@@ -318,8 +399,10 @@ def check_type(key, value, type_):
                 return list(values)
         elif option is types.NoneType and value is None:
             return None
-        elif option is str and isinstance(value, str):
+        elif option in (str, Text) and isinstance(value, str):
             return value
+        elif option is FilePath and isinstance(value, str):
+            return os.path.expanduser(value)
         elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
         elif option is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
@@ -327,7 +410,16 @@ def check_type(key, value, type_):
         elif option is float and is_number(value):
             return float(value)
     hint = nearest(value, choices) if isinstance(value, str) and choices else ''
-    raise UserError(f'{key} = {value!r}: expected {describe(type_)}{hint}')
+    raise UserError(f'{key} = {shorten(value)}: expected {describe(type_)}{hint}')
+
+
+def shorten(value):
+    """repr(value), at most about 60 characters of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # str() refuses more than 4300 digits
+        text = f'a large {type(value).__name__}'
+    return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def is_number(value):
@@ -348,12 +440,35 @@ def describe(type_):
         return f'{", ".join(others)} or {last}' if others else last
     if type_ is types.NoneType:
         return 'None'
-    return str(type_) if typing.get_args(type_) else type_.__name__
+    if bound_of(type_):
+        return describe(type_.__origin__)
+    return str(type_) if typing.get_origin(type_) else type_.__name__
+
+
+SYNONYMS = {  # what other programs call a key
+    'learning_rate': 'lr learn_rate rate max_lr', 'batch_size': 'bs batch micro_batch_size',
+    'weight_decay': 'wd decay l2', 'n_layer': 'layers num_layers n_layers num_hidden_layers',
+    'n_head': 'heads num_heads n_heads num_attention_heads',
+    'n_embd': 'dim d_model hidden hidden_size n_embed width embed_dim model_dim',
+    'n_kv_head': 'kv_heads num_kv_heads num_key_value_heads',
+    'block_size': 'ctx context context_length ctx_len seq_len max_seq_len sequence_length n_ctx',
+    'max_iters': 'steps iters max_steps num_steps n_steps iterations epochs num_epochs',
+    'gradient_accumulation_steps': 'grad_accum accum accumulation grad_acc_steps',
+    'warmup_iters': 'warmup warmup_steps', 'grad_clip': 'clip max_grad_norm clip_grad',
+    'temperature': 'temp t', 'start': 'prompt text', 'num_samples': 'n samples num_return_sequences',
+    'max_new_tokens': 'max_tokens length n_tokens max_length', 'num_beams': 'beams beam_size',
+    'dataset': 'data data_dir', 'input': 'file path text in', 'val_fraction': 'val val_split split',
+    'out_dir': 'out output output_dir dir save_dir', 'init_from': 'ckpt model checkpoint_path',
+    'eval_interval': 'eval_every eval_steps', 'save_interval': 'save_every save_steps',
+    'log_interval': 'log_every logging_steps', 'dtype': 'precision', 'gpus': 'n_gpus num_gpus',
+}
 
 
 def nearest(word, choices):
     """A hint for an unknown word."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    lower = str(word).lower().replace('-', '_')
+    close = [key for key in choices if lower in SYNONYMS.get(key, '').split()]
+    close = close or difflib.get_close_matches(lower, list(choices), n=1, cutoff=0.7)
     return f'; did you mean {close[0]}?' if close else '; --help lists them all'
 
 
@@ -366,7 +481,7 @@ def help_text(cls):
     """Every key with its default, type and comment, under the headings of the class's source."""
     lines = [inspect.getdoc(sys.modules['__main__']) or '', '',
              f'usage: python {sys.argv[0]} [config/file.py] [--key=value ...] [--switch ...]']
-    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, key_types(cls)
     bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
     owner = {key: base for base in bases for key in base.__annotations__}  # the first to declare it
     for base in bases:
@@ -377,7 +492,9 @@ def help_text(cls):
                 key = match[1]
                 flag = f'  --{key}={default_of(fields[key])!r}'
                 comment = line.partition('  # ')[2]
-                lines.append(f'{flag:<41} ({describe(hints[key])}) {comment}'.rstrip())
+                bound = bound_of(hints[key])
+                kind = describe(hints[key]) + (f': {bound.text}' if bound else '')
+                lines.append(f'{flag:<41} ({kind}) {comment}'.rstrip())
     return '\n'.join(lines)
 
 

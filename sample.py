@@ -6,7 +6,16 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from configurator import Bound, Count, Share, WholeNumber, check_bounds, configure
+from configurator import (
+    Bound,
+    Count,
+    FilePath,
+    Share,
+    Text,
+    WholeNumber,
+    check_bounds,
+    configure,
+)
 from lib.errors import UserError, first_line, require, user_errors
 
 Penalty = Annotated[float, Bound(lambda x: 0.01 <= x <= 100, '0.01 to 100; 1 is off')]
@@ -17,11 +26,11 @@ MinP = Annotated[float, Bound(lambda x: 0 <= x <= 1, 'a share from 0 to 1')]
 @dataclass
 class Config:
     # model
-    init_from: str = 'resume'  # resume (out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
-    out_dir: str = 'out'  # the folder of a run
+    init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
+    out_dir: FilePath = 'out'  # the folder of a run
     average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)
     # prompt
-    start: str | list[str] = '\n'  # the prompt, FILE:path for a file's text, or a list of prompts
+    start: Text | list[str] = '\n'  # the prompt, FILE:path for a file's text, or a list of prompts
     interactive: bool = False  # type prompts or chat; Ctrl-C ends a text, Ctrl-D the program
     num_samples: Count = 10  # per prompt
     max_new_tokens: Count = 500  # per sample
@@ -69,7 +78,7 @@ from lib.linear import quantize
 from lib.tokenizer import encode_prompt, encode_turns, read_prompt
 
 
-class Text:
+class Sample:
     """One sample as it grows: tokens in, whole characters out, until a stop."""
 
     def __init__(self, tokenizer, stop, end=None):
@@ -148,7 +157,7 @@ def write(model, tokenizer, shown, prompts, config):
         return write_beams(model, tokenizer, shown, prompts, config)
     batch = [prompt for prompt in prompts for _ in range(config.num_samples)]
     shown = [start for start in shown for _ in range(config.num_samples)]
-    texts = [Text(tokenizer, config.stop, tokenizer.eot if turns else None) for _ in batch]
+    texts = [Sample(tokenizer, config.stop, tokenizer.eot if turns else None) for _ in batch]
     written = [''] * len(batch)
     print(shown[0], end='', flush=True)
     start_time = time.perf_counter()
@@ -189,7 +198,7 @@ def write_beams(model, tokenizer, shown, prompts, config):
     written = []
     for start, results in zip(shown, found):
         for tokens, score in results[:config.num_samples]:
-            text = Text(tokenizer, config.stop, tokenizer.eot)
+            text = Sample(tokenizer, config.stop, tokenizer.eot)
             written.append(''.join(text.add(token) for token in tokens) + text.finish())
             print(start + written[-1])
             print(f'{"-" * 15} score {score:.4f}')

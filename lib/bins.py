@@ -1,30 +1,32 @@
 """Token bins: train.bin and val.bin, one long row of token ids each, with meta.json next to them.
 
-A row of more than 2 GB continues in train_00001.bin, train_00002.bin, ... Files are memory-mapped.
-Batches are a pure function of (seed, number of samples seen). nanoGPT's bins (uint16, no meta.json,
-perhaps a meta.pkl) are read too. lib/write.py writes bins.
+A row of more than 2 GB continues in train_00001.bin, train_00002.bin, ... Files are read where they
+are needed. Batches are a pure function of (seed, number of samples seen). nanoGPT's bins (uint16,
+no meta.json, perhaps a meta.pkl) and llm.c's (with a header) are read too. lib/write.py writes bins.
 """
 import bisect
 import hashlib
-import json
-import mmap
 import os
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from configurator import check_fields, nearest
 from lib.errors import UserError, os_errors, require
+from lib.files import check_kinds, command, find, read_json
 from lib.pairs import Pairs, split_documents
-from lib.tokenizer import CharTokenizer, Tokenizer, gpt2
+from lib.tokenizer import CharTokenizer, IdTokenizer, Tokenizer, gpt2
 
 FORMAT = 1
 AGAIN = 'prepare the data set again'
 DATA = Path(__file__).parents[1] / 'data'
 SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan')
+LLM_C = {20240520: 'GPT-2', 20240801: 'Llama 3'}  # the first number of a header: the tokenizer
+LLM_C_HEADER = 1024  # bytes
 
 
 def shard_path(folder, split, number):
@@ -32,7 +34,7 @@ def shard_path(folder, split, number):
 
 
 class TokenBin:
-    """The token ids of a split, memory-mapped and cut into windows of block_size."""
+    """The token ids of a split, cut into windows of block_size."""
 
     def __init__(self, folder, split, dtype, vocab_size, block_size, n_tokens=None, pairs=None,
                  eot=None):
@@ -46,7 +48,7 @@ class TokenBin:
             path = shard_path(folder, split, len(self.shards))
             if self.shards and not path.exists():
                 break
-            self.shards.append(map_file(path, dtype))
+            self.shards.append(Shard(path, dtype, may_have_header=n_tokens is None))
             self.ends.append(self.n_tokens + len(self.shards[-1]))
         files = f' in {len(self.shards)} files' if len(self.shards) > 1 else ''
         require(n_tokens in (None, self.n_tokens), f'{self.path} has {self.n_tokens} tokens{files} '
@@ -74,7 +76,7 @@ class TokenBin:
             number, done = bisect.bisect_right(self.ends, start), 0
             while done < count and number < len(self.shards):  # a row may cross into the next file
                 first = start + done - (self.ends[number] - len(self.shards[number]))
-                part = self.shards[number][first:first + count - done]
+                part = self.shards[number].read(first, count - done)
                 row[done:done + len(part)] = part
                 number, done = number + 1, done + len(part)
         if batch.max(initial=0) >= self.vocab_size:
@@ -146,14 +148,48 @@ class TokenBin:
             yield self.read([start], min(count, self.n_tokens - start))[0]
 
 
-def map_file(path, dtype):
-    """The ids of a file, (n,). Raises UserError if it is missing or cut off."""
-    with os_errors(path, AGAIN), open(path, 'rb') as file:
-        n_bytes = os.fstat(file.fileno()).st_size
+class Shard:
+    """The ids in a file. They are read, not mapped: mapped pages would count as memory of this
+    process, and a file that is cut off under a run would end it without a word."""
+
+    def __init__(self, path, dtype, may_have_header=False):
+        """may_have_header: of llm.c. Raises UserError if the file is missing or cut off."""
+        self.path, self.dtype, self.offset = path, dtype, 0
+        with os_errors(path, AGAIN):
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
+            size = os.fstat(self.fd).st_size
+            magic, *_ = np.frombuffer(self.read_bytes(0, 4).ljust(4), '<i4').tolist()
+        if may_have_header and magic in LLM_C and size >= LLM_C_HEADER:
+            require(LLM_C[magic] == 'GPT-2', f'{path}: llm.c made it with the tokenizer of '
+                                             f'{LLM_C[magic]}, which is not supported; {AGAIN}')
+            self.offset = LLM_C_HEADER
+        n_bytes = size - self.offset
         require(n_bytes > 0 and n_bytes % dtype.itemsize == 0,
-                f'{path}: its size, {n_bytes} bytes, is not a multiple of {dtype.itemsize}, or is '
-                f'0: it is cut off; {AGAIN}')
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+                f'{path}: its size, {size} bytes, is not a multiple of {dtype.itemsize}, or is 0: '
+                f'it is cut off; {AGAIN}')
+        self.n_tokens = n_bytes // dtype.itemsize
+
+    def __len__(self):
+        return self.n_tokens
+
+    def read(self, first, count):
+        """The ids from first on, at most count, (n,). Raises UserError if the file has shrunk."""
+        count = min(count, self.n_tokens - first)
+        size = self.dtype.itemsize
+        data = self.read_bytes(self.offset + first * size, count * size)
+        require(len(data) == count * size, f'{self.path} has become shorter since it was opened: '
+                                           f'restore it, then go on with --init_from=resume')
+        return np.frombuffer(data, self.dtype)
+
+    def read_bytes(self, position, n):
+        if hasattr(os, 'pread'):
+            return os.pread(self.fd, n, position)
+        os.lseek(self.fd, position, os.SEEK_SET)  # Windows
+        return os.read(self.fd, n)
+
+    def __del__(self):
+        if hasattr(self, 'fd'):
+            os.close(self.fd)
 
 
 @dataclass
@@ -179,7 +215,7 @@ class Dataset:
 
 def find_dataset(name):
     """The folder of a data set: data/<name> here or in the repository, or a path."""
-    for folder in (Path('data') / name, DATA / name, Path(name)):
+    for folder in (Path('data') / name, DATA / name, find(name)):
         if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
             return folder
     return Path('data') / name
@@ -188,18 +224,25 @@ def find_dataset(name):
 def find_or_prepare(name):
     """find_dataset; prepares a small one that is missing. Raises UserError with the command."""
     folder = find_dataset(name)
-    if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
+    there = [split for split in ('train', 'val') if (folder / f'{split}.bin').exists()]
+    require(len(there) != 1, f'dataset = {name!r}: {folder} has {there and there[0]}.bin, but not '
+                             f'the other one of train.bin and val.bin: copy it too, or {AGAIN}')
+    if there:
         return folder
     script = DATA / name / 'prepare.py'
-    scripts = ', '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
+    scripts = sorted(path.parent.name for path in DATA.glob('*/prepare.py'))
+    folders = {path.parent.name for path in DATA.glob('*/train.bin')}
     missing = f'dataset = {name!r}: there is no {folder / "train.bin"}'
-    require(script.exists(), f'{missing} and no {name} among {scripts}; for your own text: python '
-                             f'data/text/prepare.py --input=PATH --dataset={name}, for sources and '
-                             'targets data/pairs/prepare.py; if it was moved: --dataset=PATH')
-    command = f'python data/{name}/prepare.py' + ' --input=PATH' * (name in ('text', 'pairs'))
-    require(name in SMALL_DATASETS, f'{missing}; make it with: {command} (or start small: python '
+    hint = nearest(name, [*scripts, *folders]).replace('; --help lists them all', '')
+    prepare_own = command('data/text/prepare.py', input='PATH', dataset=name)
+    require(script.exists(), f'{missing} and no {name} among {", ".join(scripts)}{hint}; for your '
+                             f'own text: {prepare_own}, for sources and targets '
+                             f'data/pairs/prepare.py; if it was moved: --dataset=PATH')
+    own = {'input': 'PATH'} if name in ('text', 'pairs') else {}
+    prepare = command(f'data/{name}/prepare.py', **own)
+    require(name in SMALL_DATASETS, f'{missing}; make it with: {prepare} (or start small: python '
                                     'train.py config/quickstart.py)')
-    print(f'{folder / "train.bin"} is missing: running {command}', flush=True)
+    print(f'{folder / "train.bin"} is missing: running {prepare}', flush=True)
     code = subprocess.run([sys.executable, script]).returncode
     if code:
         sys.exit(code)
@@ -207,7 +250,7 @@ def find_or_prepare(name):
 
 
 def open_dataset(folder, block_size):
-    """Map both bins of a folder and read their tokenizer. Raises UserError that names the file.
+    """Open both bins of a folder and read their tokenizer. Raises UserError that names the file.
 
     block_size: tokens of a sample; rows of pairs are taken whole and may be shorter. Without
     meta.json the bins are nanoGPT's: uint16, with the characters of meta.pkl or GPT-2's vocabulary.
@@ -216,7 +259,7 @@ def open_dataset(folder, block_size):
     meta = read_meta(folder)
     tokenizer = open_tokenizer(folder) or gpt2()
     dtype = np.dtype(meta['dtype'] if meta else 'uint16').newbyteorder('<')
-    pairs = Pairs(**meta['pairs']) if meta and meta.get('pairs') else None
+    pairs = Pairs(**meta['pairs']) if meta and meta['pairs'] else None
     if pairs:
         T = pairs.block_size
         require(T <= block_size,
@@ -231,24 +274,28 @@ def open_dataset(folder, block_size):
     return Dataset(folder, *splits, tokenizer, pairs)
 
 
+META = {'dtype': str, 'tokenizer': dict, 'train_tokens': int, 'val_tokens': int}
+
+
 def read_meta(folder):
     """folder/meta.json, or None if there is none. Raises UserError if it is not ours."""
     path = Path(folder) / 'meta.json'
-    if not path.exists():
-        return None
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
+        meta = read_json(path)
+        check_kinds(meta, {'format': int}, path)
         require(meta['format'] == FORMAT,
                 f'format {meta["format"]} is not {FORMAT}, the one this version reads')
+        check_kinds(meta, META, path)
         require(meta['dtype'] in ('uint16', 'uint32'),
-                f'dtype = {meta["dtype"]!r} is neither uint16 nor uint32')
-        for key in ('tokenizer', 'train_tokens', 'val_tokens'):
-            require(key in meta, f'{key} is missing')
-        keys = {field.name for field in fields(Pairs)}
-        require(not meta.get('pairs') or set(meta['pairs']) == keys, 'pairs is malformed')
+                f'dtype = {meta["dtype"][:40]!r} is neither uint16 nor uint32')
+        if meta.setdefault('pairs', None) is not None:
+            check_fields(Pairs(**meta['pairs']), 'pairs')
         return meta
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f'{path}: {error}; {AGAIN}') from None
+    except FileNotFoundError:
+        return None
+    except (UserError, TypeError) as error:
+        reason = str(error).removeprefix(f'{path}: ')
+        raise UserError(f'{path}: {reason}; {AGAIN}') from None
 
 
 def open_tokenizer(folder):
@@ -265,21 +312,35 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads dicts, strings and numbers; a pickle that names code is refused."""
 
     def find_class(self, module, name):
-        raise UserError(f'refused: this pickle would run {module}.{name}; {AGAIN}')
+        raise UserError(f'refused: this pickle would run {module}.{name}')
+
+
+RESAVE_META = """\
+python -c "import pickle; m = pickle.load(open('{path}', 'rb')); \
+pickle.dump({{'vocab_size': int(m['vocab_size']), 'itos': {{int(i): str(s) for i, s in \
+m.get('itos', {{}}).items()}}}}, open('{path}', 'wb'))\""""
 
 
 def read_nanogpt_meta(path):
-    """nanoGPT's meta.pkl -> CharTokenizer. Raises UserError."""
+    """nanoGPT's meta.pkl -> CharTokenizer; IdTokenizer if not every id has one character. Raises
+    UserError."""
     try:
         with open(path, 'rb') as file:
             meta = PlainUnpickler(file).load()
-        characters = ''.join(meta['itos'][i] for i in range(meta['vocab_size']))
-        require(len(characters) == meta['vocab_size'], 'its tokens are not single characters')
-        return CharTokenizer(characters)
+        vocab_size, names = meta['vocab_size'], meta.get('itos', {})
+        require(type(vocab_size) is int and 0 < vocab_size <= 2**24,
+                f'vocab_size = {str(vocab_size)[:40]}')
+        names = [names.get(i) for i in range(vocab_size)]
+        if all(isinstance(name, str) and len(name) == 1 for name in names):
+            return CharTokenizer(''.join(names))
+        return IdTokenizer(names)
     except UserError as error:
-        raise UserError(f'{path}: {error}') from None
+        remedy = AGAIN
+        if 'would run' in str(error):
+            remedy = f'if you trust it, save it again as plain values: {RESAVE_META}'
+        raise UserError(f'{path}: {error}; {remedy.format(path=path)}') from None
     except Exception as error:  # unpickling garbage raises anything
-        raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({error!r}); {AGAIN}') from None
+        raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({error!r:.200}); {AGAIN}') from None
 
 
 def mix(x):

@@ -9,7 +9,7 @@ import shlex
 import zlib
 from pathlib import Path
 
-from lib.errors import UserError, first_line
+from lib.errors import UserError, first_line, require
 
 try:
     import fcntl
@@ -116,6 +116,18 @@ def read_json(path):
         raise
     except ValueError as error:
         raise UserError(f'{path}: not JSON: {first_line(error)[:200]}') from None
+
+
+def check_kinds(table, kinds, path):
+    """Raise UserError unless the table read from path has all keys of {key: type}, with values of
+    that type; ints have 64 bits, and a bool is none."""
+    require(isinstance(table, dict), f'{path}: not a table of keys and values')
+    for key, kind in kinds.items():
+        require(key in table, f'{path}: {key} is missing')
+        value = table[key]
+        is_int = type(value) is int and abs(value) < 2**63
+        require(isinstance(value, kind) and (kind is bool or is_int or not isinstance(value, int)),
+                f'{path}: {key} = {str(value)[:40]!r} is not of the right type')
 
 
 # Writing -----------------------------------------------------------------------------------------

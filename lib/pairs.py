@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configurator import Count
+
 
 def document_starts(tokens, eot, turns):
     """True where a document begins. tokens: (B, T), -1 = padding before a row -> (B, T)"""
@@ -35,8 +37,8 @@ def source_parts(tokens, eot):
 @dataclass
 class Pairs:
     """A data set of pairs: rows of block_size ids, each with whole documents."""
-    block_size: int
-    turns: int  # most turns of a document
+    block_size: Count
+    turns: Count  # most turns of a document
     packing: bool  # several documents per row
     mask_prompt: bool  # only targets and the <|endoftext|> after them have a loss
 

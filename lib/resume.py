@@ -1,11 +1,10 @@
 """Settings that a run takes from its checkpoint and data, and combinations it rejects."""
 import shutil
-import typing
 from dataclasses import fields
 
 import torch
 
-from configurator import GPTConfig, ModelConfig, check_type
+from configurator import GPTConfig, ModelConfig, check_type, key_types
 from lib.device import device_name, dtype_name
 from lib.distributed import fail, job, print0, world_size
 from lib.errors import UserError, require
@@ -29,8 +28,8 @@ def take_saved_config(config, given, checkpoint):
     require('depth' not in given or config.depth == saved.get('depth'),
             f'depth = {config.depth} but {checkpoint.path} has depth = {saved.get("depth")}: '
             f'leave it out')
-    own = given - {'init_from'} | {'out_dir', 'eval_only'}
-    for key, type_ in typing.get_type_hints(type(config)).items():
+    own = set(given) - {'init_from'} | {'out_dir', 'eval_only'}
+    for key, type_ in key_types(type(config)).items():
         if key in saved and key not in own:
             try:
                 setattr(config, key, check_type(key, saved[key], type_))
@@ -47,7 +46,7 @@ def choose_model_config(config, given, checkpoint, resuming=False):
         GPTConfig(**chosen)
         return chosen
     saved = checkpoint.model_config
-    for key in given & set(keys) - set(FREE_KEYS):
+    for key in set(given) & set(keys) - set(FREE_KEYS):
         # finetuning may shorten the context
         shorter = key == 'block_size' and not resuming and chosen[key] < saved[key]
         require(shorter or chosen[key] == saved[key],

@@ -1,59 +1,66 @@
 """Where prepare scripts get text: files in pieces, tiny Shakespeare, Hugging Face's hub."""
-import codecs
 import hashlib
+import re
 from pathlib import Path
 
 from lib.bpe import make_tokenizer
 from lib.download import download
-from lib.errors import UserError, first_line, os_errors
-from lib.tokenizer import gpt2
+from lib.errors import UserError, first_line
+from lib.files import open_text, read_text
+from lib.tokenizer import END_OF_TEXT, gpt2
 from lib.write import Piece, write_dataset
 
-PIECE_BYTES = 2**20  # each piece of a file is tokenized by one thread
+PIECE_CHARACTERS = 2**20  # each piece of a file is tokenized by one thread
 
 
-def read_pieces(path, size=PIECE_BYTES):
-    """The text of a UTF-8 file in pieces of about `size` bytes, cut after a line or a word.
-
-    Raises UserError with the position of the first byte that is not UTF-8.
-    """
-    decoder = codecs.getincrementaldecoder('utf-8')()  # keeps half a character for the next block
-    rest, position = '', 0
-    with os_errors(path):
-        file = open(path, 'rb')
-    with file:
-        while True:
-            block = file.read(size)
-            try:
-                text = rest + decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                position += error.start + len(block) - len(error.object)
-                raise UserError(f'{path}: byte {position} is not UTF-8 text; '
-                                f'convert the file to UTF-8') from None
-            position += len(block)
-            if not block:
-                if text:
-                    yield text
-                return
-            end = max(text.rfind('\n'), text.rfind(' ')) + 1
-            if end == 0:  # one long word
-                end = len(text)
-            if text:
+def read_pieces(path, size=PIECE_CHARACTERS, cuts_anywhere=False):
+    """The text of a file in pieces of about `size` characters, whose tokens are those of the whole.
+    cuts_anywhere: for characters and bytes. Raises UserError."""
+    rest = ''
+    with open_text(path) as file:
+        while block := file.read(size):
+            text = rest + block
+            end = cut_before_end_of_text(text) if cuts_anywhere else cut_before_blank(text)
+            if end:
                 yield text[:end]
             rest = text[end:]
+    if rest:
+        yield rest
 
 
-def split_at_end(texts, total_bytes, val_fraction=0.1):
-    """(text, ends_document), ... -> Pieces: the last val_fraction of the bytes is the val split."""
+def cut_before_blank(text):
+    """The last position where GPT-2's pattern cuts anyway, 0 if there is none: a word takes the
+    space before it, and no token has white space after another character."""
+    end = text.rfind(' ', 1, -1)
+    while end > 0 and (text[end - 1].isspace() or text[end + 1].isspace()):
+        end = text.rfind(' ', 1, end)
+    if end < 0:
+        end = max((match.end() - 1 for match in re.finditer(r'\S[ \t\n]', text)), default=0)
+    return end
+
+
+def cut_before_end_of_text(text):
+    """The end of the text, or where a `<|endoftext|>` begins that may be cut off."""
+    start = text.rfind('<', max(0, len(text) - len(END_OF_TEXT) + 1))
+    return start if start >= 0 and END_OF_TEXT.startswith(text[start:]) else len(text)
+
+
+def split_at_end(texts, total_bytes, val_fraction=0.1, ordinary=False):
+    """(text, ends_document), ... -> Pieces: the last val_fraction of the bytes is the val split.
+    ordinary: `<|endoftext|>` in the text is plain text."""
     boundary, done = int(total_bytes * (1 - val_fraction)), 0
     for text, ends_document in texts:
         raw = text.encode('utf-8')
         if done < boundary < done + len(raw):
             cut = len(raw[:boundary - done].decode('utf-8', errors='ignore'))
-            yield Piece('train', text[:cut])
-            yield Piece('val', text[cut:], ends_document)
+            start = text.rfind(END_OF_TEXT, 0, cut + len(END_OF_TEXT) - 1)
+            if start >= 0:  # not through a separator
+                cut = max(cut, start + len(END_OF_TEXT))
+            yield Piece('train', text[:cut], ordinary=ordinary)
+            yield Piece('val', text[cut:], ends_document, ordinary=ordinary)
         else:
-            yield Piece('train' if done < boundary else 'val', text, ends_document)
+            split = 'train' if done < boundary else 'val'
+            yield Piece(split, text, ends_document, ordinary=ordinary)
         done += len(raw)
 
 
@@ -65,11 +72,7 @@ def read_shakespeare(path):
              sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
              advice='put the file there by hand, or start with python train.py '
                     'config/quickstart.py, which downloads nothing')
-    try:
-        with os_errors(path):
-            return path.read_text(encoding='utf-8')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path}: {error}') from None
+    return read_text(path)
 
 
 def prepare_shakespeare(folder, tokenizer_kind):

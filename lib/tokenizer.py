@@ -2,14 +2,19 @@
 
 All have encode, decode, vocab_size, save and load. A tokenizer is saved whole, as JSON: it travels
 inside bins and checkpoints and needs no network to be read again.
+
+One rule for `<|endoftext|>` in a text: where the tokenizer has this token, it ends a document, in
+data, prompts and evaluations alike. In a side of a pair or a message of a chat it is plain text.
 """
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
-from lib.errors import UserError, require
+from lib.errors import UserError, first_line, require
+from lib.files import find, read_json, read_text, write_text
 from lib.pairs import join_turns
 
 END_OF_TEXT = '<|endoftext|>'
@@ -18,35 +23,43 @@ GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 
 
 class Tokenizer:
-    """token_bytes: the bytes of each id. eot: the id that separates documents, or None."""
-    eot = None
+    """token_bytes: the bytes of each id. special: {text: id}. eot: the id of `<|endoftext|>`, which
+    separates documents, or None. cuts_anywhere: whether a text may be cut at any character."""
+    cuts_anywhere = True
 
     @property
     def vocab_size(self):
         return len(self.token_bytes)
 
+    def set_special(self, special):
+        """Recognize these texts: {text: id}."""
+        self.special, self.eot = special, special.get(END_OF_TEXT)
+        for text, id_ in special.items():
+            self.token_bytes[id_:id_ + 1] = [text.encode()]
+        longest_first = sorted(special, key=len, reverse=True)
+        self._find_special = re.compile(f'({"|".join(map(re.escape, longest_first))})')
+
     def encode(self, text):
-        """text -> list of ids. `<|endoftext|>` becomes the special token, if there is one."""
-        if self.eot is None:
-            return self.encode_to_numpy(text).tolist()
-        ids = []
-        for document in text.split(END_OF_TEXT):
-            ids += [*self.encode_to_numpy(document).tolist(), self.eot]
-        return ids[:-1]
+        """text -> list of ids; special tokens in it are recognized. Raises UserError."""
+        return self.encode_to_numpy(text).tolist()
 
     def encode_to_numpy(self, text):
-        """Ids for data, (n,) uint32: `<|endoftext|>` is ordinary text. Raises UserError."""
+        """The same, (n,) uint32."""
+        if not self.special:
+            return self.encode_ordinary(text)
+        parts = []
+        for i, part in enumerate(self._find_special.split(text)):  # ordinary, special, ordinary ...
+            parts.append([self.special[part]] if i % 2 else self.encode_ordinary(part))
+        return np.concatenate(parts).astype(np.uint32)
+
+    def encode_ordinary(self, text):
+        """Ids, (n,) uint32; special tokens are plain text. Raises UserError."""
         raise NotImplementedError
 
-    def add_end_of_text(self):
-        self.eot = len(self.token_bytes)
-        self.token_bytes.append(END_OF_TEXT.encode())
-
     def text_bytes(self):
-        """Bytes of text per token; `<|endoftext|>`, which is not in the text, has 0. (V,)"""
+        """Bytes of text per token; special tokens, which are not in the text, have 0. (V,)"""
         n_bytes = np.array([len(token) for token in self.token_bytes])
-        if self.eot is not None:
-            n_bytes[self.eot] = 0
+        n_bytes[list(self.special.values())] = 0
         return n_bytes
 
     def decode_bytes(self, ids):
@@ -59,12 +72,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def save(self, path):
-        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding='utf-8')
+        write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False))
 
     @staticmethod
     def load(path):
         try:
-            return Tokenizer.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
+            return Tokenizer.from_dict(read_json(path))
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: cannot read a tokenizer from it: {error}') from None
 
@@ -73,18 +86,20 @@ class Tokenizer:
         """The inverse of to_dict. Raises UserError if it is not one."""
         try:
             match saved:
-                case {'kind': 'char', 'characters': str(characters)}:
-                    return CharTokenizer(characters, saved.get('end_of_text', False))
-                case {'kind': 'byte'}:
-                    return ByteTokenizer(saved.get('end_of_text', False))
+                case {'kind': 'char', 'characters': str(characters), **options}:
+                    return CharTokenizer(characters, **options)
+                case {'kind': 'byte', **options}:
+                    return ByteTokenizer(**options)
+                case {'kind': 'ids', 'names': list(names)}:
+                    return IdTokenizer(names)
                 case {'kind': 'gpt2' | 'bpe' as kind, 'pattern': str(pattern),
-                      'tokens': list(tokens)}:
+                      'tokens': list(tokens), **options}:
                     tokens = [base64.b64decode(token, validate=True) for token in tokens]
-                    return BPETokenizer(kind, pattern, tokens)
-        except (TypeError, ValueError) as error:
-            raise UserError(f'not a saved tokenizer: {error}') from None
+                    return BPETokenizer(kind, pattern, tokens, **options)
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f'not a saved tokenizer: {first_line(error)[:200]}') from None
         raise UserError(f'not a saved tokenizer: {str(saved)[:60]!r}; '
-                        f'kinds are char, byte, gpt2 and bpe')
+                        f'kinds are char, byte, ids, gpt2 and bpe')
 
 
 class CharTokenizer(Tokenizer):
@@ -99,10 +114,9 @@ class CharTokenizer(Tokenizer):
         self._id_of[codes] = np.arange(len(codes))
         require(len(set(characters)) == len(characters) > 0,
                 'a character tokenizer needs characters, each of them once')
-        if end_of_text:
-            self.add_end_of_text()
+        self.set_special(end_of_text_after(self.token_bytes, end_of_text))
 
-    def encode_to_numpy(self, text):
+    def encode_ordinary(self, text):
         codes = code_points(text)
         known = codes < len(self._id_of)
         ids = np.where(known, self._id_of[np.minimum(codes, len(self._id_of) - 1)], -1)
@@ -124,36 +138,94 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, end_of_text=False):
         self.token_bytes = [bytes([b]) for b in range(256)]
-        if end_of_text:
-            self.add_end_of_text()
+        self.set_special(end_of_text_after(self.token_bytes, end_of_text))
 
-    def encode_to_numpy(self, text):
+    def encode_ordinary(self, text):
         return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.uint32)
 
     def to_dict(self):
         return {'kind': 'byte'} | ({} if self.eot is None else {'end_of_text': True})
 
 
-class BPETokenizer(Tokenizer):
-    """Byte-pair encoding (Sennrich et al. 2016) on bytes, by tiktoken; the last id is eot."""
+class IdTokenizer(Tokenizer):
+    """Ids without a rule that makes them from text: nanoGPT's bins with a meta.pkl that has names
+    for some ids, or none. A text is token ids, separated by blanks."""
+    kind = 'ids'
 
-    def __init__(self, kind, pattern, tokens):
-        """tokens: the bytes of every id but eot, in merge order."""
-        import tiktoken  # char and byte tokenizers don't need it
+    def __init__(self, names):
+        """names: the text of each id, or None."""
+        require(names and all(isinstance(name, str | None) for name in names),
+                'names must be texts or null')
+        self.names = names
+        self.token_bytes = [(f' {i}' if name is None else name).encode('utf-8')
+                            for i, name in enumerate(names)]
+        self.set_special({})
 
-        self.kind, self.pattern = kind, pattern
-        self.token_bytes = list(tokens)
-        self.add_end_of_text()
-        ranks = {token: i for i, token in enumerate(tokens)}
-        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks,
-                                           special_tokens={END_OF_TEXT: self.eot})
-
-    def encode_to_numpy(self, text):
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+    def encode_ordinary(self, text):
+        words = text.split()
+        require(all(word.isascii() and word.isdecimal() for word in words),
+                f'this data set has token ids but no rule that makes them from text: give ids, such '
+                f'as 0 1 2, instead of {text[:40]!r}')
+        ids = [int(word[:20]) for word in words]
+        require(all(id_ < self.vocab_size for id_ in ids),
+                f'a token id is not below {self.vocab_size}')
+        return np.array(ids, dtype=np.uint32)
 
     def to_dict(self):
-        return {'kind': self.kind, 'pattern': self.pattern,
-                'tokens': [base64.b64encode(token).decode() for token in self.token_bytes[:-1]]}
+        return {'kind': 'ids', 'names': self.names}
+
+
+def end_of_text_after(token_bytes, end_of_text):
+    """The special tokens of a char or byte tokenizer: `<|endoftext|>` as the last id, or none."""
+    require(isinstance(end_of_text, bool), f'end_of_text = {end_of_text!r} is not a bool')
+    return {END_OF_TEXT: len(token_bytes)} if end_of_text else {}
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-pair encoding (Sennrich et al. 2016) on bytes, by tiktoken."""
+    cuts_anywhere = False
+
+    def __init__(self, kind, pattern, tokens, ids=None, special=None):
+        """tokens: bytes, in the order of their merges. ids: of the tokens; None: 0, 1, ... special:
+        {text: id}; None: `<|endoftext|>` after the tokens. Raises UserError, ValueError."""
+        import tiktoken  # char and byte tokenizers don't need it
+
+        ids = list(range(len(tokens))) if ids is None else ids
+        special = {END_OF_TEXT: len(tokens)} if special is None else special
+        self.kind, self.pattern, self.tokens, self.ids = kind, pattern, tokens, ids
+        require(all(isinstance(text, str) and text for text in special), 'a special token is empty')
+        every = [*ids, *special.values()]
+        require(len(ids) == len(tokens) and all(type(id_) is int for id_ in every),
+                'each token needs an id')
+        require(len(set(every)) == len(every) and 0 <= min(every)
+                and max(every) < 2 * len(every) + 2**10, 'the ids are not 0, 1, 2, ...')
+        ranks = {token: i for i, token in enumerate(tokens)}
+        require(len(ranks) == len(tokens) and b'' not in ranks, 'a token is empty or there twice')
+        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        require(not missing, f'no token stands for the byte {missing[:1]}')
+        self.token_bytes = [b''] * (max(every) + 1)
+        for id_, token in zip(ids, tokens):
+            self.token_bytes[id_] = token
+        self.set_special(special)
+        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks,
+                                           special_tokens={})
+        self._ids = np.array(ids, dtype=np.uint32)
+        self._n_bytes = np.array([len(token) for token in tokens])
+
+    def encode_ordinary(self, text):
+        ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+        if self.pattern != GPT2_PATTERN:
+            require(self._n_bytes[ranks].sum() == len(text.encode('utf-8')),
+                    f'the pattern of this tokenizer leaves out some of the text: {self.pattern}')
+        return self._ids[ranks]
+
+    def to_dict(self):
+        saved = {'kind': self.kind, 'pattern': self.pattern,
+                 'tokens': [base64.b64encode(token).decode() for token in self.tokens]}
+        n = len(self.tokens)
+        if self.ids != list(range(n)):
+            saved['ids'] = self.ids
+        return saved if self.special == {END_OF_TEXT: n} else saved | {'special': self.special}
 
 
 def gpt2():
@@ -173,22 +245,68 @@ def gpt2():
 
 
 def from_huggingface(folder):
-    """GPT-2's vocabulary from a folder's vocab.json or tokenizer.json; None if there is neither."""
+    """The byte-level BPE of a folder with tokenizer.json, or with vocab.json (and merges.txt); None
+    if there is neither. Ids are the file's. Raises UserError."""
     folder = Path(folder)
+    whole, vocab = folder / 'tokenizer.json', folder / 'vocab.json'
+    path = whole if whole.exists() else vocab
+    if not path.exists():
+        return None
     try:
-        if (folder / 'vocab.json').exists():
-            vocabulary = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
-        elif (folder / 'tokenizer.json').exists():
-            tokenizer = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
-            vocabulary = tokenizer['model']['vocab']
-        else:
-            return None
-        byte_of = printable_bytes()
-        texts = sorted((t for t in vocabulary if t != END_OF_TEXT), key=vocabulary.get)
-        tokens = [bytes(byte_of[c] for c in text) for text in texts]
-        return BPETokenizer('gpt2', GPT2_PATTERN, tokens)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{folder}: cannot read GPT-2\'s vocabulary from it: {error!r}') from None
+        vocabulary, merges, added = read_json(path), None, {}
+        if path == whole:
+            vocabulary, merges, added = read_tokenizer_json(vocabulary)
+        elif (folder / 'merges.txt').exists():
+            lines = read_text(folder / 'merges.txt').splitlines()
+            merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
+        return make_byte_level(vocabulary, merges, added)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if isinstance(error, UserError) else repr(error)
+        raise UserError(f'{path}: cannot read a byte-level BPE, such as GPT-2\'s, from it: '
+                        f'{reason[:300]}') from None
+
+
+def read_tokenizer_json(saved):
+    """(vocabulary, merges, added tokens {text: id}) of tokenizer.json. Raises UserError if its
+    tokens are not made as GPT-2's."""
+    model = saved['model']
+    require(model.get('type', 'BPE') == 'BPE', f'its type is {model.get("type")!r}, not BPE')
+    before = saved.get('pre_tokenizer') or {}
+    like_gpt2 = before.get('type') == 'ByteLevel' and before.get('use_regex', True)
+    require(like_gpt2 and not before.get('add_prefix_space', True),
+            f'pre_tokenizer = {str(before)[:80]} is not GPT-2\'s')
+    after = (saved.get('post_processor') or {}).get('type', 'ByteLevel')
+    require(not saved.get('normalizer') and after == 'ByteLevel',
+            f'a normalizer, or post_processor = {after}, changes the text or its ids')
+    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
+        require(not model.get(key), f'{key} = {model.get(key)!r}')
+    added = {}
+    for token in saved.get('added_tokens') or []:
+        require(not (token.get('lstrip') or token.get('rstrip') or token.get('single_word')),
+                f'the added token {token["content"]!r} takes blanks with it')
+        added[token['content']] = token['id']
+    merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    return model['vocab'], merges, added
+
+
+def make_byte_level(vocabulary, merges, added):
+    """A BPETokenizer of Hugging Face's {text: id}, [(left, right)] or None, {text: id}. What is
+    neither a byte nor the result of a merge is a special token."""
+    byte_of = printable_bytes()
+    vocabulary = vocabulary | added
+    if merges is None:  # ids were given in the order of the merges
+        ordered = [text for text in sorted(vocabulary, key=vocabulary.get) if text != END_OF_TEXT]
+    else:
+        single = [text for text in sorted(vocabulary, key=vocabulary.get) if text in byte_of]
+        ordered = list(dict.fromkeys([*single, *(left + right for left, right in merges)]))
+    ordered = [text for text in ordered if text not in added]
+    tokens = [bytes(byte_of[c] for c in text) for text in ordered]
+    ids = [vocabulary[text] for text in ordered]
+    special = {text: id_ for text, id_ in vocabulary.items() if text not in set(ordered)}
+    kind = 'gpt2' if len(tokens) == 50256 else 'bpe'
+    if ids == list(range(len(tokens))):
+        ids = None
+    return BPETokenizer(kind, GPT2_PATTERN, tokens, ids, special)
 
 
 def printable_bytes():
@@ -204,10 +322,9 @@ def read_prompt(start):
     if not start.startswith('FILE:'):
         return start
     try:
-        return Path(start[5:]).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'start = {start!r}: cannot read that file: '
-                        f'{getattr(error, "strerror", None) or error}') from None
+        return read_text(find(start[5:]))
+    except UserError as error:
+        raise UserError(f'start = {start!r}: cannot read that file: {error}') from None
 
 
 def encode_prompt(text, tokenizer):
@@ -222,7 +339,7 @@ def encode_prompt(text, tokenizer):
 def encode_turns(texts, tokenizer):
     """Token ids of source, or source, target, source, ... (lib/pairs.py). Raises UserError."""
     require(all(text.strip() for text in texts), 'start is empty: give a source')
-    parts = [encode_start(text.strip(), tokenizer.encode_to_numpy) for text in texts]
+    parts = [encode_start(text.strip(), tokenizer.encode_ordinary) for text in texts]
     return join_turns(parts, tokenizer.eot).tolist()
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lib.bins import DATA, FORMAT, shard_path
 from lib.errors import DISK_FULL, UserError, require
-from lib.files import lock, replace, temporary, write_synced, write_text
+from lib.files import create, lock, open_own, read_json, replace, temporary, write_synced, write_text
 
 SHARD_BYTES = 2 * 10**9  # most bytes of tokens per file
 COMMIT_BYTES = 2**26  # bytes of text between commits of the progress
@@ -54,7 +54,7 @@ class BinWriter:
         self.number = number
         kept = self.n_tokens - number * self.tokens_per_shard
         path = temporary(shard_path(self.folder, self.split, number))
-        self.file = open(path, 'r+b' if kept else 'wb')
+        self.file = open_own(path, 'r+b') if kept else create(path)
         self.file.truncate(kept * self.dtype.itemsize)
         self.file.seek(0, os.SEEK_END)
 
@@ -98,6 +98,7 @@ class Piece:
     ends_document: bool = False  # `<|endoftext|>` follows, if the tokenizer has one
     state: dict | None = None  # from which the source continues after this piece, if it can
     ids: np.ndarray | None = None  # of the text, if they are known already
+    ordinary: bool = False  # `<|endoftext|>` in the text is plain text
 
 
 class Progress:
@@ -275,7 +276,10 @@ def tokenize(pieces, tokenizer, writers, progress, source, total_bytes, max_toke
 def encode_pieces(pieces, tokenizer, pool, size=2**24):
     """(piece, ids) for each piece, in order; the pool gets about `size` characters at a time."""
     def encode(piece):
-        return tokenizer.encode_to_numpy(piece.text) if piece.ids is None else piece.ids
+        if piece.ids is not None:
+            return piece.ids
+        encode = tokenizer.encode_ordinary if piece.ordinary else tokenizer.encode_to_numpy
+        return encode(piece.text)
 
     group, n = [], 0
     for piece in pieces:

@@ -23,7 +23,7 @@ def write_pairs(documents, tokenizer, name, dataset, block_size=128, packing=Tru
     """
     kept, lengths, too_long, turns = [], [], [], 0
     for number, parts in tqdm(documents, desc='tokenize', unit='pair', delay=1):
-        ids = join_turns([tokenizer.encode_to_numpy(part) for part in parts], tokenizer.eot)
+        ids = join_turns([tokenizer.encode_ordinary(part) for part in parts], tokenizer.eot)
         lengths.append(len(ids))
         if len(ids) > block_size:
             too_long.append(number)

@@ -58,7 +58,7 @@ def test_chat_answers_with_limited_history(run, chat_run):
         history = [part for pair in list(zip(texts, answers))[max(0, i - 1) : i] for part in pair]
         ids = [eot]
         for part in [*history, text]:
-            ids += [*tok.encode_to_numpy(part).tolist(), eot]
+            ids += [*tok.encode_ordinary(part).tolist(), eot]
         room = min(10, 64 - len(ids))
         written = model.generate([ids], room, temperature=0, stop_tokens=[eot])[0][len(ids) :]
         answers.append(tok.decode([id_ for id_ in written if id_ != eot]))

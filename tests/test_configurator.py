@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import TrainConfig, configure, differences
+from configurator import FilePath, Text, TrainConfig, configure, differences
 from helpers import ROOT
 from lib.errors import UserError
 from lib.recipe import check
@@ -25,9 +25,9 @@ class Config:
     eval_only: bool = False
     compile: bool | Literal['auto'] = 'auto'
     # text
-    out_dir: str = 'out'
+    out_dir: FilePath = 'out'
     position: Literal['learned', 'rope'] = 'learned'
-    start: str | list[str] = '\n'
+    start: Text | list[str] = '\n'
     stop: list[str | int] = field(default_factory=list)
 
 
@@ -93,7 +93,7 @@ def test_configurator_applies_files_and_flags_in_order(tmp_path):
         ['a', 1],
     )
     assert config.out_dir.startswith('ft-1')
-    assert given == {'batch_size', 'out_dir', 'learning_rate', 'n_kv_head', 'stop'}
+    assert set(given) == {'batch_size', 'out_dir', 'learning_rate', 'n_kv_head', 'stop'}
     assert differences(Config(batch_size=3)) == ['batch_size = 3']
 
 

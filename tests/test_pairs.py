@@ -28,7 +28,7 @@ def test_pairs_round_trip_with_disjoint_splits(prepare_pairs, kind, packing):
     meta = json.loads((data / 'meta.json').read_text())
     if packing:  # little padding
         n_ids = sum(
-            len(bins.open_tokenizer(data).encode_to_numpy(text))
+            len(bins.open_tokenizer(data).encode_ordinary(text))
             for _, pair in train
             for text in pair
         ) + 3 * len(train)

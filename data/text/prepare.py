@@ -3,28 +3,35 @@
     python data/text/prepare.py --input=book.txt
     python data/text/prepare.py --input=~/notes --tokenizer=bpe --vocab_size=4096 --dataset=notes
     python train.py config/quickstart.py --dataset=notes --out_dir=out-notes
+
+Files may be compressed (.gz, .zst). `<|endoftext|>` in a text ends a document.
 """
+import contextlib
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure
-from lib.errors import require, user_errors
+from configurator import FilePath, configure
+from lib.errors import UserError, first_line, os_errors, require, user_errors
+from lib.files import find
 
 
 @dataclass
 class Config:
-    input: str = ''  # a UTF-8 text file, or a folder of them
+    input: FilePath = ''  # a UTF-8 text file, a folder of them, or a pipe; -: standard input
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
-    init_from: str = ''  # weights to finetune (a run's folder, a checkpoint): use their tokenizer
+    init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): their tokenizer
     dataset: str = 'text'  # the bins go to data/<dataset>
     val_fraction: float = 0.1  # the fraction of the text, at its end, kept for validation
+    special_tokens: bool = True  # <|endoftext|> in the text ends a document; False: plain text
 
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
@@ -33,66 +40,113 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
 
 from lib.bpe import make_tokenizer
 from lib.text import read_pieces, split_at_end
+from lib.tokenizer import END_OF_TEXT
 from lib.write import dataset_folder, write_dataset
 
 
 def text_files(root):
-    """The UTF-8 text files of a folder, in the order of the hash of their names; says what it
-    skips."""
-    files, skipped = [], []
-    for path in sorted(root.rglob('*')):
-        hidden = any(part.startswith('.') for part in path.relative_to(root).parts)
-        if path.is_file() and not hidden:
-            (files if is_text(path) else skipped).append(path)
+    """{path: (bytes, number of `<|endoftext|>`)} of the text files of a folder, in the order of the
+    hash of their names; links to folders are followed. Prints what it skips."""
+    files, skipped, visited = {}, [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if not name.startswith('.')
+                         and os.path.realpath(Path(folder, name)) not in visited]
+        for path in (Path(folder, name) for name in names if not name.startswith('.')):
+            if not path.is_file():
+                continue
+            try:
+                files[path] = measure(path)
+            except UserError as error:
+                skipped.append(first_line(error))
     if skipped:
-        print(f'{len(skipped)} files are not UTF-8 text and are left out, among them '
-              f'{printable(skipped[0])}')
+        print(f'{len(skipped)} files are not UTF-8 text and are left out, the first one: '
+              f'{printable(min(skipped))}')
 
     def name_hash(path):
         return hashlib.sha256(os.fsencode(path.relative_to(root).as_posix())).digest()
 
-    return sorted(files, key=name_hash)
+    return {path: files[path] for path in sorted(files, key=name_hash)}
+
+
+def measure(path, binary_too=False):
+    """(bytes of the text, number of `<|endoftext|>`) of a file. Raises UserError."""
+    size = n_separators = 0
+    for piece in read_pieces(path, cuts_anywhere=True):
+        require(binary_too or '\0' not in piece, f'{path}: it has null bytes')
+        size += len(piece.encode('utf-8'))
+        n_separators += piece.count(END_OF_TEXT)
+    return size, n_separators
 
 
 def printable(path):
     return os.fsencode(path).decode(errors='replace')  # a file's name need not be UTF-8
 
 
-def is_text(path):
-    try:
-        return all('\0' not in piece for piece in read_pieces(path))
-    except (OSError, ValueError):
-        return False
+@contextlib.contextmanager
+def regular_file(path):
+    """The path of a file with the content of path: a pipe, which can be read only once, is copied
+    into a temporary file."""
+    if os.path.isfile(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder, os_errors(path):
+        copy = Path(folder) / 'text'
+        with open(path, 'rb') as source, open(copy, 'wb') as target:
+            shutil.copyfileobj(source, target)
+        yield copy
 
 
-def pick_tokenizer(config, texts):
+def pick_tokenizer(config, texts, n_separators):
     if config.init_from:
         from checkpoint import load  # imports torch
 
         return load(config.init_from, mmap=True).get_tokenizer()
-    return make_tokenizer(config.tokenizer, texts, config.vocab_size)
+    return make_tokenizer(config.tokenizer, texts, config.vocab_size, end_of_text=n_separators > 0)
 
 
 def main(config):
     require(config.input, 'name your text: python data/text/prepare.py --input=PATH, '
                           'a text file or a folder')
-    folder = dataset_folder(config.dataset)
+    dataset_folder(config.dataset)
     require(0 < config.val_fraction < 1,
             f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
-    root = Path(config.input).expanduser()
-    require(root.exists(), f'--input={config.input}: there is no such file or folder')
-    files = [root] if root.is_file() else text_files(root)
-    size = sum(path.stat().st_size for path in files)
+    root = Path('/dev/stdin') if config.input == '-' else find(config.input)
+    require(os.path.exists(root), f'--input={config.input}: there is no such file or folder')
+    if root.is_dir():
+        prepare(config, text_files(root))
+    else:
+        with regular_file(root) as path:
+            prepare(config, {path: measure(path, binary_too=True)})
+
+
+def prepare(config, files):
+    """files: {path: (bytes, number of `<|endoftext|>`)}."""
+    size = sum(n_bytes for n_bytes, _ in files.values())
     require(size > 0, f'--input={config.input}: there is no text in it')
-    tokenizer = pick_tokenizer(config, lambda: (text for f in files for text in read_pieces(f)))
+    n_separators = config.special_tokens * sum(n for _, n in files.values())
+
+    def training_texts():
+        for path in files:
+            for piece in read_pieces(path):
+                yield from piece.split(END_OF_TEXT) if n_separators else [piece]
+
+    tokenizer = pick_tokenizer(config, training_texts, n_separators)
+    separates = n_separators > 0 and tokenizer.eot is not None
+    if n_separators:
+        how = 'separate documents' if separates else 'are plain text: the tokenizer lacks this token'
+        print(f'{n_separators:,} {END_OF_TEXT} in the text {how}')
 
     def texts():
         for path in files:
-            for piece in read_pieces(path):
+            piece = ''
+            for piece in read_pieces(path, cuts_anywhere=tokenizer.cuts_anywhere):
                 yield piece, False
-            yield '', len(files) > 1  # documents end; a single file is one long text
+            ended = separates and piece.endswith(END_OF_TEXT)
+            yield '', len(files) > 1 and not ended  # a single file is one long text
 
-    pieces = split_at_end(texts(), size, config.val_fraction)
+    pieces = split_at_end(texts(), size, config.val_fraction, not config.special_tokens)
+    folder = dataset_folder(config.dataset)
     write_dataset(folder, pieces, tokenizer, printable(config.input), size)
 
 
