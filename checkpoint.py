@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import typing
@@ -19,11 +20,20 @@ from pathlib import Path
 
 import torch
 
-from configurator import check_type, describe, key_types
+from configurator import TrainConfig, check_type, describe, key_types, read_model_config
 from lib import bins, formats, tokenizer
 from lib.distributed import job, print0
 from lib.errors import UserError, first_line, require
-from lib.files import HashingFile, replace, sha256_of, write_synced, write_text
+from lib.files import (
+    HashingFile,
+    check_kinds,
+    find,
+    read_json,
+    replace,
+    sha256_of,
+    write_synced,
+    write_text,
+)
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -49,17 +59,26 @@ class Checkpoint:
         """Fill in model_config's defaults and check types. Raises UserError."""
         for name, kind in typing.get_type_hints(Checkpoint).items():
             value = getattr(self, name)
-            in_range = kind is not int or isinstance(value, int) and 0 <= value < 2**63
+            in_range = kind is not int or type(value) is int and 0 <= value < 2**63
             if not (isinstance(value, kind) and in_range):  # str() of a large state takes long
                 raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not {describe(kind)}')
         try:
-            self.model_config = complete_model_config(self.model_config)
+            self.model_config = read_model_config(self.model_config)
+            for key, type_ in key_types(TrainConfig).items():
+                if key in self.config:
+                    self.config[key] = check_type(key, self.config[key], type_)
         except UserError as error:
             raise UserError(f'{self.path}: not a valid model: {error}') from None
+        self.model_config['tie_weights'] &= formats.tied(self.model)
 
     def build_model(self, **override):
-        """The GPT with these weights. override: fields of GPTConfig. Raises UserError."""
+        """The GPT with these weights, in fp32 whatever the file has. override: fields of GPTConfig.
+        Raises UserError."""
         config = GPTConfig(**self.model_config | override)
+        layers = {name.split('.')[2] for name in self.model if name.startswith('transformer.h.')}
+        require(len(layers) == config.n_layer,
+                f'{self.path}: the weights do not fit the model: they have {len(layers)} layers, '
+                f'n_layer = {config.n_layer}')
         with torch.device('meta'):  # no memory for weights that are replaced
             model = GPT(config)
         try:
@@ -69,30 +88,28 @@ class Checkpoint:
             raise UserError(f'{self.path}: the weights do not fit the model: {reason}') from None
         if config.tie_weights:
             model.transformer.wte.weight = model.lm_head.weight
-        return model.requires_grad_()
+        model = model.requires_grad_().float()
+        for name, p in model.named_parameters():
+            require(torch.stack(p.detach().aminmax()).isfinite().all(),
+                    f'{self.path}: the weights are not finite ({name}): name another checkpoint')
+        return model
 
     def get_tokenizer(self):
-        """The stored tokenizer; for nanoGPT the data folder's, for GPT-2 its own."""
+        """The stored tokenizer; for nanoGPT the data folder's, for GPT-2 its own. Raises UserError
+        if it has more tokens than the model."""
         if self.tokenizer is not None:
-            return tokenizer.Tokenizer.from_dict(self.tokenizer)
-        if os.path.isdir(self.path):
+            found = tokenizer.Tokenizer.from_dict(self.tokenizer)
+        elif os.path.isdir(self.path):
             found = tokenizer.from_huggingface(self.path)
         else:
             found = bins.open_tokenizer(bins.find_dataset(self.config.get('dataset', '')))
         found = found or tokenizer.gpt2()
         vocab_size = self.model_config['vocab_size']
-        require(found.vocab_size <= vocab_size, f'{self.path} has {vocab_size} tokens but no '
-                                                'tokenizer, and its data set is not here')
+        require(found.vocab_size <= vocab_size,
+                f'{self.path}: the model has {vocab_size} tokens, its tokenizer, or GPT-2\'s if '
+                f'there is none, has {found.vocab_size}: put its own into the folder, or meta.pkl '
+                f'into the folder of its data set')
         return found
-
-
-def complete_model_config(values):
-    """Every field of GPTConfig, from the fields in a file. Raises UserError."""
-    if 'document_token' in values:  # its name in earlier versions
-        values = values | {'eot_token': values['document_token']}
-    types_ = key_types(GPTConfig)
-    return asdict(GPTConfig(**{key: check_type(key, value, types_[key])
-                               for key, value in values.items() if key in types_}))
 
 
 def save(out_dir, checkpoint, keep_last=2):
@@ -228,22 +245,22 @@ def manifests(out_dir, report=lambda text: None):
     return sorted(found, key=lambda m: m['step'], reverse=True)
 
 
+MANIFEST = {'step': int, 'bytes': int, 'sha256': str, 'val_loss': float | int | None,
+            'config': dict}
+
+
 def read_manifest(path):
     """(manifest, None), or (None, error), or (None, None) if there is none."""
-    kinds = {'step': int, 'bytes': int, 'sha256': str, 'val_loss': float | int | None,
-             'config': dict}
     try:
-        manifest = json.loads(path.read_text(encoding='utf-8'))
-        for key, kind in kinds.items():
-            require(isinstance(manifest[key], kind), f'{key} = {str(manifest[key])[:40]}')
+        manifest = read_json(path)
+        check_kinds(manifest, MANIFEST, path)
         # never trust a path in the manifest
         return manifest | {'file': path.with_suffix('.pt').name}, None
     except FileNotFoundError:
         return None, None
     except UserError as error:
-        return None, f'not a manifest ({first_line(error)[:80]})'
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return None, f'not a manifest ({type(error).__name__})'
+        reason = first_line(error).removeprefix(f'{path}: ')
+        return None, f'not a manifest ({reason[:80]})'
 
 
 def written_by_this_job(out_dir):
@@ -252,17 +269,19 @@ def written_by_this_job(out_dir):
     return bool(found) and job() is not None and found[0].get('job') == job()
 
 
-def load(where, prefer_best=False, mmap=False, average_last=1):
+def load(where, which='last', mmap=False, average_last=1):
     """A Checkpoint from a run's folder, a .pt file, GPT-2 in Hugging Face's layout, or 'gpt2', ...
 
-    Of a run's folder: the newest whole one; with prefer_best the best by val loss, if the run kept
-    improvements only (always_save_checkpoint=False). mmap: read tensors from disk when they are
-    used. average_last: with the mean weights of the last N checkpoints (Vaswani et al. 2017, 6.1).
-    Raises UserError.
+    which: of a run's folder: 'last' (the newest whole one), 'best' (by val loss), a step, or 'auto':
+    the best if the run kept improvements only (always_save_checkpoint=False), else the last. mmap:
+    read tensors from disk when they are used. average_last: with the mean weights of the last N
+    checkpoints (Vaswani et al. 2017, 6.1). Raises UserError.
     """
-    where = Path(where)
-    require(average_last == 1 or where.is_dir(),
-            f'average_last = {average_last}: only for the folder of a run, not for {where}')
+    where = Path(where) if formats.is_gpt2(where) else find(where)
+    of_run = average_last > 1 or which not in ('last', 'auto')
+    require(not of_run or where.is_dir(),
+            f'average_last = {average_last}, checkpoint = {which}: only for the folder of a run, '
+            f'not for {where}')
     if formats.is_gpt2(where) or (where / 'config.json').exists():
         config, weights, folder = formats.load_gpt2(where)
         return Checkpoint(config, weights, path=str(folder))
@@ -278,15 +297,15 @@ def load(where, prefer_best=False, mmap=False, average_last=1):
     end = time.monotonic() + 10
     while True:
         try:
-            return load_run(where, prefer_best, mmap, average_last)
+            return load_run(where, which, mmap, average_last)
         except FileNotFoundError:  # a live run has just deleted it
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
 
 
-def load_run(folder, prefer_best, mmap, average_last):
-    """The newest whole checkpoint of a run's folder, the best, or a mean; reports what it skips."""
+def load_run(folder, which, mmap, average_last):
+    """The checkpoint of a run's folder that `which` names, or a mean; reports what it skips."""
     found, paths = manifests(folder, warn), sorted(folder.glob('ckpt_[0-9]*.pt'))
     loose = [path for path in paths if not path.with_suffix('.json').exists()]
     if not found:
@@ -295,14 +314,20 @@ def load_run(folder, prefer_best, mmap, average_last):
         remedy = 'train one first'
         if loose:
             remedy = (f'{loose[-1].name} has no manifest to verify it; to load it anyway: '
-                      f'--init_from={loose[-1]}')
+                      f'{init_from(loose[-1])}')
+        elif (folder / 'config.py').exists():
+            remedy = ('the run ended before it saved one: start it again without '
+                      '--init_from=resume, perhaps with a smaller --save_interval')
         raise UserError(f'{folder}: there is no whole checkpoint in this folder; {remedy}')
     for path in loose:
-        warn(f'{path} has no manifest to verify it and is skipped; to load it: '
-             f'--init_from={path}')
+        warn(f'{path} has no manifest to verify it and is skipped; to load it: {init_from(path)}')
     improvements_only = not found[0]['config'].get('always_save_checkpoint', True)
-    if prefer_best and average_last == 1 and improvements_only:
+    if which == 'best' or which == 'auto' and average_last == 1 and improvements_only:
         found.sort(key=finite_val_loss)
+    elif isinstance(which, int):
+        steps = ', '.join(str(manifest['step']) for manifest in reversed(found))
+        found = [manifest for manifest in found if manifest['step'] == which]
+        require(found, f'checkpoint = {which}: {folder} has those of the steps {steps}')
     whole = []
     for manifest in found:
         path = folder / manifest['file']
@@ -320,13 +345,17 @@ def load_run(folder, prefer_best, mmap, average_last):
                     f'a run keeps as many as its --keep_last')
 
 
+def init_from(path):
+    return shlex.join([f'--init_from={path}'])
+
+
 def mean_of(checkpoints):
     """The newest, with the mean of all weights."""
     first, *others = checkpoints
     if others:
         for name, weight in first.model.items():
-            weights = (other.model[name] for other in others)
-            first.model[name] = sum(weights, weight) / len(checkpoints)
+            weights = (other.model[name].float() for other in others)
+            first.model[name] = sum(weights, weight.float()) / len(checkpoints)
         first.val_loss, first.path = None, f'{first.path} and {len(others)} before it'
     return first
 
@@ -337,14 +366,14 @@ def warn(text):
 
 
 def load_for(config):
-    """The Checkpoint to evaluate, by the keys init_from, out_dir and average_last."""
+    """The Checkpoint to evaluate, by the keys init_from, out_dir, checkpoint and average_last."""
     where = config.out_dir if config.init_from == 'resume' else config.init_from
-    return load(where, prefer_best=True, mmap=True, average_last=config.average_last)
+    return load(where, config.checkpoint, mmap=True, average_last=config.average_last)
 
 
 def load_model(path_or_out_dir, device='cpu'):
     """(model in evaluation mode on device, tokenizer) from whatever `load` reads."""
-    checkpoint = load(path_or_out_dir, prefer_best=True, mmap=True)
+    checkpoint = load(path_or_out_dir, 'auto', mmap=True)
     return checkpoint.build_model(dropout=0.0).to(device).eval(), checkpoint.get_tokenizer()
 
 
@@ -357,7 +386,10 @@ def damage(path, manifest):
     size = path.stat().st_size
     if size != manifest['bytes']:
         return f'it has {size:,} bytes instead of {manifest["bytes"]:,}'
-    return None if sha256_of(path) == manifest['sha256'] else 'its sha256 does not match'
+    try:
+        return None if sha256_of(path) == manifest['sha256'] else 'its sha256 does not match'
+    except PermissionError as error:
+        return error.strerror
 
 
 def load_file(path, mmap=False):
@@ -366,7 +398,10 @@ def load_file(path, mmap=False):
     if 'model_args' in state:
         try:
             values = formats.convert_nanogpt(state, path)
-        except (TypeError, ValueError, AttributeError) as error:  # values of other types
+        except UserError as error:
+            raise UserError(f'{path}: {error}') from None
+        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            # values of other types
             raise UserError(f'{path}: not a whole checkpoint: {error!r}') from None
         return Checkpoint(**values, path=str(path))
     names = [f.name for f in fields(Checkpoint) if f.name != 'path']

@@ -39,12 +39,17 @@ class Bound(NamedTuple):
 
 
 Count = Annotated[int, Bound(lambda x: x >= 1, 'at least 1')]
+Size = Annotated[int, Bound(lambda x: 1 <= x < 2**31, 'at least 1, less than 2**31')]
+Width = Annotated[int, Bound(lambda x: 1 <= x <= 2**24, 'at least 1, at most 2**24')]
+Depth = Annotated[int, Bound(lambda x: 1 <= x <= 2**18, 'at least 1, at most 2**18')]
+Ngram = Annotated[int, Bound(lambda x: 1 <= x <= 64, 'at least 1, at most 64')]
 WholeNumber = Annotated[int, Bound(lambda x: x >= 0, '0 or more')]
 Positive = Annotated[float, Bound(lambda x: x > 0, 'more than 0')]
 NonNegative = Annotated[float, Bound(lambda x: x >= 0, '0 or more')]
 Fraction = Annotated[float, Bound(lambda x: 0 <= x < 1, 'at least 0 and less than 1')]
 Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'more than 0, at most 1')]
 CountOrAll = Annotated[int, Bound(lambda x: x >= 1 or x == -1, 'at least 1, or -1')]
+Which = Literal['auto', 'last', 'best'] | WholeNumber
 Softcap = Annotated[float, Bound(lambda x: x >= 0, '0 (off) or more')]
 
 
@@ -52,19 +57,19 @@ Softcap = Annotated[float, Bound(lambda x: x >= 0, '0 (off) or more')]
 class ModelConfig:
     """The choices of an architecture; model.py implements them."""
     # model
-    block_size: Count = 1024  # context length in tokens
-    n_layer: Count = 12  # blocks
-    n_head: Count = 12  # attention heads per block
-    n_embd: Count = 768  # width of the residual stream
+    block_size: Size = 1024  # context length in tokens
+    n_layer: Size = 12  # blocks
+    n_head: Size = 12  # attention heads per block
+    n_embd: Width = 768  # width of the residual stream
     dropout: Fraction = 0.0  # 0 for pretraining; for small data or finetuning try 0.1 or more
     bias: bool = True  # in Linear and LayerNorm: True as in GPT-2; False is a bit better and faster
-    ngram: Count = 1  # hashed embeddings of the last 2, ..., ngram tokens (Huang 2025); 1: off
-    ngram_rows: Count = 16384  # hash table rows per n-gram length
+    ngram: Ngram = 1  # hashed embeddings of the last 2, ..., ngram tokens (Huang 2025); 1: off
+    ngram_rows: Size = 16384  # hash table rows per n-gram length
     position: Literal['learned', 'sinusoidal', 'rope', 'none'] = 'learned'  # see model.py
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # Ba 2016 | Zhang & Sennrich 2019
     norm_position: Literal['pre', 'post'] = 'pre'  # GPT-2 | Vaswani 2017, 3.1
     activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # MLP
-    n_kv_head: Count | None = None  # key/value heads for GQA (Ainslie 2023); None: n_head
+    n_kv_head: Size | None = None  # key/value heads for GQA (Ainslie 2023); None: n_head
     qk_norm: bool = False  # RMS-normalize queries and keys (Henry 2020)
     tie_weights: bool = True  # lm_head shares the token embedding (Press & Wolf 2017)
     logit_softcap: Softcap = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2); 0: off
@@ -78,7 +83,7 @@ class ModelConfig:
 @dataclass
 class GPTConfig(ModelConfig):
     """ModelConfig plus fields derived from the data; defaults: GPT-2 124M. Raises UserError."""
-    vocab_size: Count = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as in nanoGPT
+    vocab_size: Size = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as in nanoGPT
     eot_token: int | None = None  # attention and n-grams do not look back past it; None: no masking
     turns: WholeNumber = 0  # maximum source/target turns per document (lib/pairs.py); 0: plain text
 
@@ -102,11 +107,26 @@ class GPTConfig(ModelConfig):
                 f'eot_token = {self.eot_token} must be below vocab_size = {self.vocab_size}')
 
 
+OLD_NAMES = {'document_token': 'eot_token', 'checkpointing': 'activation_checkpointing'}
+
+
+def read_model_config(values):
+    """Every field of GPTConfig, from those in a file: {field: value}. Raises UserError if one is
+    unknown: what it asks for would be left out."""
+    types_ = key_types(GPTConfig)
+    values = {OLD_NAMES.get(key, key): value for key, value in values.items()}
+    for key in values:
+        require(key in types_, f'{str(key)[:40]} = {shorten(values[key])}: no such choice here; if '
+                               f'the model works without it, remove it from the file')
+    return dataclasses.asdict(GPTConfig(**{key: check_type(key, value, types_[key])
+                                           for key, value in values.items()}))
+
+
 @dataclass
 class TrainConfig(ModelConfig):
     """The keys of train.py: these and ModelConfig's."""
     # scaling
-    depth: Count | None = None  # sets model, rates, batch and steps; keys after it override
+    depth: Depth | None = None  # sets model, rates, batch and steps; keys after it override
     # files
     out_dir: FilePath = 'out'  # checkpoints, log.jsonl and config.py go here
     eval_interval: Count = 2000  # steps between evaluations, each followed by a checkpoint
@@ -127,8 +147,8 @@ class TrainConfig(ModelConfig):
     wandb_run_name: str = 'gpt'  # wandb run name
     # data
     dataset: FilePath = 'openwebtext'  # a folder in data/, or a path, with train.bin and val.bin
-    gradient_accumulation_steps: Count = 5 * 8  # micro-batches per step, over all processes
-    batch_size: Count = 12  # sequences per micro-batch
+    gradient_accumulation_steps: Size = 5 * 8  # micro-batches per step, over all processes
+    batch_size: Size = 12  # sequences per micro-batch
     doc_mask: bool = False  # attention and n-grams do not cross <|endoftext|>
     # optimizer
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # Muon trains only the blocks' matrices
@@ -151,6 +171,7 @@ class TrainConfig(ModelConfig):
     lr_decay_iters: Count | None = None  # step at which min_lr is reached; None: max_iters
     min_lr: NonNegative | None = None  # final learning rate; None: learning_rate / 10
     decay_fraction: Share = 0.2  # wsd: fraction of the steps after warmup that decay
+    extended_at: WholeNumber = 0  # set by resuming with more steps: warms up again from this step
     # system
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 uses a GradScaler
@@ -176,8 +197,8 @@ def check_bounds(config):
 
 def check_bound(key, value, type_):
     bound, or_none = bound_of(type_), types.NoneType in typing.get_args(type_)
-    require(not bound or value is None and or_none or bound.holds(value),
-            f'{key} = {value}: give {bound and bound.text}{", or None" * or_none}')
+    if bound and isinstance(value, int | float):
+        require(bound.holds(value), f'{key} = {value}: give {bound.text}{", or None" * or_none}')
 
 
 def bound_of(type_):

@@ -446,7 +446,7 @@ def main(config):
     require(not path.is_dir(), f'{path} is a folder: move it, or choose another --out_dir')
     start = read_prompt(config.start)
     source = config.out_dir if config.init_from == 'resume' else config.init_from
-    checkpoint = ckpt.load(source, prefer_best=True, mmap=True)
+    checkpoint = ckpt.load(source, 'auto', mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()
     norm_position = model.config.norm_position

@@ -8,6 +8,8 @@ from lib.device import has_bfloat16
 from lib.distributed import gather_like, is_shard, local, shard_like
 
 MUON_MAX_NUMEL = 2**25  # most elements orthogonalized in one batch
+EXTENDED_PEAK = 0.5  # of the schedule, in the steps by which a run was extended
+
 
 def make_optimizer(model, config):
     """Build the Optimizer from train.py's keys."""
@@ -208,20 +210,32 @@ def lr_multiplier(step, config):
     wsd           warmup, stable, decay: constant, then linear over the last decay_fraction of the
                   steps after warmup (Hu et al. 2024, MiniCPM; linear: Hägele et al. 2024)
     constant      1
-    inverse_sqrt  sqrt(warmup_iters / step): Vaswani et al. 2017, 5.3, whose peak is
-                  1 / sqrt(n_embd * warmup_iters); here it is learning_rate
+    inverse_sqrt  min(t / warmup_iters, sqrt(warmup_iters / t)), t = step + 1: Vaswani et al. 2017,
+                  5.3, whose peak is 1 / sqrt(n_embd * warmup_iters); here it is learning_rate
+
+    From extended_at on, where a run was resumed with more steps after its rate had decayed, the
+    rate warms up once more, to EXTENDED_PEAK of the schedule.
     """
+    multiplier = schedule_multiplier(step, config)
+    if not config.decay_lr or step < config.extended_at or config.extended_at == 0:
+        return multiplier
+    n_warmup = max(config.warmup_iters, (config.max_iters - config.extended_at) // 20)
+    return multiplier * EXTENDED_PEAK * min(1.0, (step - config.extended_at + 1) / (n_warmup + 1))
+
+
+def schedule_multiplier(step, config):
+    """The multiplier of a run that was not extended."""
     warmup = config.warmup_iters
     low = 0.1 if config.min_lr is None else config.min_lr / config.learning_rate
     end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     if not config.decay_lr:
         return 1.0
+    if config.schedule == 'inverse_sqrt':
+        return min((step + 1) / max(warmup, 1), math.sqrt(max(warmup, 1) / (step + 1)))
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == 'constant':
         return 1.0
-    if config.schedule == 'inverse_sqrt':
-        return math.sqrt(max(warmup, 1) / max(step, 1))
     if step >= end:
         return low
     progress = (step - warmup) / (end - warmup)  # 0 .. 1

@@ -11,13 +11,16 @@ from configurator import (
     Count,
     FilePath,
     Share,
+    Size,
     Text,
+    Which,
     WholeNumber,
     check_bounds,
     configure,
 )
 from lib.errors import UserError, first_line, require, user_errors
 
+LengthPenalty = Annotated[float, Bound(lambda x: -10 <= x <= 10, '-10 to 10')]
 Penalty = Annotated[float, Bound(lambda x: 0.01 <= x <= 100, '0.01 to 100; 1 is off')]
 Temperature = Annotated[float, Bound(lambda x: x >= 0, '0 (greedy) or more')]
 MinP = Annotated[float, Bound(lambda x: 0 <= x <= 1, 'a share from 0 to 1')]
@@ -28,11 +31,12 @@ class Config:
     # model
     init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
     out_dir: FilePath = 'out'  # the folder of a run
+    checkpoint: Which = 'auto'  # of the run: last, best (val loss) or a step; auto: see README
     average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)
     # prompt
     start: Text | list[str] = '\n'  # the prompt, FILE:path for a file's text, or a list of prompts
     interactive: bool = False  # type prompts or chat; Ctrl-C ends a text, Ctrl-D the program
-    num_samples: Count = 10  # per prompt
+    num_samples: Size = 10  # per prompt
     max_new_tokens: Count = 500  # per sample
     stop: list[str | int] = field(default_factory=list)  # end before these texts, after these ids
     # filters, in this order
@@ -43,8 +47,8 @@ class Config:
     min_p: MinP | None = None  # only tokens at least this many times as likely as the likeliest
     seed: WholeNumber = 1337  # the same seed and options give the same samples
     # beam search
-    num_beams: Count = 1  # above 1: print the num_samples best texts, with their scores
-    length_penalty: float = 0.6  # score = log p / ((5 + tokens) / 6)^length_penalty
+    num_beams: Size = 1  # above 1: print the num_samples best texts, with their scores
+    length_penalty: LengthPenalty = 0.6  # score = log p / ((5 + tokens) / 6)^length_penalty
     # system
     slide: WholeNumber = 0  # tokens that a full context moves at a time; 1: nanoGPT; 0: an eighth
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
@@ -75,6 +79,7 @@ import checkpoint as ckpt
 from lib.device import dtype_name, pick_device, pick_dtype
 from lib.generation import beam_search, generate_tokens
 from lib.linear import quantize
+from lib.memory import require_sampling_fits
 from lib.tokenizer import encode_prompt, encode_turns, read_prompt
 
 
@@ -135,7 +140,10 @@ def encode_prompts(starts, model, tokenizer, config):
             print(f'the prompt has {len(ids)} tokens: only the last {block_size} are used',
                   file=sys.stderr)
         prompts.append(ids[-block_size:])
-    room = block_size - max(map(len, prompts))
+    longest = max(map(len, prompts))
+    n_sequences = len(prompts) * config.num_samples if config.num_beams == 1 else len(prompts)
+    require_sampling_fits(model, n_sequences, longest, config.max_new_tokens, config.num_beams)
+    room = block_size - longest
     require(config.num_beams == 1 or turns or config.max_new_tokens <= room,
             f'max_new_tokens = {config.max_new_tokens}: beam search has room for {room} after the '
             f'prompt (block_size = {block_size})')
@@ -276,7 +284,6 @@ def main(config):
     val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
     print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {dtype_name(dtype)}',
           file=sys.stderr)
-    sys.stdout.reconfigure(encoding='utf-8', errors='replace')
     if config.compile:
         config.compile = compiles(model, len(prompts) * config.num_samples or 1)
     if config.interactive:

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 import checkpoint as ckpt
-from configurator import differences
 from lib import bins, distributed, memory, resume
 from lib import device as devices
 from lib.distributed import fail, gather, main_process_first, print0, rank, world_size
 from lib.evaluation import evaluate_run
+from lib.files import command, find
 from lib.run import Run, StepLog
 from model import GPT, GPTConfig
 from optimizer import lr_multiplier, make_optimizer, state_bytes
@@ -45,7 +45,8 @@ class Trainer:
         self.environment = resume.environment(data, device, dtype)
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
         self.step = self.samples_seen = 0
-        self.best_val_loss = math.inf
+        self.best_val_loss = self.val_loss = math.inf
+        self.noted_rise = False
         self.resumed = None  # (step, whether it was evaluated) of the checkpoint resumed from
         self.stop = 0  # the signal that asked to stop, or 0
         self.saves_requested = self.saves_done = 0
@@ -128,13 +129,22 @@ class Trainer:
             else:
                 improved = val_loss < self.best_val_loss
                 save = save or done or improved or config.always_save_checkpoint
-                self.best_val_loss = min(self.best_val_loss, val_loss)
+                self.note_rise(val_loss)
+                self.best_val_loss, self.val_loss = min(self.best_val_loss, val_loss), val_loss
         # nothing to save at step 0, or right after resuming at this step
         fresh = step > 0 or done or self.stop
         known = self.resumed == (step, True) or val_loss is None and self.resumed == (step, False)
         if save and fresh and not known:
             self.save(val_loss)
         self.saves_done = self.saves_requested
+
+    def note_rise(self, val_loss):
+        """Say once that the val loss is rising."""
+        if val_loss > 1.01 * self.best_val_loss and not self.noted_rise:
+            self.noted_rise = True
+            print0(f'note: the val loss has risen from {self.best_val_loss:.4f} to {val_loss:.4f}, '
+                   f'the model overfits: more text, --dropout=0.2, fewer parameters or steps help; '
+                   f'the best checkpoint is kept')
 
     def save(self, val_loss):
         if self.config.eval_only:
@@ -175,15 +185,20 @@ class Trainer:
             self.best_val_loss = best  # losses on other data do not compare
         self.resumed = self.step, checkpoint.val_loss is not None
         if self.optimizer:
-            resume.check_environment(checkpoint, self.environment, self.data, 'dataset' in given)
+            other_data = 'dataset' in given and resume.names_other_data(self.config, checkpoint)
+            resume.check_environment(checkpoint, self.environment, self.data, other_data)
             resume.load_optimizer(self.optimizer, self.scaler, checkpoint)
 
     def wrap(self, parallel):
         """Wrap in DDP, compile, find a micro-batch that fits into memory."""
         config, raw_model = self.config, self.raw_model
         half = self.dtype != torch.float32
-        parts = memory.step_bytes(raw_model, config, half, parallel, world_size())
+        sizes = memory.Sizes(raw_model.config, self.device)
+        parts = memory.step_bytes(sizes, config, half, parallel, world_size())
         print0(memory.describe_memory(parts, self.device))
+        if self.device.type == 'cpu':  # on a GPU the micro-batch is cut until it fits
+            memory.require_memory(sum(parts.values()), self.device, 'a step', 'lower --batch_size '
+                                  'and raise --gradient_accumulation_steps by as much')
         ddp = parallel == 'ddp' and not config.deterministic_sum
         if ddp:  # before compiling, so that reduction overlaps with backward
             self.model = distributed.wrap_ddp(raw_model, self.device)
@@ -218,6 +233,8 @@ def load_checkpoint(run, config, given):
     if config.init_from == 'scratch':
         return None
     run.resuming = config.init_from == 'resume'
+    if run.resuming:
+        config.out_dir = str(find(config.out_dir))
     where = config.out_dir if run.resuming else config.init_from
     with main_process_first():  # it may download
         if run.resuming and os.path.isdir(where):
@@ -246,8 +263,10 @@ def open_data(run, config, given, checkpoint):
 def build_model(config, checkpoint, data, model_config, device, dtype):
     """(model on the device, 'ddp', 'fsdp' or None): new, or with the checkpoint's weights."""
     if checkpoint is None:
+        gpt_config = GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size)
+        memory.require_model_fits(gpt_config, device, world_size(), training=not config.eval_only)
         with torch.device('meta'):  # no memory yet
-            model = GPT(GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size))
+            model = GPT(gpt_config)
     else:
         free = {key: getattr(config, key) for key in resume.FREE_KEYS}
         from_data = {key: model_config[key] for key in resume.DATA_KEYS}
@@ -259,7 +278,8 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
         model.train_with_math_attention()
     parallel = None
     if dist.is_initialized() and not config.eval_only:
-        parallel = distributed.choose_parallel(config.parallel, model, devices.total_memory(device))
+        parallel = distributed.choose_parallel(config.parallel, model.get_num_params(False),
+                                               devices.total_memory(device))
     if parallel == 'fsdp':
         if config.deterministic_sum:
             fail('deterministic_sum = True: needs --parallel=ddp')
@@ -275,9 +295,12 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
     return model.to(device), parallel
 
 
-def describe(run, config, model, device, dtype, T, step):
-    """Print what differs from the defaults, the size of model and step, and notes on the steps."""
-    print0('\n'.join(differences(config)))
+def describe(run, config, given, model, device, dtype, T, step):
+    """Print the config files and flags, the size of model and step, and notes on the steps."""
+    files = list(dict.fromkeys(path for path in given.values() if path))
+    flags = [f'{key} = {getattr(config, key)!r}' for key, path in given.items() if path is None]
+    print0(f'{", ".join(files) or "the defaults"} with {", ".join(flags) or "no other keys"}; all '
+           f'keys are in {os.path.join(config.out_dir, "config.py")}')
     tables = model.transformer.ngram.tables.weight.numel() if model.config.ngram > 1 else 0
     n_params = f'{model.get_num_params() - tables:,} parameters'
     n_params += f' and {tables:,} in n-gram tables' * (tables > 0)
@@ -291,9 +314,24 @@ def describe(run, config, model, device, dtype, T, step):
         print0(f'note: warmup_iters = {config.warmup_iters} does not end within max_iters = '
                f'{config.max_iters}: the learning rate stays below learning_rate; try '
                f'--warmup_iters={config.max_iters // 10}')
+    low = 0 < (config.lr_decay_iters or 0) <= config.warmup_iters
+    if low and config.decay_lr and config.schedule in ('cosine', 'linear', 'wsd'):
+        print0(f'note: lr_decay_iters = {config.lr_decay_iters} is not more than warmup_iters = '
+               f'{config.warmup_iters}: after warmup the learning rate drops to min_lr in one step')
     if run.resuming and step >= config.max_iters:
         print0(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: '
                f'give a larger --max_iters to go on')
+
+
+def farewell(config, trainer, data):
+    """The last line: losses, and what to do next."""
+    flags, best = {'out_dir': config.out_dir}, trainer.best_val_loss
+    text = f'done: val loss {trainer.val_loss:.4f}'
+    if best < trainer.val_loss:
+        text += f', best {best:.4f}'
+        flags['checkpoint'] = 'best'
+    interactive = ' --interactive' if data.pairs else ''
+    return f'{text}; now: {command("sample.py", **flags)}{interactive}'
 
 
 def main(config, given):
@@ -303,6 +341,7 @@ def main(config, given):
         checkpoint = load_checkpoint(run, config, given)
         device = devices.start_device(config.device, config.deterministic)
         distributed.micro_batches_per_process(config)  # raises if it is not an int
+        memory.require_batch_fits(config)
         data, model_config = open_data(run, config, given, checkpoint)
         dtype = devices.pick_dtype(config.dtype, device, model_config['n_embd'])
         model, parallel = build_model(config, checkpoint, data, model_config, device, dtype)
@@ -310,7 +349,7 @@ def main(config, given):
         if run.resuming:
             trainer.resume(checkpoint, given)
         checkpoint = None  # free its memory
-        describe(run, config, model, device, dtype, data.train.block_size, trainer.step)
+        describe(run, config, given, model, device, dtype, data.train.block_size, trainer.step)
         with main_process_first():
             run.claim()
             resume.check_disk(run, 4 * model.get_num_params(False) + state_bytes(model, config))
@@ -322,10 +361,9 @@ def main(config, given):
         run.finish(trainer.stop)
         if trainer.stop:
             print0(f'stopped by {signal.Signals(trainer.stop).name} after {trainer.step} steps; go '
-                   f'on with: python train.py --init_from=resume --out_dir={config.out_dir}')
+                   f'on with: {command("train.py", init_from="resume", out_dir=config.out_dir)}')
         elif not config.eval_only:
-            interactive = ' --interactive' if data.pairs else ''
-            print0(f'done; now: python sample.py --out_dir={config.out_dir}{interactive}')
+            print0(farewell(config, trainer, data))
         return 128 + trainer.stop if trainer.stop else 0
 
 

@@ -115,13 +115,12 @@ def job():
     return None if name == 'none' else name
 
 
-def choose_parallel(parallel, model, memory):
+def choose_parallel(parallel, n_params, memory):
     """'ddp' or 'fsdp'. auto: fsdp if weights, gradients and AdamW's state would fill half of a GPU.
     memory: of the GPU, in bytes; None: not a GPU."""
     if parallel != 'auto':
         return parallel
-    training_bytes = 4 * 4 * sum(p.numel() for p in model.parameters())
-    return 'fsdp' if memory and training_bytes > memory / 2 else 'ddp'
+    return 'fsdp' if memory and 4 * 4 * n_params > memory / 2 else 'ddp'
 
 
 def wrap_fsdp(model, device, dtype):

@@ -39,8 +39,11 @@ def user_errors():
     """Wrap entry points in this: a UserError becomes one line on stderr and exit code 2. So does a
     full disk, which can hit any write. Every other exception keeps its traceback."""
     script = Path(sys.argv[0]).name
-    for name in ('stdout', 'stderr'):  # None if the shell closed them: train.py >&-
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, 'w'))
+    for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
+        if getattr(sys, name) is None:  # the shell closed it: train.py >&-
+            setattr(sys, name, open(os.devnull, mode))
+    # a character that the terminal or PYTHONIOENCODING lacks ends no program
+    sys.stdout.reconfigure(errors='replace')
     show_traceback = sys.excepthook
 
     def excepthook(kind, *rest):  # Ctrl-C while modules are imported, after this context has ended

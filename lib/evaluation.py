@@ -67,6 +67,8 @@ def evaluate_run(loss_of, model, data, config, step, run):
         run.log.write({'step': step, 'train_loss': train_loss, 'val_loss': val_loss,
                        'val_bits_per_byte': bits, 'seconds': round(seconds, 3)})
         if config.sample_every_eval and not sharded:
+            if step == 0 and config.init_from == 'scratch':
+                print0('a sample of the untrained model:')
             text = sample(model, data, config.seed)
             print0('\n'.join('  | ' + line for line in text.splitlines()))
     return val_loss

@@ -2,16 +2,18 @@
 
 Nothing loaded can run code: torch.load with weights_only, safetensors, JSON.
 """
-import json
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 
+from configurator import check_type, read_model_config
 from lib.download import download
 from lib.errors import UserError, first_line, require
+from lib.files import parse_json, read_json
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
@@ -45,59 +47,81 @@ def load_huggingface(folder):
     """(fields of GPTConfig, {name: tensor}) of a folder in its layout. Raises UserError."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        model_config = convert_huggingface_config(config)
+        model_config = convert_huggingface_config(read_json(folder / 'config.json'))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{folder / "config.json"}: {error}') from None
+        reason = f'{error} is missing' if isinstance(error, KeyError) else error
+        raise UserError(f'{folder / "config.json"}: {reason}') from None
     if (folder / 'model.safetensors').exists():
         tensors = read_safetensors(folder / 'model.safetensors')
     else:
         path = folder / 'pytorch_model.bin'
         require(path.exists(), f'{folder}: there is no model.safetensors or pytorch_model.bin')
         tensors = read_pytorch_bin(path)
-    weights, tied = {}, model_config['tie_weights']
+    weights = {}
     for name, tensor in tensors.items():
-        name = 'transformer.' + name.removeprefix('transformer.')
+        name = name.removeprefix('transformer.')
         if name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks
             continue
-        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()  # GPT-2's Conv1D keeps (in, out), Linear (out, in)
-        if name != 'transformer.lm_head.weight':
-            weights[name] = tensor.float()
-        elif not tied:
-            weights['lm_head.weight'] = tensor.float()
-    if tied and 'transformer.wte.weight' in weights:
-        weights['lm_head.weight'] = weights['transformer.wte.weight']
+        weights[name if name == 'lm_head.weight' else f'transformer.{name}'] = tensor.float()
+    if model_config['tie_weights'] and 'transformer.wte.weight' in weights:
+        weights.setdefault('lm_head.weight', weights['transformer.wte.weight'])
+    model_config['tie_weights'] &= tied(weights)
     return model_config, weights
+
+
+def tied(weights):
+    """Whether the head is the token embedding. What a file says of it may be wrong."""
+    wte, head = (weights.get(f'{name}.weight') for name in ('transformer.wte', 'lm_head'))
+    if wte is None or head is None:
+        return True  # which is said when they are loaded
+    same_memory = wte.data_ptr() == head.data_ptr() and wte.shape == head.shape
+    return same_memory or torch.equal(wte, head)
+
+
+# of config.json: what does not change the logits
+HARMLESS = re.compile(
+    'model_type|architectures|_name_or_path|torch_dtype|dtype|transformers_version|n_ctx|use_cache|'
+    'initializer_range|summary_.*|task_specific_params|.*_token_id|(attn|embd|resid)_pdrop|'
+    'reorder_and_upcast_attn|output_.*|return_dict.*|gradient_checkpointing|id2label|label2id|'
+    'problem_type|num_labels|tokenizer_class|prefix|chunk_size_feed_forward|keys_to_ignore.*|'
+    '_attn_implementation.*|(min|max)_length|do_sample|temperature|top_[kp]|num_beams|'
+    'num_return_sequences|(repetition|length)_penalty|no_repeat_ngram_size|early_stopping|'
+    'finetuning_task|is_decoder|tie_encoder_decoder|torchscript')
 
 
 def convert_huggingface_config(config):
     """GPT-2's config.json -> fields of GPTConfig. Raises ValueError or KeyError."""
     require(isinstance(config, dict), 'not the config of a model')
+    activation = config.get('activation_function', 'gelu_new')
     require(config.get('model_type') == 'gpt2',
             f'model_type = {config.get("model_type")!r} is not gpt2')
     activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu',
                    'relu': 'relu'}
-    activation = config.get('activation_function', 'gelu_new')
-    require(activation in activations,
+    require(isinstance(activation, str) and activation in activations,
             f'activation_function = {activation!r} is not one of {", ".join(activations)}')
     supported = {'n_inner': (None, 4 * config['n_embd']), 'layer_norm_epsilon': (1e-5,),
                  'add_cross_attention': (False,), 'scale_attn_weights': (True,),
                  'scale_attn_by_inverse_layer_idx': (False,)}
     for key, values in supported.items():
         require(config.get(key, values[0]) in values, f'{key} = {config.get(key)} is not GPT-2\'s')
-    return {'block_size': config['n_positions'], 'vocab_size': config['vocab_size'],
-            'n_layer': config['n_layer'], 'n_head': config['n_head'], 'n_embd': config['n_embd'],
-            'activation': activations[activation],
-            'tie_weights': config.get('tie_word_embeddings', True)}
+    taken = {'n_positions': 'block_size', 'vocab_size': 'vocab_size', 'n_layer': 'n_layer',
+             'n_head': 'n_head', 'n_embd': 'n_embd'}
+    for key in config.keys() - taken.keys() - supported.keys():
+        known = key in ('activation_function', 'tie_word_embeddings') or HARMLESS.fullmatch(key)
+        require(known, f'{key} = {str(config[key])[:40]}: no such choice here; if the model works '
+                       f'without it, remove it from the file')
+    return read_model_config({ours: config[theirs] for theirs, ours in taken.items()} | {
+        'activation': activations[activation], 'tie_weights': config.get('tie_word_embeddings', True)})
 
 
 def read_pytorch_bin(path):
     """{name: tensor} of a file that torch.save wrote. Raises UserError."""
     try:
+        check_archive(path)
         tensors = torch.load(path, map_location='cpu', weights_only=True)
-        require(all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()),
-                'not only tensors')
+        check_tensors(tensors)
         return tensors
     except Exception as error:  # a foreign file can raise anything
         raise UserError(f'{path}: refused, it does not hold plain tensors only: '
@@ -111,9 +135,12 @@ def read_safetensors(path):
         size = path.stat().st_size
         with open(path, 'rb') as file:
             length = int.from_bytes(file.read(8), 'little')
-            require(0 < length <= size - 8, 'its header is cut off')
-            header = json.loads(file.read(length))
+            require(0 < length <= min(size - 8, 10**8), 'its header is cut off')
+            header = parse_json(file.read(length).decode('utf-8'))
         require(isinstance(header, dict), 'its header is not a table')
+        spans = [entry['data_offsets'] for name, entry in header.items() if name != '__metadata__']
+        require(sum(end - start for start, end in spans) <= size - 8 - length,
+                'its tensors overlap')
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
         tensors = {}
         for name, entry in header.items():
@@ -124,21 +151,47 @@ def read_safetensors(path):
             tensor = data[start:end].clone().view(DTYPES[entry['dtype']])
             tensors[name] = tensor.view(entry['shape'])
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f'{path}: not a whole safetensors file: {error}') from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        reason = repr(error) if isinstance(error, KeyError) else error
+        raise UserError(f'{path}: not a whole safetensors file: {reason}') from None
+
+
+def check_archive(path):
+    """Raise UserError if a file would unfold to more than its size: torch.save does not compress."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    require(stored and sum(entry.file_size for entry in entries) <= os.stat(path).st_size,
+            f'{path}: refused: its entries are compressed or overlap, as torch.save does not do')
+
+
+def check_tensors(tensors):
+    """Raise UserError unless these are dense tensors of numbers, not larger than their data."""
+    for name, tensor in tensors.items():
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        require(dense and tensor.device.type == 'cpu' and not tensor.is_quantized
+                and not tensor.is_complex(), f'{name} is not a dense tensor of real numbers')
+        size = tensor.numel() * tensor.element_size()
+        require(size <= tensor.untyped_storage().nbytes(), f'{name} is larger than its data')
 
 
 def read_checkpoint_file(path, mmap=False):
     """The dict in a .pt file of plainGPT or nanoGPT. Raises UserError on anything but tensors and
     plain values, FileNotFoundError if it is missing."""
     try:
+        check_archive(path)
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):
         raise
     except pickle.UnpicklingError as error:
         named = re.search(r'GLOBAL (\S+)', str(error))
         reason = f'it would run {named[1]}' if named else 'it is not a checkpoint'
-        raise UserError(f'{path}: refused: {reason}') from None
+        resave = (f'python -c "import torch; c = torch.load(\'{path}\', weights_only=False); '
+                  f'torch.save({{k: c[k] for k in (\'model\', \'model_args\')}}, \'{path}\')"')
+        remedy = f'; if you trust it, save its weights again: {resave}' if named else ''
+        raise UserError(f'{path}: refused: {reason}{remedy}') from None
     except Exception as error:  # a truncated or foreign file can raise anything
         if not Path(path).exists():  # deleted while it was read
             raise FileNotFoundError(path) from None
@@ -148,6 +201,10 @@ def read_checkpoint_file(path, mmap=False):
     plain = isinstance(weights, dict) and all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
     require(plain, f'{path}: not a checkpoint of plainGPT or nanoGPT; name another')
+    try:
+        check_tensors(weights)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from None
     prefixes = r'^(_orig_mod\.|module\.)+'  # of torch.compile and DDP
     return state | {'model': {re.sub(prefixes, '', k): v for k, v in weights.items()}}
 
@@ -157,8 +214,10 @@ def convert_nanogpt(state, path):
     versions saved the causal mask as attn.bias."""
     machine = ('device', 'dtype', 'compile', 'backend')  # may be another machine's
     config = {k: v for k, v in state.get('config', {}).items() if k not in machine}
-    step = int(state.get('iter_num', 0))
-    samples = step * config.get('batch_size', 12) * config.get('gradient_accumulation_steps', 1)
+    step = check_type('iter_num', state.get('iter_num', 0), int)
+    sizes = [check_type(key, config.get(key, default), int)
+             for key, default in (('batch_size', 12), ('gradient_accumulation_steps', 1))]
+    samples = step * sizes[0] * sizes[1]
     best = float(state.get('best_val_loss', 1e9))
     best = best if best < 1e8 else None  # 1e9 stands for none
     return {'model_config': {'bias': True} | state['model_args'] | {'activation': 'gelu'},

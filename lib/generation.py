@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from lib.errors import require
+
 
 class KVCache:
     """Keys and values of every layer for the tokens read so far, in buffers of a fixed size.
@@ -257,16 +259,25 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(descending=True, stable=True)
         probs = ordered.softmax(dim=-1)
-        outside = probs.cumsum(dim=-1) - probs >= top_p  # never the first token
+        outside = probs.cumsum(dim=-1) - probs >= top_p
+        outside[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -math.inf)
     if min_p is not None and min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)  # the maximum is 0
     return logits
 
 
+def require_finite(logits):
+    """Raise UserError unless the largest logits (B, V) of all rows are finite."""
+    require(logits.amax(-1).isfinite().all(), 'the model\'s logits are not finite: its weights have '
+            'diverged, or overflow in this dtype: try --dtype=float32 or another checkpoint')
+
+
 def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
                       repetition_penalty=1.0, seen=None, generator=None):
-    """Draw one token per row of logits (B, V) -> (B,); temperature 0 is greedy."""
+    """Draw one token per row of logits (B, V) -> (B,); temperature 0 is greedy. Raises UserError if
+    the logits are not finite."""
+    require_finite(logits)
     if temperature == 0:
         return filter_logits(logits, repetition_penalty=repetition_penalty, seen=seen).argmax(-1)
     logits = filter_logits(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen)
@@ -276,8 +287,6 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=Non
     # multinomial draws a random number per vocabulary entry, which on a CPU costs as much as a
     # layer. Draw one per row instead and invert the cumulative distribution.
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
-    if not cdf[:, -1].isfinite().all():
-        raise ValueError('the logits are not finite: cannot sample from them')
     u = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(1)
 
@@ -315,6 +324,7 @@ def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, 
         written = tokens.new_zeros(B, K, 0)
         results = [[] for _ in prompts]
         for length in range(1, max_new_tokens + 1):
+            require_finite(logits)
             logp = logits.log_softmax(-1).view(B, K, V)
             scores, best = (scores[..., None] + logp).flatten(1).topk(K)  # (B, K)
             beam, token = best // V, best % V

@@ -1,20 +1,100 @@
-"""Estimate the memory of a training step before anything is allocated."""
+"""Estimate memory, and refuse what cannot fit, before anything is allocated."""
+import os
+from collections import Counter
+from dataclasses import replace
+
 import torch
 
 from lib.device import math_attention_is_faster, total_memory
+from lib.errors import require
 from lib.loss import MAX_LOGITS
+from model import GPT
 from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, state_bytes
 
+BLOCK_OBJECTS = 30_000  # bytes of Python objects per block
+LOSS_OBJECTS = 500  # of a micro-batch's loss
 
-def activation_bytes(model, batch_size, half=False):
+
+class Sizes:
+    """Numbers about GPT(config) on a device, from models of one and two layers without memory: in
+    milliseconds for any n_layer."""
+
+    def __init__(self, config, device):
+        self.config, self.device = config, device
+        with torch.device('meta'):
+            self.one, self.two = (GPT(replace(config, n_layer=n)) for n in (1, 2))
+
+    def of(self, number):
+        """number(model), which is linear in n_layer, of the whole model."""
+        first = number(self.one)
+        return first + (self.config.n_layer - 1) * (number(self.two) - first)
+
+    def n_params(self):
+        return self.of(lambda model: model.get_num_params(False))
+
+    def muon_shapes(self, config):
+        """{shape: number} of the matrices that Muon trains."""
+        shapes = Counter(p.shape for p in muon_matrices(self.one, config))
+        return {shape: n * self.config.n_layer for shape, n in shapes.items()}
+
+
+def device_memory(device):
+    """Bytes of a GPU, or of main memory; None if unknown."""
+    if device.type == 'cuda':
+        return total_memory(device)
+    try:
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+
+
+def require_memory(n_bytes, device, what, remedy):
+    """Raise UserError if n_bytes for `what` are more than the device has."""
+    there = device_memory(device)
+    require(there is None or n_bytes <= there,
+            f'{what} needs about {n_bytes / 1e9:,.1f} GB, {device} has {(there or 0) / 1e9:,.1f} '
+            f'GB: {remedy}')
+
+
+def require_model_fits(config, device, world_size, training=True):
+    """Raise UserError if weights, gradients and optimizer state of GPT(config) cannot fit."""
+    n = Sizes(config, device).n_params()
+    per_param = 12 / world_size if training else 4  # Muon: weight, gradient and momentum, in fp32
+    require_memory(per_param * n + BLOCK_OBJECTS * config.n_layer, device,
+                   f'a model of {n:,} parameters (n_layer = {config.n_layer}, n_embd = '
+                   f'{config.n_embd})', 'lower --n_layer, --n_embd or --ngram_rows')
+
+
+def require_batch_fits(config):
+    """Raise UserError if the ids and losses of a step cannot fit into main memory."""
+    ids = 4 * 8 * config.batch_size * (config.block_size + 1)  # x and y, twice
+    require_memory(ids + LOSS_OBJECTS * config.gradient_accumulation_steps, torch.device('cpu'),
+                   f'a step with batch_size = {config.batch_size} and gradient_accumulation_steps '
+                   f'= {config.gradient_accumulation_steps}', 'lower them')
+
+
+def require_sampling_fits(model, n_sequences, longest, max_new_tokens, n_beams=1):
+    """Raise UserError if the KV cache and the tokens of so many sequences cannot fit."""
+    c, weight = model.config, model.transformer.wte.weight
+    head_size, n_kv_head = c.n_embd // c.n_head, c.n_kv_head or c.n_head
+    size = min(c.block_size, longest + max_new_tokens)
+    per_token = 2 * c.n_layer * n_kv_head * head_size * weight.element_size()
+    caches = 1 if n_beams == 1 else 2 * n_beams
+    per_sequence = caches * (size * per_token + 8 * c.vocab_size) + 8 * (longest + max_new_tokens)
+    require_memory(n_sequences * per_sequence, weight.device,
+                   f'writing {n_sequences:,} texts of {max_new_tokens:,} tokens at a time',
+                   'lower --num_samples, --num_beams or --max_new_tokens')
+
+
+def activation_bytes(sizes, batch_size, half=False):
     """Bytes that a forward pass over batch_size full contexts keeps for backward, without logits.
 
     half: under autocast to 16 bits. For GPT-2: Korthikanti et al. 2022, section 4, without scores,
     which fused attention does not keep, and with an fp32 residual stream.
     """
-    c, n = model.config, 2 if half else 4
+    c, n = sizes.config, 2 if half else 4
     C, kv = c.n_embd, (c.n_kv_head or c.n_head) * c.n_embd // c.n_head
-    device = model.lm_head.weight.device
+    device = sizes.device
     dtype = torch.bfloat16 if half else torch.float32
     math = c.attention == 'math' or math_attention_is_faster(device, dtype, c.block_size)
     attention = n * (C + (3 * C if math else C + 2 * kv) + C)  # its input; q, k, v; its output
@@ -26,7 +106,7 @@ def activation_bytes(model, batch_size, half=False):
         attention += n * (C + kv) * (c.position == 'rope')  # q and k again
     if c.eot_token is not None:
         attention += c.block_size * n  # the mask, converted to numbers
-    hidden = model.transformer.h[0].mlp.c_proj.in_features
+    hidden = sizes.one.transformer.h[0].mlp.c_proj.in_features
     # the MLP's input, before and after its activation
     mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)
     # the inputs of both norms, the masks of both dropouts
@@ -34,32 +114,34 @@ def activation_bytes(model, batch_size, half=False):
     blocks = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block
     weights = 0  # their copies in 16 bits
     if half:
-        weights = 2 * sum(module.weight.numel() for module in model.modules()
-                          if isinstance(module, torch.nn.Linear))
+        weights = 2 * sizes.of(lambda model: sum(module.weight.numel() for module in model.modules()
+                                                 if isinstance(module, torch.nn.Linear)))
     return batch_size * c.block_size * (blocks + (4 + n) * C) + weights
 
 
-def step_bytes(model, config, half, parallel=None, world_size=1):
+def step_bytes(sizes, config, half, parallel=None, world_size=1):
     """{part: bytes} at the peak of a step in each process. parallel: 'ddp', 'fsdp' or None."""
-    n, size = model.get_num_params(False), 2 if half else 4
-    weights, gradients, state = 4 * n, 4 * n, state_bytes(model, config)
-    activations = activation_bytes(model, config.batch_size, half)
+    n, size = sizes.n_params(), 2 if half else 4
+    weights, gradients = 4 * n, 4 * n
+    state = sizes.of(lambda model: state_bytes(model, config))
+    activations = activation_bytes(sizes, config.batch_size, half)
     tokens = config.batch_size * config.block_size
     # gradients before and after an MLP's activation, and of the residual stream
-    hidden = model.transformer.h[0].mlp.c_proj.in_features
-    backward = tokens * (2 * size * hidden + 2 * 4 * model.config.n_embd)
+    hidden = sizes.one.transformer.h[0].mlp.c_proj.in_features
+    backward = tokens * (2 * size * hidden + 2 * 4 * sizes.config.n_embd)
     # per logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
     per_logit = 8 + 2 * half
-    logits = tokens * model.config.vocab_size * per_logit
+    logits = tokens * sizes.config.vocab_size * per_logit
     if logits > MAX_LOGITS * per_logit:  # in chunks, and the gradient of the head
-        logits = MAX_LOGITS * per_logit + (4 + 2 * half) * model.lm_head.weight.numel()
+        logits = MAX_LOGITS * per_logit + (4 + 2 * half) * sizes.one.lm_head.weight.numel()
     accumulating = config.gradient_accumulation_steps > world_size
     if parallel == 'ddp' and accumulating:
         gradients *= 2  # the sums, and the buckets in which they are reduced
     if parallel == 'fsdp':
         # shards, and for a time whole: embeddings and head, the running block and the next one
-        in_blocks = sum(p.numel() for p in block_matrices(model))
-        block, rest = in_blocks // len(model.transformer.h), n - in_blocks
+        block = sum(p.numel() for p in block_matrices(sizes.one))
+        in_blocks = block * sizes.config.n_layer
+        rest = n - in_blocks
         weights = weights // world_size + 4 * rest + 2 * size * block
         state = state // world_size
         if not accumulating:  # else they are summed whole, and reduced at the end
@@ -68,9 +150,8 @@ def step_bytes(model, config, half, parallel=None, world_size=1):
             activations -= 2 * in_blocks  # the copies in 16 bits are the gathered weights
     # Muon holds about five copies of the matrices it orthogonalizes together, after backward
     muon = 0
-    shapes = [p.shape for p in muon_matrices(model, config)]
-    for shape in set(shapes):
-        together = min(shapes.count(shape) * shape.numel(), max(MUON_MAX_NUMEL, shape.numel()))
+    for shape, count in sizes.muon_shapes(config).items():
+        together = min(count * shape.numel(), max(MUON_MAX_NUMEL, shape.numel()))
         muon = max(muon, int(5.5 * 4 * together))
     parts = {'weights': weights, 'optimizer': state}
     if muon > activations + backward + logits:

@@ -4,10 +4,13 @@ from dataclasses import fields
 
 import torch
 
-from configurator import GPTConfig, ModelConfig, check_type, key_types
+from configurator import GPTConfig, ModelConfig, TrainConfig, check_type, key_types
+from lib import bins
 from lib.device import device_name, dtype_name
 from lib.distributed import fail, job, print0, world_size
 from lib.errors import UserError, require
+from lib.files import command
+from optimizer import EXTENDED_PEAK, lr_multiplier
 
 # may differ from the checkpoint's
 FREE_KEYS = ('dropout', 'label_smoothing', 'attention', 'activation_checkpointing')
@@ -35,6 +38,28 @@ def take_saved_config(config, given, checkpoint):
                 setattr(config, key, check_type(key, saved[key], type_))
             except UserError as error:
                 raise UserError(f'{checkpoint.path}: {error}') from None
+    unknown = ', '.join(str(key) for key in saved if not hasattr(config, str(key)))
+    if unknown:
+        print0(f'note: {checkpoint.path} has keys that are ignored here: {unknown}')
+    extend(config, checkpoint)
+
+
+def extend(config, checkpoint):
+    """Warm up again where more steps lift a learning rate that had decayed."""
+    types_ = key_types(TrainConfig)
+    saved = TrainConfig(**{key: v for key, v in checkpoint.config.items() if key in types_})
+    before = lr_multiplier(checkpoint.step, saved)
+    if lr_multiplier(checkpoint.step, config) > 1.1 * before:
+        config.extended_at = checkpoint.step
+        print0(f'note: the learning rate had decayed to {before:.0%} of its peak: with max_iters = '
+               f'{config.max_iters} it warms up again, to {EXTENDED_PEAK:.0%} of its schedule')
+
+
+def names_other_data(config, checkpoint):
+    """Whether config.dataset is not the data set of the run."""
+    folders = [bins.find_dataset(name).resolve()
+               for name in (config.dataset, checkpoint.config.get('dataset', ''))]
+    return folders[0] != folders[1]
 
 
 def choose_model_config(config, given, checkpoint, resuming=False):
@@ -106,8 +131,9 @@ def check_environment(checkpoint, environment, data, allow_other_data):
     """Report what prevents a bitwise resume. Raises UserError if the data have changed."""
     saved = environment | checkpoint.environment
     require(allow_other_data or saved['data'] == environment['data'],
-            f'{data.folder} has changed since {checkpoint.path} was trained on it: restore '
-            f'it, or train on the new data with --dataset={data.folder}')
+            f'{data.folder} has changed since {checkpoint.path} was trained on it: restore it, or '
+            f'train on the new data from these weights: '
+            f'{command("train.py", init_from=checkpoint.path, dataset=data.folder, out_dir="NEW")}')
     names = {'world_size': 'processes'}
     changed = [f'{names.get(key, key)} {saved[key]} then, {now} now'
                for key, now in environment.items()
@@ -126,7 +152,8 @@ def load_optimizer(optimizer, scaler, checkpoint):
         optimizer.load_state_dict(state)
         if checkpoint.scaler and not scaler.state_dict().keys() <= checkpoint.scaler.keys():
             raise ValueError('the state of its gradient scaler is incomplete')
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # of the file
+        error = error if isinstance(error, ValueError) else repr(error)[:200]
         raise UserError(f'{path}: its optimizer state does not fit: {error}; start another run '
                         f'from these weights with --init_from={path}') from None
     if checkpoint.scaler:

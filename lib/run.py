@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lib.device import peak_flops
 from lib.distributed import fail, gather, gather_ints, print0, rank, world_size
 from lib.errors import first_line, os_errors
-from lib.files import lock, write_text
+from lib.files import lock, open_own, parse_json, read_text, write_text
 
 
 class Run(contextlib.ExitStack):
@@ -43,11 +43,11 @@ class Run(contextlib.ExitStack):
             if not self.resuming:
                 set_aside(config.out_dir)
             write_config(config.out_dir, asdict(config))
-            write_status(config.out_dir, 'running')
+            write_status(config.out_dir, f'running {os.getpid()}')
             self.push(self.set_failed)
             cut_log(config.out_dir, step)
             self.callback(saver.wait)
-            self.log = self.enter_context(contextlib.closing(Log(config)))
+            self.log = self.enter_context(contextlib.closing(Log(config, self.resuming)))
         self.saver = saver
         self.signals = Signals(catch=not config.eval_only)  # an evaluation has nothing to save
 
@@ -86,9 +86,9 @@ def claim(out_dir):
 def set_aside(out_dir):
     """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
     out_dir = Path(out_dir)
-    names = ('ckpt_*', 'log.jsonl', 'config.py')
+    names = ('ckpt_*', 'log.jsonl', 'config.py', 'status', 'wandb_id')
     files = [path for name in names for path in out_dir.glob(name)]
-    if not files:
+    if all(path.name == 'status' for path in files):
         return
     folders = (out_dir / f'earlier-{n}' for n in itertools.count(1))
     folder = next(folder for folder in folders if not folder.exists())
@@ -108,7 +108,8 @@ def write_config(out_dir, values):
 
 
 def write_status(out_dir, status):
-    """out_dir/status, for a scheduler: running, done, stopped (by a signal) or failed."""
+    """out_dir/status, for a scheduler: running (with the process id, which is all that is left if
+    the process was killed), done, stopped (by a signal) or failed."""
     with contextlib.suppress(OSError):  # the disk may be what failed
         write_text(Path(out_dir) / 'status', status + '\n')
 
@@ -125,9 +126,10 @@ def log_lines(out_dir):
         return []
     lines = []
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            line = json.loads(text)
-            if isinstance(line['step'], (int, float)):
+        with contextlib.suppress(ValueError, AttributeError):
+            line = parse_json(text)
+            numbers = all(isinstance(value, int | float | None) for value in line.values())
+            if numbers and type(line.get('step')) in (int, float):
                 lines.append((text, line))
     return lines
 
@@ -144,11 +146,11 @@ def cut_log(out_dir, step):
 class Log:
     """out_dir/log.jsonl, one JSON object per line, and wandb, whose errors never stop training."""
 
-    def __init__(self, config):
+    def __init__(self, config, resuming):
         self.path = Path(config.out_dir) / 'log.jsonl'
         with os_errors(f'{self.path}: cannot write'):
-            self.file = open(self.path, 'ab', buffering=0)  # a line is written whole or not at all
-        self.wandb = start_wandb(config) if config.wandb_log else None
+            self.file = open_own(self.path, 'ab')  # unbuffered: a line is written whole or not at all
+        self.wandb = start_wandb(config, resuming) if config.wandb_log else None
 
     def write(self, line):
         """line: a dict of numbers; non-finite ones become null. Raises UserError."""
@@ -175,8 +177,8 @@ class Log:
             self.wandb.finish()
 
 
-def start_wandb(config):
-    """A wandb run, or None with one line that says why."""
+def start_wandb(config, resuming):
+    """A wandb run, or None with one line that says why. A resumed run continues its wandb run."""
     try:
         import wandb  # slow, and needed with wandb_log only
 
@@ -184,9 +186,13 @@ def start_wandb(config):
         if mode is None and not wandb.login(prompt=False, verify=False):
             print0('wandb: not logged in, logging offline; upload later with wandb sync')
             mode = 'offline'
+        path = Path(config.out_dir) / 'wandb_id'
+        if not (resuming and path.exists()):
+            write_text(path, wandb.util.generate_id())
+        folder = os.environ.get('WANDB_DIR', config.out_dir)
         return wandb.init(project=config.wandb_project, name=config.wandb_run_name,
-                          config=asdict(config), dir=config.out_dir, mode=mode,
-                          settings=wandb.Settings(init_timeout=30))
+                          config=asdict(config), dir=folder, mode=mode, id=read_text(path),
+                          resume='allow', settings=wandb.Settings(init_timeout=30))
     except Exception as error:
         report_wandb(error)
 

@@ -60,7 +60,7 @@ def test_checkpoint_save_keeps_best_when_loss_diverges(tmp_path):
     for step, val_loss in enumerate((4.0, 3.0, math.nan, math.nan, math.nan)):
         save(tmp_path, step, val_loss, config={'always_save_checkpoint': False})
     assert [m['step'] for m in ckpt.manifests(tmp_path)] == [4, 3, 1]
-    assert ckpt.load(tmp_path, prefer_best=True).step == 1
+    assert ckpt.load(tmp_path, 'auto').step == 1
 
 
 def test_checkpoint_save_keeps_new_file_despite_damaged_later_one(tmp_path):
@@ -109,9 +109,9 @@ def test_checkpoint_load_prefers_best_if_only_improvements_were_saved(tmp_path):
     for step, val_loss in ((1, 1.0), (2, 2.0)):
         save(tmp_path, step, val_loss, config={'always_save_checkpoint': False})
     assert ckpt.load(tmp_path).step == 2
-    assert ckpt.load(tmp_path, prefer_best=True).step == 1
+    assert ckpt.load(tmp_path, 'auto').step == 1
     save(tmp_path, 3, 3.0, config={'always_save_checkpoint': True})
-    assert ckpt.load(tmp_path, prefer_best=True).step == 3
+    assert ckpt.load(tmp_path, 'auto').step == 3
 
 
 @pytest.mark.parametrize('damage', ['flip', 'truncate', 'empty', 'missing', 'manifest'])

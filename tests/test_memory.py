@@ -64,7 +64,7 @@ def test_activation_bytes_matches_autograd(options, half):
         model.train_with_math_attention()
     _, kept = forward_and_measure(model, torch.randint(200, (4, model.config.block_size)), half)
     logits = 4 * model.config.block_size * 200 * 4  # of the log-softmax
-    assert memory.activation_bytes(model, 4, half) == pytest.approx(kept - logits, rel=0.06)
+    assert memory.activation_bytes(memory.Sizes(model.config, cpu), 4, half) == pytest.approx(kept - logits, rel=0.06)
 
 
 def test_activation_checkpointing_saves_memory_and_preserves_gradients():
@@ -95,7 +95,10 @@ def test_memory_estimate_of_ddp_and_fsdp_matches_hand_calculation(accumulation):
     model = GPT(GPTConfig(vocab_size=100, bias=False, **keys))
     config = TrainConfig(gradient_accumulation_steps=accumulation, batch_size=2, **keys)
     total, block = model.get_num_params(False), 12 * 64**2
-    copies, shards = (memory.step_bytes(model, config, True, how, 4) for how in ('ddp', 'fsdp'))
+    copies, shards = (
+        memory.step_bytes(memory.Sizes(model.config, torch.device('meta')), config, True, how, 4)
+        for how in ('ddp', 'fsdp')
+    )
     assert copies['weights'] == 4 * total
     assert copies['optimizer'] == 8 * total
     assert shards['optimizer'] == 2 * total
@@ -145,5 +148,5 @@ def test_memory_estimate_matches_torch_profiler(vocab_size, options, accumulatio
     ]
     allocated.sort(key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in allocated))
-    estimate = sum(memory.step_bytes(model, config, half=False).values())
+    estimate = sum(memory.step_bytes(memory.Sizes(model.config, idx.device), config, half=False).values())
     assert estimate == pytest.approx(peak, rel=0.15)

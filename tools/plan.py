@@ -7,6 +7,7 @@ Takes every key of train.py. Nothing is allocated, so the model may be of any si
 comes with its formula and its source. Memory is the peak of PyTorch's allocator during a step; the
 CUDA context comes on top.
 """
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,8 @@ def read_command(argv):
     lower = total // n * n
     choices = f'{lower} or {lower + n}' if lower else f'{n}'
     require(total % n == 0,
-            f'gradient_accumulation_steps = {total} is not divisible by the {n} processes: '
-            f'try {choices}')
+            f'gradient_accumulation_steps = {total} is not divisible by gpus = {n}: give '
+            f'--gpus={math.gcd(total, n)}, or --gradient_accumulation_steps={choices}')
     return config
 
 
@@ -85,14 +86,14 @@ import torch
 from lib import bins
 from lib.device import PEAK_FLOPS
 from lib.distributed import choose_parallel
-from lib.memory import step_bytes
+from lib.memory import Sizes, step_bytes
 from lib.resume import choose_model_config
 from model import GPT, GPTConfig
-from optimizer import block_matrices, muon_matrices
+from optimizer import block_matrices
 
 
-def build_model(config):
-    """The GPT of the config on the meta device: shapes without memory."""
+def measure(config):
+    """The Sizes of the config's model."""
     vocab_size = config.vocab_size
     if vocab_size is None:
         tokenizer = bins.open_tokenizer(bins.find_dataset(config.dataset))
@@ -100,23 +101,23 @@ def build_model(config):
     shape = choose_model_config(config, given=set(), checkpoint=None)
     # which token separates documents does not matter here, only whether one does
     eot_token = 0 if config.doc_mask or config.prefix_lm else None
-    with torch.device('meta'):
-        return GPT(GPTConfig(**shape, vocab_size=vocab_size, eot_token=eot_token))
+    return Sizes(GPTConfig(**shape, vocab_size=vocab_size, eot_token=eot_token),
+                 torch.device('cuda'))
 
 
-def print_model(config, model, micro_batches):
+def print_model(config, sizes, micro_batches):
     """Parameters, and FLOPs and tokens per step."""
-    total = model.get_num_params(False)
-    positions = total - model.get_num_params()
+    total = sizes.n_params()
+    positions = total - sizes.of(GPT.get_num_params)
     tables = 0
     if config.ngram > 1:
-        tables = model.transformer.ngram.tables.weight.numel()
+        tables = sizes.one.transformer.ngram.tables.weight.numel()
     print_table('model', [
         ('parameters', f'{(total - positions - tables) / 1e6:,.2f}M',
          f'without {positions / 1e6:,.2f}M of learned positions and {tables / 1e6:,.2f}M in n-gram '
          f'tables'),
-        ('FLOPs per token', f'{model.flops_per_token():.4g}',
-         f'6 N + 12 L H Q T (PaLM, appendix B); N = {model.num_matmul_params() / 1e6:,.2f}M in '
+        ('FLOPs per token', f'{sizes.of(GPT.flops_per_token):.4g}',
+         f'6 N + 12 L H Q T (PaLM, appendix B); N = {sizes.of(GPT.num_matmul_params) / 1e6:,.2f}M in '
          f'matrix products'),
         ('tokens per step', f'{tokens_per_step(config):,}',
          f'{config.batch_size} sequences x {config.block_size:,} x {micro_batches} micro-batches x '
@@ -128,9 +129,9 @@ def tokens_per_step(config):
     return config.batch_size * config.gradient_accumulation_steps * config.block_size
 
 
-def print_memory(config, model, gpu):
+def print_memory(config, sizes, gpu):
     """Peak memory of a step on each GPU, for DDP and for FSDP."""
-    parts = {how: step_bytes(model, config, half=True, parallel=how, world_size=config.gpus)
+    parts = {how: step_bytes(sizes, config, half=True, parallel=how, world_size=config.gpus)
              for how in STRATEGIES}
     names = ['weights', 'gradients', 'optimizer', 'activations', 'activations, then gradients',
              'backward', 'logits', "Muon's update"]
@@ -160,22 +161,22 @@ class StepTime(NamedTuple):
     total: dict
 
 
-def estimate_step(config, model, gpu, micro_batches):
+def estimate_step(config, sizes, gpu, micro_batches):
     """The StepTime at peak FLOP/s and peak bandwidth."""
     n, peak = config.gpus, PEAK_FLOPS[gpu.name]
     link = gpu.link
     if n > config.gpus_per_machine:
         link = min(link, config.network * 1e9)
-    matrices = muon_matrices(model, config)
-    total = model.get_num_params(False)
-    in_muon = sum(p.numel() for p in matrices)
-    in_blocks = sum(p.numel() for p in block_matrices(model))
+    matrices = sizes.muon_shapes(config)
+    total = sizes.n_params()
+    in_muon = sum(count * shape.numel() for shape, count in matrices.items())
+    in_blocks = sizes.of(lambda model: sum(p.numel() for p in block_matrices(model)))
 
-    compute = model.flops_per_token() * tokens_per_step(config) / n / peak
+    compute = sizes.of(GPT.flops_per_token) * tokens_per_step(config) / n / peak
     flops = 0
-    for p in matrices:  # 5 iterations: x x^T, a a and b x
-        short, long = min(p.shape), max(p.shape)
-        flops += 5 * (4 * short**2 * long + 2 * short**3)
+    for shape, count in matrices.items():  # 5 iterations: x x^T, a a and b x
+        short, long = min(shape), max(shape)
+        flops += count * 5 * (4 * short**2 * long + 2 * short**3)
     muon = flops / peak
     # AdamW reads 4 numbers and writes 3 per parameter, Muon reads 3 and writes 2
     update = 4 * (7 * total - 2 * in_muon) / gpu.bandwidth
@@ -211,16 +212,16 @@ def print_step(config, gpu, step):
     ])
 
 
-def print_run(config, model, gpu, step):
+def print_run(config, sizes, gpu, step):
     """Time and cost of all steps."""
-    how = choose_parallel(config.parallel, model, gpu.memory)
+    how = choose_parallel(config.parallel, sizes.n_params(), gpu.memory)
     step_seconds = max((step.compute + step.muon) / config.mfu + step.update[how],
                        step.total[how])
     hours = config.max_iters * step_seconds / 3600
     gpu_hours = hours * config.gpus
     time = f'{hours / 24:.1f} days' if hours > 48 else f'{hours:.2f} hours'
     tokens = tokens_per_step(config)
-    optimal = 20 * model.num_matmul_params()
+    optimal = 20 * sizes.of(GPT.num_matmul_params)
     print_table(f'run with {how.upper()} at {config.mfu:.0%} MFU (--mfu: an assumption until you '
                 f'measure it)', [
         ('speed', f'{tokens / step_seconds:,.0f}', f'tokens/s, {seconds(step_seconds)} per step'),
@@ -249,16 +250,16 @@ def seconds(value):
 
 def main(config):
     gpu = GPUS[config.gpu]
-    model = build_model(config)
+    sizes = measure(config)
     micro_batches = config.gradient_accumulation_steps // config.gpus  # per GPU
     print(f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context '
-          f'{config.block_size:,}, vocabulary {model.config.vocab_size:,}; '
+          f'{config.block_size:,}, vocabulary {sizes.config.vocab_size:,}; '
           f'{config.gpus} x {gpu.name}')
-    print_model(config, model, micro_batches)
-    print_memory(config, model, gpu)
-    step = estimate_step(config, model, gpu, micro_batches)
+    print_model(config, sizes, micro_batches)
+    print_memory(config, sizes, gpu)
+    step = estimate_step(config, sizes, gpu, micro_batches)
     print_step(config, gpu, step)
-    print_run(config, model, gpu, step)
+    print_run(config, sizes, gpu, step)
 
 
 if __name__ == '__main__':
