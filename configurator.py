@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from lib.errors import UserError, require
+from lib.errors import UserError, require, shorten
 from lib.files import find, read_text
 
 MAX_FILE_BYTES = 100_000  # of a config file
@@ -422,7 +422,7 @@ def check_type(key, value, type_):
             return None
         elif option in (str, Text) and isinstance(value, str):
             return value
-        elif option is FilePath and isinstance(value, str):
+        elif option is FilePath and isinstance(value, str) and '\0' not in value:
             return os.path.expanduser(value)
         elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
@@ -432,15 +432,6 @@ def check_type(key, value, type_):
             return float(value)
     hint = nearest(value, choices) if isinstance(value, str) and choices else ''
     raise UserError(f'{key} = {shorten(value)}: expected {describe(type_)}{hint}')
-
-
-def shorten(value):
-    """repr(value), at most about 60 characters of it."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # str() refuses more than 4300 digits
-        text = f'a large {type(value).__name__}'
-    return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def is_number(value):

@@ -215,7 +215,7 @@ class Dataset:
 
 def find_dataset(name):
     """The folder of a data set: data/<name> here or in the repository, or a path."""
-    for folder in (Path('data') / name, DATA / name, find(name)):
+    for folder in (find(Path('data', name)), find(name)):
         if (folder / 'train.bin').exists() or (folder / 'val.bin').exists():
             return folder
     return Path('data') / name

@@ -24,6 +24,15 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
 
 
+def shorten(value):
+    """repr(value), at most about 60 characters of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # str() refuses more than 4300 digits
+        text = f'a large {type(value).__name__}'
+    return text if len(text) <= 60 else f'{text[:57]}...'
+
+
 @contextlib.contextmanager
 def os_errors(what, remedy=None):
     """Turn an OSError of the enclosed call into a UserError that begins with `what`."""

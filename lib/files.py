@@ -9,7 +9,7 @@ import shlex
 import zlib
 from pathlib import Path
 
-from lib.errors import UserError, first_line, require
+from lib.errors import UserError, first_line, require, shorten
 
 try:
     import fcntl
@@ -24,8 +24,14 @@ MAX_JSON_BYTES = 2**28
 
 def find(path):
     """The path that a user has given: `~` is the home folder; what is not in the working directory
-    is looked for in the repository."""
+    is looked for in the repository. Raises UserError if it cannot be the name of a file."""
     path = Path(os.path.expanduser(path))
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            reason = getattr(error, 'strerror', None) or error  # too long, a null byte
+            raise UserError(f'{shorten(str(path))}: {reason}') from None
     in_repository = ROOT / path
     return in_repository if not os.path.exists(path) and os.path.exists(in_repository) else path
 

@@ -302,7 +302,12 @@ def make_byte_level(vocabulary, merges, added):
     ordered = [text for text in ordered if text not in added]
     tokens = [bytes(byte_of[c] for c in text) for text in ordered]
     ids = [vocabulary[text] for text in ordered]
-    special = {text: id_ for text, id_ in vocabulary.items() if text not in set(ordered)}
+    known = set(ordered)
+    special = {text: id_ for text, id_ in vocabulary.items() if text not in known}
+    for text in special.keys() - added.keys():
+        require(re.fullmatch(r'<.+>|\[.+\]', text), f'no merge makes the token {text!r}')
+    require(merges or sorted(vocabulary.values()) == list(range(len(vocabulary))),
+            'the ids are not 0, 1, 2, ...')
     kind = 'gpt2' if len(tokens) == 50256 else 'bpe'
     if ids == list(range(len(tokens))):
         ids = None

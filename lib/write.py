@@ -17,7 +17,17 @@ from tqdm import tqdm
 
 from lib.bins import DATA, FORMAT, shard_path
 from lib.errors import DISK_FULL, UserError, require
-from lib.files import create, lock, open_own, read_json, replace, temporary, write_synced, write_text
+from lib.files import (
+    check_kinds,
+    create,
+    lock,
+    open_own,
+    read_json,
+    replace,
+    temporary,
+    write_synced,
+    write_text,
+)
 
 SHARD_BYTES = 2 * 10**9  # most bytes of tokens per file
 COMMIT_BYTES = 2**26  # bytes of text between commits of the progress
@@ -101,6 +111,10 @@ class Piece:
     ordinary: bool = False  # `<|endoftext|>` in the text is plain text
 
 
+PROGRESS = {'made_by': str, 'pieces': int, 'sha256': str, 'bytes': dict, 'train': int, 'val': int,
+            'state': dict | None}
+
+
 class Progress:
     """The text written so far, and how far an interrupted prepare of the same text got."""
 
@@ -124,10 +138,13 @@ class Progress:
             return size >= min(tokens_per_shard, n_tokens - first) * itemsize
 
         try:
-            saved = json.loads(self.path.read_text(encoding='utf-8'))
+            saved = read_json(self.path)
+            check_kinds(saved, PROGRESS, self.path)
+            check_kinds(saved['bytes'], {split: int for split in self.n_bytes}, self.path)
+            bytes.fromhex(saved['sha256'])
             shards = [whole(split, saved[split], first) for split in self.n_bytes
                       for first in range(0, saved[split], tokens_per_shard)]
-            if saved['made_by'] == self.made_by and all(shards) and 'state' in saved:
+            if saved['made_by'] == self.made_by and all(shards):
                 print(f'{folder}: continuing after the {saved["train"] + saved["val"]:,} tokens of '
                       f'an interrupted prepare')
                 return saved

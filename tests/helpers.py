@@ -186,7 +186,9 @@ def deep_equal(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(deep_equal(a[k], b[k]) for k in a)
-    return all(map(deep_equal, a, b)) if isinstance(a, list) else a == b
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(deep_equal, a, b))
+    return a == b
 
 
 def assert_same_run(out_dir, reference_run):
