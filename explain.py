@@ -45,16 +45,14 @@ if __name__ == '__main__':  # before the slow imports, so that --help and typos 
         check(config)
 
 import base64
-import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
 import re
-import threading
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import numpy as np
 import torch
@@ -64,6 +62,7 @@ import checkpoint as ckpt
 import interpret
 from lib.files import write_text
 from lib.run import read_log
+from lib.serve import serve
 from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 
 MAX_TOKENS = 256  # of the text
@@ -83,6 +82,7 @@ DROPPED_TOGETHER = {
     'q': ('k',),
     'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens'),
 }
+DATA = '<!-- data -->'  # its place in the page's template
 # histogram of the logits outside the top 512: counts by distance from the largest logit
 TAIL_BINS = 2048
 BINS_PER_NAT = 32
@@ -418,8 +418,9 @@ def nan_to_none(value):
     return value
 
 
-def build_page(facts, arrays):
-    """The HTML of the page: web/page.html with its style, scripts and data inlined."""
+@functools.cache
+def page_template():
+    """(the page with style and scripts inlined and DATA for its data, Content-Security-Policy)"""
     web = Path(__file__).parent / 'web'
     page = (web / 'page.html').read_text(encoding='utf-8')
     style = (web / 'style.css').read_text(encoding='utf-8')
@@ -429,16 +430,26 @@ def build_page(facts, arrays):
     for name in re.findall(r'<script type="module" src="(.+)"></script>', page):
         source = (web / name).read_text(encoding='utf-8')
         sources.append(re.sub(r'^import .*?;\n|^export ', '', source, flags=re.M | re.S))
-    code = '\n'.join(sources)
+    code = '\n' + '\n'.join(sources)
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    # charts set style attributes; saving a picture as PNG draws a data: image
+    policy = (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+              f"img-src data:; base-uri 'none'; form-action 'none'")
+    script = f'{DATA}<script type="module">{code}</script>\n'
+    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda match: script, page)
+    head = (f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+            f'<style>\n{style}</style>')
+    return page.replace('<link rel="stylesheet" href="style.css">', head), policy
+
+
+def build_page(facts, arrays):
+    """The HTML of the page: web/page.html with its style, scripts and data inlined."""
+    page, _ = page_template()
     facts_json, blob = pack(facts, arrays)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
-    scripts = (
-        f'<script type="application/json" id="facts">{facts_json}</script>\n'
-        f'<script type="text/plain" id="arrays">{blob}</script>\n'
-        f'<script type="module">\n{code}</script>\n'
-    )
-    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda match: scripts, page)
-    return page.replace('<link rel="stylesheet" href="style.css">', f'<style>\n{style}</style>')
+    data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'
+            f'<script type="text/plain" id="arrays">{blob}</script>\n')
+    return page.replace(DATA, data)
 
 
 def main(config):
@@ -492,60 +503,17 @@ def main(config):
 
     page = render(start)
     if config.serve:
-        serve(page, render, render_error, config.port)
+        policy = f"{page_template()[1]}; frame-ancestors 'none'"  # which a <meta> cannot hold
+        try:
+            serve(page, render, render_error, config.port, policy)
+        except KeyboardInterrupt:
+            ckpt.warn('stopped')
+            os._exit(130)  # a pass may be running: torch threads can crash a normal exit
         return
     replaced = ', replacing the previous page' if path.exists() else ''
     with os_errors(f'{path}: cannot write'):
         write_text(path, page)
     print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{replaced}; open it in a browser')
-
-
-def serve(page, render, render_error, port):
-    """Serve page at / and render(text) at /?start=text on 127.0.0.1 until Ctrl-C.
-
-    If render raises a UserError, the answer is render_error(text, message) with status 400.
-    Raises UserError if the port cannot be used.
-    """
-    lock = threading.Lock()  # one forward pass at a time: each takes memory and all cores
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path, _, query = self.path.partition('?')
-            host = self.headers.get('Host', '').rsplit(':', 1)[0]
-            if path != '/' or host not in ('127.0.0.1', 'localhost'):  # against DNS rebinding
-                self.send_error(404)
-                return
-            text = parse_qs(query, keep_blank_values=True).get('start', [None])[0]
-            status = 200
-            with lock:
-                try:
-                    answer = page if text is None else render(text)
-                except UserError as error:
-                    answer = render_error(text, str(error))
-                    status = 400
-            body = answer.encode()
-            self.send_response(status)
-            self.send_header('Content-Type', 'text/html; charset=utf-8')
-            self.send_header('Content-Length', str(len(body)))
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the browser has disconnected
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    try:
-        server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
-    except OSError as error:
-        raise UserError(f'port = {port}: cannot listen: {error.strerror}; '
-                        f'choose another --port (0: any free one)') from None
-    with server:
-        print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C to stop)', flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            ckpt.warn('stopped')
-            os._exit(130)  # a pass may be running: torch threads can crash a normal exit
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ import torch
 import explain
 import interpret
 from checkpoint import load_model
-from helpers import TEXT, awake, char_tokenizer, collect, tiny, tokens
+from helpers import TEXT, awake, char_tokenizer, collect, served, tiny, tokens
 from lib.generation import filter_logits, sample_next_token
 from model import GPT, GPTConfig
 
@@ -52,18 +52,20 @@ def write_page(path, facts, arrays):
 
 @contextlib.contextmanager
 def opened(chromium, path, state='', width=1280, **options):
-    """The page in a new tab, fully drawn. Fails on console messages and network requests."""
+    """The page at a path or URL in a new tab, fully drawn. Fails on console messages and on
+    requests to anything else."""
     tab = chromium.new_page(viewport={'width': width, 'height': 900}, **options)
     problems = []
+    url = path if str(path).startswith('http:') else f'file://{path}'
 
     def check_request(request):
-        if not request.url.startswith(('file:', 'data:', 'blob:')):
+        if not request.url.startswith((url, 'data:', 'blob:')):
             problems.append(request.url)
 
     tab.on('console', lambda message: problems.append(message.text))
     tab.on('pageerror', lambda error: problems.append(str(error)))
     tab.on('request', check_request)
-    tab.goto(f'file://{path}{state}')
+    tab.goto(f'{url}{state}')
     wait_until_drawn(tab)
     yield tab
     tab.close()
@@ -427,6 +429,32 @@ def test_explain_page_saves_figures(chromium, page, tmp_path):
     lines = (tmp_path / 'next-token.csv').read_text(encoding='utf-8').splitlines()
     rows = list(csv.reader(lines))[1:]
     assert sum(float(row[3]) for row in rows) == pytest.approx(1, abs=1e-3)
+
+
+def test_served_page_takes_new_texts_and_saves_figures(chromium, clone, trained):
+    with served(clone, f'--out_dir={trained}', '--start=def') as (_, url), \
+            opened(chromium, url, accept_downloads=True) as tab:
+        tab.locator('#live-text').fill('return')
+        tab.get_by_role('button', name='Run').click()
+        tab.wait_for_url('**/?start=return')
+        wait_until_drawn(tab)
+        assert tab.locator('#tokens button').count() == 6
+        for name, kind in (('flow', 'PNG'), ('attention', 'SVG'), ('why', 'CSV')):
+            with tab.expect_download():
+                tab.locator(f'#figure-{name}').get_by_role('button', name=f'save {kind}').click()
+
+
+def test_explain_page_runs_no_other_script(chromium, page):
+    tab = chromium.new_page()
+    tab.goto(f'file://{page}')
+    wait_until_drawn(tab)
+    tab.evaluate("""() => {
+        const script = document.createElement('script');
+        script.textContent = 'document.title = "injected"';
+        document.body.append(script);
+    }""")
+    assert 'plainGPT' in tab.title()
+    tab.close()
 
 
 @pytest.mark.parametrize('width, scheme', [(1280, 'light'), (360, 'dark')])
