@@ -80,7 +80,7 @@ DROPPABLE = {
 DROPPED_TOGETHER = {
     'promoted': ('promoted_by',),
     'q': ('k',),
-    'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens'),
+    'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens', 'neuron_gates', 'curve'),
 }
 DATA = '<!-- data -->'  # its place in the page's template
 # histogram of the logits outside the top 512: counts by distance from the largest logit
@@ -255,22 +255,36 @@ def collect_heads(model, trace, target, vocab_size):
 
 
 def collect_neurons(model, trace, vocab_size):
-    """The most active neurons of each layer and position, and the tokens they promote."""
+    """The most active neurons of each layer and position, the tokens they promote, and the
+    activation function over the range of their pre-activations."""
     neurons = interpret.strongest_neurons(model, trace, 8)  # (L, T, 8)
     neuron_ids = [layer.unique().tolist() for layer in neurons]
     n_tokens = min(5, vocab_size // 2)
     tokens = [interpret.neuron_tokens(model, layer, torch.tensor(ids), n_tokens, vocab_size)
               for layer, ids in enumerate(neuron_ids)]
+    pre = trace.pre[:, 0].gather(2, neurons)  # (L, T, 8)
+    curves = []
+    for layer, x in enumerate(pre):
+        low = 1.05 * x.min().clamp(max=-3).item()
+        high = 1.05 * x.max().clamp(min=3).item()
+        grid = torch.cat((torch.linspace(-4, 4, 81), torch.linspace(low, high, 81))).sort().values
+        curves.append(torch.stack((grid, interpret.activation_curve(model, layer, grid))))
     facts = {
+        'gated': interpret.is_gated(model),
         'neurons_in_a_layer': trace.post.size(-1),
         'neuron_ids': neuron_ids,  # the rows of neuron_tokens, layer by layer
     }
     arrays = {
         'neurons': neurons,
-        'neuron_pre': to_half(trace.pre[:, 0].gather(2, neurons)),
+        'neuron_pre': to_half(pre),
         'neuron_post': to_half(trace.post[:, 0].gather(2, neurons)),
         'neuron_tokens': torch.cat(tokens),
+        'curve': torch.stack(curves),  # (L, 2, 162): pre-activations, activations
     }
+    if facts['gated']:  # post is not on the curve: it has the value as a factor
+        gates = [interpret.activation_curve(model, layer, x.flatten()).view_as(x)
+                 for layer, x in enumerate(pre)]
+        arrays['neuron_gates'] = to_half(torch.stack(gates))
     return facts, arrays
 
 
@@ -391,7 +405,7 @@ def pack(facts, arrays):
         if name in streams:
             dropped.append(description)
             for each in (name, *DROPPED_TOGETHER.get(name, ())):
-                del streams[each]
+                streams.pop(each, None)
     index = {}
     blob = b''
     for name, (dtype, shape, data) in streams.items():

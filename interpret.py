@@ -287,6 +287,25 @@ def strongest_neurons(model, trace, n, b=0):
 
 
 @torch.no_grad()
+def activation_curve(model, layer, x):
+    """The activation function of an MLP at pre-activations x (N,), applied by the MLP itself. (N,)
+
+    For a gated MLP (SwiGLU), x are gates and the values are 1.
+    """
+    mlp = model.transformer.h[layer].mlp
+    pre = x[:, None, None].expand(-1, 1, mlp.c_proj.weight.size(1))  # (N, 1, F)
+    if is_gated(model):
+        pre = torch.cat((pre, torch.ones_like(pre)), dim=-1)
+    return mlp.activate(pre)[:, 0, 0]
+
+
+def is_gated(model):
+    """Whether the MLPs have a gate and a value per neuron, in this order (SwiGLU)."""
+    mlp = model.transformer.h[0].mlp
+    return mlp.c_fc.weight.size(0) == 2 * mlp.c_proj.weight.size(1)
+
+
+@torch.no_grad()
 def neuron_tokens(model, layer, neurons, n, vocab_size=None):
     """The n tokens each neuron raises most when its activation is positive, then the n it lowers.
 

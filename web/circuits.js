@@ -429,7 +429,7 @@ function nextTokensFigure(name) {
 
 function bigramTableFigure(name) {
   const V = facts.vocab_size;
-  const {data} = arrays['bigrams_' + name];
+  const data = row('bigrams_' + name);
   const root = (i, j) => data[i * V + j] / 255;
   const title = `All bigrams, ${PATHS[name]}: token (row), next token (column)`;
   const chart = figure('bigrams-' + name, title, () => {

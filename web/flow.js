@@ -312,7 +312,7 @@ function neighborsFigure() {
 }
 
 function positionsFigure() {
-  const note = POSITION_NOTES[facts.model.position];
+  const note = POSITION_NOTES[facts.model.position] ?? `position = ${facts.model.position}`;
   const rotary = arrays.rotary;
   const index = facts.embeddings.indexOf('position');
   if (!rotary && (index < 0 || !arrays.embeddings)) {

@@ -58,11 +58,14 @@ const SCORE_NOTES = {
     '−1 if it lowers them (Elhage et al. 2021).',
   logit: 'Direct contribution to the logit of the next token at the selected position.'
 };
-const partIndex = new Map(facts.parts.map(([kind, l, k], i) => [`${kind} ${l} ${k}`, i]));
+let partIndex; // 'head,layer,head' -> index in facts.parts
 
 /** A score of head l.k: in [0, 1], copying in [-1, 1]; 'logit' depends on the position. */
 export function score(name, l, k) {
-  if (name === 'logit') return row('parts', partIndex.get(`head ${l} ${k}`), state.t)[0];
+  if (name === 'logit') {
+    partIndex ??= new Map(facts.parts.map((part, i) => [String(part), i]));
+    return row('parts', partIndex.get(`head,${l},${k}`), state.t)[0];
+  }
   return row('scores', facts.score_names.indexOf(name), l)[k];
 }
 

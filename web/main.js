@@ -17,6 +17,7 @@ import {
   redraw,
   row,
   set,
+  showError,
   state,
   watch
 } from './core.js';
@@ -150,13 +151,18 @@ const panels = {
   training: buildTraining
 };
 
-await loadArrays();
-selectBestHead();
+try {
+  await loadArrays();
+} catch (error) {
+  showError(document.querySelector('main'), error); // no panel can do without
+  throw error;
+}
 buildTheme();
-buildHeader();
-buildStrip();
+inSection('why', selectBestHead);
+inSection('run-facts', buildHeader);
+inSection('tokens', buildStrip);
 for (const [id, build] of Object.entries(panels)) inSection(id, build);
-buildTour();
+inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
 setScrollPadding();

@@ -63,7 +63,10 @@ const POSITION_STEP = {
     text: 'This model has no positional encoding. It can only infer order from the causal mask.',
     formula: 'x<sub>0</sub> = W<sub>E</sub>[token]'
   }
-}[positions];
+}[positions] ?? {
+  text: 'Attention by itself ignores the order of its inputs.',
+  formula: `position = ${positions}`
+};
 
 function positionExample() {
   if (facts.embeddings.includes('position')) {
@@ -320,7 +323,11 @@ export function buildTour() {
     text.textContent = step.text;
     formula.innerHTML = step.formula;
     shapes.textContent = 'Shapes: ' + step.shapes();
-    example.textContent = step.example();
+    try {
+      example.textContent = step.example();
+    } catch (error) {
+      example.textContent = error.message; // the panel that it is about says so too
+    }
     progress.textContent = `${state.tour} of ${STEPS.length}`;
     back.disabled = state.tour === 1;
     next.textContent = state.tour === STEPS.length ? 'Finish' : 'Next';
