@@ -5,6 +5,7 @@ The page opens from disk and loads nothing from the network.
     python explain.py --out_dir=out-quickstart --start="def main("
     python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
     python explain.py --out_dir=out-quickstart --start="def main(" --serve
+    python explain.py --out_dir=out-scan --start="jump twice<|endoftext|>JUMP JUMP"
 """
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -87,7 +88,7 @@ DATA = '<!-- data -->'  # its place in the page's template
 TAIL_BINS = 2048
 BINS_PER_NAT = 32
 MODEL_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
-              'qk_norm', 'logit_softcap', 'bias')
+              'qk_norm', 'logit_softcap', 'bias', 'eot_token', 'turns', 'prefix_lm')
 
 
 # Data for the page --------------------------------------------------------------------------------
@@ -140,9 +141,12 @@ def collect_text(model, tokenizer, ids):
     # the token after the last one is unknown: explain the most likely one instead
     target = torch.cat((next_tokens, logits[-1:].argmax(dim=-1)))  # (T,)
     distinct = list(dict.fromkeys(ids))
+    text = tokenizer.decode(ids)
+    if model.config.turns:  # as in --start
+        text = text.removeprefix(END_OF_TEXT).removesuffix(END_OF_TEXT)
     facts = {
         'ids': ids,
-        'text': tokenizer.decode(ids),
+        'text': text,
         'distinct': distinct,
         'difference': (trace.logits - expected).abs().max().item(),
         'largest': expected.abs().max().item(),
@@ -238,12 +242,12 @@ def collect_embeddings(model, trace, distinct, vocab_size):
 
 def collect_heads(model, trace, target, vocab_size):
     """Attention patterns, queries and keys, and the effect of each head on the logits."""
-    T = len(target)
-    row, column = torch.tril_indices(T, T)  # lower triangles are stored row by row
-    attention = trace.attention[:, 0][..., row, column]  # (L, nh, T (T + 1) / 2)
-    by_source = interpret.effect_by_source(model, trace, target)[..., row, column]
+    mask = trace.mask[0]  # what it hides is not stored; without documents, lower triangles are
+    attention = trace.attention[:, 0][..., mask]  # (L, nh, pairs), row by row
+    by_source = interpret.effect_by_source(model, trace, target)[..., mask]
     ids, values = interpret.promoted(model, trace, min(5, vocab_size // 2), vocab_size=vocab_size)
     arrays = {
+        'mask': mask.byte(),  # (T, T)
         'attention': root_in_8_bits(attention),
         'q': to_half(trace.q[:, 0]),  # (L, nh, T, hs)
         'k': to_half(trace.k[:, 0]),  # (L, nkv, T, hs)
@@ -478,8 +482,6 @@ def main(config):
     require(norm_position == 'pre',
             f'{checkpoint.path}: norm_position = {norm_position!r}: '
             f'explain.py supports pre-norm models only')
-    require(not model.config.prefix_lm,
-            f'{checkpoint.path}: prefix_lm = True: explain.py supports causal attention only')
     model.requires_grad_(False).float()
     require(all(p.isfinite().all() for p in model.parameters()),
             f'{checkpoint.path}: the weights are not finite; choose another checkpoint')
@@ -487,7 +489,11 @@ def main(config):
 
     def encode(text):
         if model.config.turns:  # sources and targets, with <|endoftext|> between them
-            return encode_turns(text.split(END_OF_TEXT), tokenizer)
+            ids = encode_turns(text.split(END_OF_TEXT), tokenizer)
+            require(len(ids) <= max_tokens,
+                    f'start has {len(ids)} tokens, but only {max_tokens} fit: '
+                    f'give a shorter source or target')
+            return ids
         return encode_prompt(text, tokenizer)
 
     ids = encode(start)

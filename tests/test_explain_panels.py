@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import explain
+import interpret
 from browser import NO_RUN, PANELS, assert_close, opened, table, wait_until_drawn, write_page
-from helpers import ROOT, char_tokenizer, collect, tiny, tokens
+from checkpoint import load_model
+from helpers import ROOT, TINY, char_tokenizer, collect, served, tiny, tokens
 from model import GPT, GPTConfig
 
 # Extremes -----------------------------------------------------------------------------------------
@@ -41,6 +43,102 @@ def test_explain_page_single_token_single_layer(chromium, tmp_path):
         assert tab.locator('#where').text_content().startswith('Position 0 of 0: ')
         assert tab.locator('#live-text').input_value() == '5'
         assert tab.locator('#figure-why .picture svg').count() == 1
+
+
+# Sources and targets ------------------------------------------------------------------------------
+
+PAIR = 'jump twice<|endoftext|>JUMP JUMP'
+
+
+@pytest.fixture(scope='module')
+def translator(run, prepare_pairs, tmp_path_factory):
+    """The folder of a run with bidirectional attention within a source."""
+    pairs = [(a, a.upper()) for a in ('jump twice', 'walk', 'look twice', 'run', 'walk twice')]
+    data = prepare_pairs(pairs * 40, '--tokenizer=byte', '--block_size=32', '--val_fraction=0.3')
+    out_dir = tmp_path_factory.mktemp('translator') / 'out'
+    run('train.py', f'--dataset={data}', f'--out_dir={out_dir}', *TINY, '--prefix_lm=True',
+        '--max_iters=20')
+    return out_dir
+
+
+def test_explain_page_shows_bidirectional_attention(chromium, run, translator):
+    run('explain.py', f'--out_dir={translator}', f'--start={PAIR}', '--checkpoints=all')
+    model, tokenizer = load_model(translator)
+    eot = [tokenizer.eot]
+    ids = eot + tokenizer.encode('jump twice') + eot + tokenizer.encode('JUMP JUMP') + eot
+    T, end = len(ids), 11  # 11 tokens of the source, with the <|endoftext|> before it
+    trace = interpret.run(model, torch.tensor([ids]))
+    with opened(chromium, translator / 'explain.html', '#t=2&layer=1&head=1&source=9') as tab:
+        assert tab.locator('#tokens button').count() == T
+        shown = torch.zeros(T, T)
+        attention = table(tab, 'attention')
+        for query, key, p in attention:
+            shown[int(query.split()[0]), int(key.split()[0])] = float(p)
+        assert len(attention) == T * (T + 1) // 2 + end * (end - 1) // 2
+        torch.testing.assert_close(shown, trace.attention[1, 0, 1], atol=2e-3, rtol=2e-3)
+        scores = table(tab, 'scores')
+        assert [masked != '-Infinity' for *_, masked, _ in scores] == [s < end for s in range(T)]
+        assert_close([row[4] for row in scores], trace.attention[1, 0, 1, 2])
+        by_source = [float(value) for _, value in table(tab, 'by-source')]
+        assert len(by_source) == end
+        assert sum(by_source) == pytest.approx(float(dict(table(tab, 'why'))['head 1.1']), abs=1e-2)
+        assert 'Softmax over 11 keys' in tab.locator('#figure-terms .readout').text_content()
+        assert 'not a prediction' in tab.locator('#where').text_content()
+        assert 'causal' in tab.locator('#heads .content > .note').text_content()
+        tab.locator('#tour-start').click()
+        for _ in range(4):
+            tab.locator('#tour .bar button').nth(1).click()
+        assert tab.locator('#tour-title').text_content() == 'Attention mask'
+        assert f'attend to 11 of {T}' in tab.locator('#tour .look').text_content()
+
+
+def test_explain_page_samples_after_a_source_as_sample_py(chromium, run, translator):
+    run('explain.py', f'--out_dir={translator}', f'--start={PAIR}')
+    with opened(chromium, translator / 'explain.html', '#t=14&seed=7') as tab:
+        assert 'at the end of the first source only' in tab.locator('#next .card').text_content()
+    with opened(chromium, translator / 'explain.html', '#t=11&seed=7&k=256') as tab:
+        assert 'with this source' in tab.locator('#next .card').text_content()
+        draws = tab.locator('#draws .token').evaluate_all(
+            'tokens => tokens.map(token => JSON.parse(token.title))')
+    result = run('sample.py', f'--out_dir={translator}', '--start=jump twice', '--num_samples=10',
+                 '--max_new_tokens=1', '--seed=7', '--dtype=float32', '--temperature=0.8',
+                 '--top_k=256')
+    samples = result.stdout.split('\n' + '-' * 15 + '\n')[:-1]
+    samples = [sample.removeprefix('jump twice\n') for sample in samples]
+    is_text = [draw.isascii() and draw.isprintable() for draw in draws]
+    assert sum(is_text) >= 3
+    assert [d for d, shown in zip(draws, is_text) if shown] == [
+        s for s, shown in zip(samples, is_text) if shown]
+
+
+def test_served_page_of_pairs_runs_its_own_text_again(chromium, clone, translator):
+    with served(clone, f'--out_dir={translator}', f'--start={PAIR}') as (_, url), \
+            opened(chromium, url) as tab:
+        assert tab.locator('#live-text').input_value() == PAIR
+        with tab.expect_navigation():
+            tab.get_by_role('button', name='Run').click()
+        wait_until_drawn(tab)
+        assert tab.locator('#live-error').text_content() == ''
+        assert tab.locator('#tokens button').count() == 22
+
+
+def test_explain_refuses_pairs_that_do_not_fit(refused, translator):
+    refused('explain.py', f'--out_dir={translator}', f'--start={"jump " * 9}',
+            says=('start has 46 tokens', 'only 32 fit'))
+    refused('explain.py', f'--out_dir={translator}', '--start=jump<|endoftext|>',
+            says='start is empty')
+
+
+def test_explain_page_masks_other_documents(chromium, tmp_path):
+    model = tiny(eot_token=3)
+    ids = [5, 9, 7, 3, 8, 6]
+    facts, arrays = collect(model, char_tokenizer(48, 40), ids)
+    path = write_page(tmp_path / 'page.html', facts, arrays)
+    with opened(chromium, path, '#t=5&layer=1&head=2') as tab:
+        p = [float(row[4]) for row in table(tab, 'scores')]
+        trace = interpret.run(model, torch.tensor([ids]))
+        assert_close(p, trace.attention[1, 0, 2, 5])
+        assert p[:3] == [0, 0, 0]
 
 
 # Changed models, broken pages ---------------------------------------------------------------------
@@ -86,6 +184,7 @@ WRITE_PAGE = """
 import sys
 
 import explain
+import interpret
 from browser import write_page
 from helpers import char_tokenizer, collect, tiny, tokens
 

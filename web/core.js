@@ -34,6 +34,7 @@ export async function loadArrays() {
     })
   );
   document.getElementById('arrays').remove();
+  readMask();
   facts.vocabulary = JSON.parse(new TextDecoder().decode(row('vocabulary')));
 }
 
@@ -77,9 +78,33 @@ export function row(name, ...index) {
   return data.subarray(start, start + length);
 }
 
-/** Row t of a lower triangle stored row by row. */
-export const triangleRow = (triangle, t) =>
-  triangle.subarray((t * (t + 1)) / 2, ((t + 1) * (t + 2)) / 2);
+/** Whether the query at t sees the key at s: the mask of model.attention_mask. */
+export const sees = (t, s) => arrays.mask.data[t * T + s] === 1;
+
+/** visibleKeys[t]: the keys that the query at t sees, in order. */
+export const visibleKeys = [];
+const rowStarts = []; // of an array of all visible pairs
+
+function readMask() {
+  const mask = row('mask');
+  let start = 0;
+  for (let t = 0; t < T; t++) {
+    visibleKeys.push(range(T, s => s).filter(s => mask[t * T + s]));
+    rowStarts.push(start);
+    start += visibleKeys[t].length;
+  }
+}
+
+/** Row t of an array of all visible pairs, stored row by row: T numbers, 0 for hidden keys. */
+export function rowOfPairs(pairs, t) {
+  const numbers = new Float64Array(T);
+  visibleKeys[t].forEach((s, i) => (numbers[s] = pairs[rowStarts[t] + i]));
+  return numbers;
+}
+
+/** Why the query at t does not see the key at s. */
+export const whyHidden = (t, s) =>
+  s > t ? 'the key comes after the query' : 'the key is in another document';
 
 /** Stands in for a figure whose data was dropped to keep the page small. */
 export const missing = () =>

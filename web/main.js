@@ -58,6 +58,7 @@ function modelFacts() {
     ['norm, activation', `${model.norm}, ${model.activation}`],
     ['text', T > 1 ? `${T} tokens` : '1 token']
   ];
+  if (model.prefix_lm) items.push(['attention', 'bidirectional in sources']);
   if (run.val_loss !== null) items.splice(1, 0, ['val loss', fixed(run.val_loss, 4)]);
   return items;
 }
