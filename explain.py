@@ -5,6 +5,7 @@ The page opens from disk and loads nothing from the network.
     python explain.py --out_dir=out-quickstart --start="def main("
     python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
     python explain.py --out_dir=out-quickstart --start="def main(" --serve
+    python explain.py --out_dir=out-scan --start="jump twice<|endoftext|>JUMP JUMP"
 """
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -45,16 +46,14 @@ if __name__ == '__main__':  # before the slow imports, so that --help and typos 
         check(config)
 
 import base64
-import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
 import re
-import threading
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import numpy as np
 import torch
@@ -64,6 +63,7 @@ import checkpoint as ckpt
 import interpret
 from lib.files import write_text
 from lib.run import read_log
+from lib.serve import serve
 from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 
 MAX_TOKENS = 256  # of the text
@@ -81,13 +81,14 @@ DROPPABLE = {
 DROPPED_TOGETHER = {
     'promoted': ('promoted_by',),
     'q': ('k',),
-    'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens'),
+    'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens', 'neuron_gates', 'curve'),
 }
+DATA = '<!-- data -->'  # its place in the page's template
 # histogram of the logits outside the top 512: counts by distance from the largest logit
 TAIL_BINS = 2048
 BINS_PER_NAT = 32
 MODEL_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
-              'qk_norm', 'logit_softcap', 'bias')
+              'qk_norm', 'logit_softcap', 'bias', 'eot_token', 'turns', 'prefix_lm')
 
 
 # Data for the page --------------------------------------------------------------------------------
@@ -140,9 +141,12 @@ def collect_text(model, tokenizer, ids):
     # the token after the last one is unknown: explain the most likely one instead
     target = torch.cat((next_tokens, logits[-1:].argmax(dim=-1)))  # (T,)
     distinct = list(dict.fromkeys(ids))
+    text = tokenizer.decode(ids)
+    if model.config.turns:  # as in --start
+        text = text.removeprefix(END_OF_TEXT).removesuffix(END_OF_TEXT)
     facts = {
         'ids': ids,
-        'text': tokenizer.decode(ids),
+        'text': text,
         'distinct': distinct,
         'difference': (trace.logits - expected).abs().max().item(),
         'largest': expected.abs().max().item(),
@@ -238,12 +242,12 @@ def collect_embeddings(model, trace, distinct, vocab_size):
 
 def collect_heads(model, trace, target, vocab_size):
     """Attention patterns, queries and keys, and the effect of each head on the logits."""
-    T = len(target)
-    row, column = torch.tril_indices(T, T)  # lower triangles are stored row by row
-    attention = trace.attention[:, 0][..., row, column]  # (L, nh, T (T + 1) / 2)
-    by_source = interpret.effect_by_source(model, trace, target)[..., row, column]
+    mask = trace.mask[0]  # what it hides is not stored; without documents, lower triangles are
+    attention = trace.attention[:, 0][..., mask]  # (L, nh, pairs), row by row
+    by_source = interpret.effect_by_source(model, trace, target)[..., mask]
     ids, values = interpret.promoted(model, trace, min(5, vocab_size // 2), vocab_size=vocab_size)
     arrays = {
+        'mask': mask.byte(),  # (T, T)
         'attention': root_in_8_bits(attention),
         'q': to_half(trace.q[:, 0]),  # (L, nh, T, hs)
         'k': to_half(trace.k[:, 0]),  # (L, nkv, T, hs)
@@ -255,22 +259,36 @@ def collect_heads(model, trace, target, vocab_size):
 
 
 def collect_neurons(model, trace, vocab_size):
-    """The most active neurons of each layer and position, and the tokens they promote."""
+    """The most active neurons of each layer and position, the tokens they promote, and the
+    activation function over the range of their pre-activations."""
     neurons = interpret.strongest_neurons(model, trace, 8)  # (L, T, 8)
     neuron_ids = [layer.unique().tolist() for layer in neurons]
     n_tokens = min(5, vocab_size // 2)
     tokens = [interpret.neuron_tokens(model, layer, torch.tensor(ids), n_tokens, vocab_size)
               for layer, ids in enumerate(neuron_ids)]
+    pre = trace.pre[:, 0].gather(2, neurons)  # (L, T, 8)
+    curves = []
+    for layer, x in enumerate(pre):
+        low = 1.05 * x.min().clamp(max=-3).item()
+        high = 1.05 * x.max().clamp(min=3).item()
+        grid = torch.cat((torch.linspace(-4, 4, 81), torch.linspace(low, high, 81))).sort().values
+        curves.append(torch.stack((grid, interpret.activation_curve(model, layer, grid))))
     facts = {
+        'gated': interpret.is_gated(model),
         'neurons_in_a_layer': trace.post.size(-1),
         'neuron_ids': neuron_ids,  # the rows of neuron_tokens, layer by layer
     }
     arrays = {
         'neurons': neurons,
-        'neuron_pre': to_half(trace.pre[:, 0].gather(2, neurons)),
+        'neuron_pre': to_half(pre),
         'neuron_post': to_half(trace.post[:, 0].gather(2, neurons)),
         'neuron_tokens': torch.cat(tokens),
+        'curve': torch.stack(curves),  # (L, 2, 162): pre-activations, activations
     }
+    if facts['gated']:  # post is not on the curve: it has the value as a factor
+        gates = [interpret.activation_curve(model, layer, x.flatten()).view_as(x)
+                 for layer, x in enumerate(pre)]
+        arrays['neuron_gates'] = to_half(torch.stack(gates))
     return facts, arrays
 
 
@@ -391,7 +409,7 @@ def pack(facts, arrays):
         if name in streams:
             dropped.append(description)
             for each in (name, *DROPPED_TOGETHER.get(name, ())):
-                del streams[each]
+                streams.pop(each, None)
     index = {}
     blob = b''
     for name, (dtype, shape, data) in streams.items():
@@ -418,8 +436,9 @@ def nan_to_none(value):
     return value
 
 
-def build_page(facts, arrays):
-    """The HTML of the page: web/page.html with its style, scripts and data inlined."""
+@functools.cache
+def page_template():
+    """(the page with style and scripts inlined and DATA for its data, Content-Security-Policy)"""
     web = Path(__file__).parent / 'web'
     page = (web / 'page.html').read_text(encoding='utf-8')
     style = (web / 'style.css').read_text(encoding='utf-8')
@@ -429,16 +448,26 @@ def build_page(facts, arrays):
     for name in re.findall(r'<script type="module" src="(.+)"></script>', page):
         source = (web / name).read_text(encoding='utf-8')
         sources.append(re.sub(r'^import .*?;\n|^export ', '', source, flags=re.M | re.S))
-    code = '\n'.join(sources)
+    code = '\n' + '\n'.join(sources)
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    # charts set style attributes; saving a picture as PNG draws a data: image
+    policy = (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+              f"img-src data:; base-uri 'none'; form-action 'none'")
+    script = f'{DATA}<script type="module">{code}</script>\n'
+    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda match: script, page)
+    head = (f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+            f'<style>\n{style}</style>')
+    return page.replace('<link rel="stylesheet" href="style.css">', head), policy
+
+
+def build_page(facts, arrays):
+    """The HTML of the page: web/page.html with its style, scripts and data inlined."""
+    page, _ = page_template()
     facts_json, blob = pack(facts, arrays)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
-    scripts = (
-        f'<script type="application/json" id="facts">{facts_json}</script>\n'
-        f'<script type="text/plain" id="arrays">{blob}</script>\n'
-        f'<script type="module">\n{code}</script>\n'
-    )
-    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda match: scripts, page)
-    return page.replace('<link rel="stylesheet" href="style.css">', f'<style>\n{style}</style>')
+    data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'
+            f'<script type="text/plain" id="arrays">{blob}</script>\n')
+    return page.replace(DATA, data)
 
 
 def main(config):
@@ -453,8 +482,6 @@ def main(config):
     require(norm_position == 'pre',
             f'{checkpoint.path}: norm_position = {norm_position!r}: '
             f'explain.py supports pre-norm models only')
-    require(not model.config.prefix_lm,
-            f'{checkpoint.path}: prefix_lm = True: explain.py supports causal attention only')
     model.requires_grad_(False).float()
     require(all(p.isfinite().all() for p in model.parameters()),
             f'{checkpoint.path}: the weights are not finite; choose another checkpoint')
@@ -462,7 +489,11 @@ def main(config):
 
     def encode(text):
         if model.config.turns:  # sources and targets, with <|endoftext|> between them
-            return encode_turns(text.split(END_OF_TEXT), tokenizer)
+            ids = encode_turns(text.split(END_OF_TEXT), tokenizer)
+            require(len(ids) <= max_tokens,
+                    f'start has {len(ids)} tokens, but only {max_tokens} fit: '
+                    f'give a shorter source or target')
+            return ids
         return encode_prompt(text, tokenizer)
 
     ids = encode(start)
@@ -492,60 +523,17 @@ def main(config):
 
     page = render(start)
     if config.serve:
-        serve(page, render, render_error, config.port)
+        policy = f"{page_template()[1]}; frame-ancestors 'none'"  # which a <meta> cannot hold
+        try:
+            serve(page, render, render_error, config.port, policy)
+        except KeyboardInterrupt:
+            ckpt.warn('stopped')
+            os._exit(130)  # a pass may be running: torch threads can crash a normal exit
         return
     replaced = ', replacing the previous page' if path.exists() else ''
     with os_errors(f'{path}: cannot write'):
         write_text(path, page)
     print(f'{path}: {len(page.encode()) / 1e6:.1f} MB{replaced}; open it in a browser')
-
-
-def serve(page, render, render_error, port):
-    """Serve page at / and render(text) at /?start=text on 127.0.0.1 until Ctrl-C.
-
-    If render raises a UserError, the answer is render_error(text, message) with status 400.
-    Raises UserError if the port cannot be used.
-    """
-    lock = threading.Lock()  # one forward pass at a time: each takes memory and all cores
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path, _, query = self.path.partition('?')
-            host = self.headers.get('Host', '').rsplit(':', 1)[0]
-            if path != '/' or host not in ('127.0.0.1', 'localhost'):  # against DNS rebinding
-                self.send_error(404)
-                return
-            text = parse_qs(query, keep_blank_values=True).get('start', [None])[0]
-            status = 200
-            with lock:
-                try:
-                    answer = page if text is None else render(text)
-                except UserError as error:
-                    answer = render_error(text, str(error))
-                    status = 400
-            body = answer.encode()
-            self.send_response(status)
-            self.send_header('Content-Type', 'text/html; charset=utf-8')
-            self.send_header('Content-Length', str(len(body)))
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the browser has disconnected
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    try:
-        server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
-    except OSError as error:
-        raise UserError(f'port = {port}: cannot listen: {error.strerror}; '
-                        f'choose another --port (0: any free one)') from None
-    with server:
-        print(f'http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C to stop)', flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            ckpt.warn('stopped')
-            os._exit(130)  # a pass may be running: torch threads can crash a normal exit
 
 
 if __name__ == '__main__':

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from lib.errors import require
+
 
 @dataclass
 class Trace:
@@ -35,7 +37,8 @@ class Trace:
     q: torch.Tensor  # (L, B, nh, T, hs) after RoPE and QK-norm
     k: torch.Tensor  # (L, B, nkv, T, hs) after RoPE and QK-norm
     v: torch.Tensor  # (L, B, nkv, T, hs)
-    attention: torch.Tensor  # (L, B, nh, T, S) causal softmax(q k^T / sqrt(hs)); rows sum to 1
+    mask: torch.Tensor  # (B, T, S) True where a query sees a key
+    attention: torch.Tensor  # (L, B, nh, T, S) softmax(q k^T / sqrt(hs)) over mask; rows sum to 1
     mixed: torch.Tensor  # (L, B, nh, T, hs) attention @ v, before the output projection
     attn_out: torch.Tensor  # (L, B, T, C)
     pre: torch.Tensor  # (L, B, T, F) before the activation; for SwiGLU, the gate
@@ -49,24 +52,26 @@ class Trace:
 def run(model, idx):
     """The forward pass of a model in eval mode over idx (B, T), as a Trace.
 
-    trace.logits equals model(idx, idx)[0]. Raises ValueError if T exceeds block_size or the model
-    is post-norm.
+    trace.logits equals model(idx, idx)[0]. Raises UserError, a ValueError, if idx has another
+    shape, T exceeds block_size or the model is post-norm.
     """
+    require(idx.dim() == 2 and idx.numel(),
+            f'idx has shape {tuple(idx.shape)}: give token ids (B, T), as in torch.tensor([ids])')
     B, T = idx.shape
     config = model.config
-    if config.norm_position != 'pre':
-        raise ValueError(f'norm_position = {config.norm_position!r}: '
-                         f'only pre-norm models are supported')
-    if T > config.block_size:
-        raise ValueError(f'{T} tokens do not fit into block_size = {config.block_size}')
+    require(config.norm_position == 'pre',
+            f'norm_position = {config.norm_position!r}: only pre-norm models are supported')
+    require(T <= config.block_size,
+            f'{T} tokens do not fit into block_size = {config.block_size}: give a shorter text')
     position = torch.arange(T, device=idx.device)
     padding = idx.new_full((B, config.ngram - 1), -1)  # no n-gram reaches back before the text
     parts = model.embed(idx, position, torch.cat((padding, idx), dim=1))
     embeddings = {name: part.expand(B, T, -1) for name, part in parts.items()}
     rotary = model.rotary(position)
-    mask = model.attention_mask(idx, position)
+    mask = model.attention_mask(idx, position)  # (B, 1, T, S)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
+    mask = mask.expand(B, 1, T, T)
     x = sum(embeddings.values())
     residual = [x]
     layers = []
@@ -94,6 +99,7 @@ def run(model, idx):
         idx=idx,
         embeddings=embeddings,
         residual=torch.stack(residual),
+        mask=mask[:, 0],
         **activations,
         final_scale=norm_scale(model.transformer.ln_f, x),
         logits=model.to_logits(model.transformer.ln_f(x)),
@@ -111,6 +117,8 @@ def norm_scale(norm, x):
     """1 / the divisor of a norm at x (..., C): the RMS, for LayerNorm after centering. (...,)"""
     if isinstance(norm, torch.nn.LayerNorm):
         x = x - x.mean(dim=-1, keepdim=True)
+    elif not isinstance(norm, torch.nn.RMSNorm):
+        raise NotImplementedError(f'{type(norm).__name__} has no branch in norm_scale and fold')
     return (x.square().mean(dim=-1) + norm.eps).rsqrt()
 
 
@@ -287,6 +295,25 @@ def strongest_neurons(model, trace, n, b=0):
 
 
 @torch.no_grad()
+def activation_curve(model, layer, x):
+    """The activation function of an MLP at pre-activations x (N,), applied by the MLP itself. (N,)
+
+    For a gated MLP (SwiGLU), x are gates and the values are 1.
+    """
+    mlp = model.transformer.h[layer].mlp
+    pre = x[:, None, None].expand(-1, 1, mlp.c_proj.weight.size(1))  # (N, 1, F)
+    if is_gated(model):
+        pre = torch.cat((pre, torch.ones_like(pre)), dim=-1)
+    return mlp.activate(pre)[:, 0, 0]
+
+
+def is_gated(model):
+    """Whether the MLPs have a gate and a value per neuron, in this order (SwiGLU)."""
+    mlp = model.transformer.h[0].mlp
+    return mlp.c_fc.weight.size(0) == 2 * mlp.c_proj.weight.size(1)
+
+
+@torch.no_grad()
 def neuron_tokens(model, layer, neurons, n, vocab_size=None):
     """The n tokens each neuron raises most when its activation is positive, then the n it lowers.
 
@@ -317,16 +344,20 @@ def nearest_tokens(model, ids, n, vocab_size=None):
     return best.indices, best.values
 
 
-def repeated_tokens(vocab_size, length, batch):
+def repeated_tokens(vocab_size, length, batch, eot=None):
     """Distinct random tokens followed by the same tokens again: (batch, 2 * length).
 
     Only the first half helps to predict the second (Olsson et al. 2022, "prefix matching" test).
-    The seed is fixed. Raises ValueError if length exceeds vocab_size.
+    eot is not among them: attention would stop at it. The seed is fixed. Raises UserError, a
+    ValueError, if length exceeds the number of tokens.
     """
-    if length > vocab_size:
-        raise ValueError(f'length = {length} is more than the {vocab_size} tokens')
+    tokens = torch.arange(vocab_size)
+    if eot is not None:
+        tokens = tokens[tokens != eot]
+    require(length <= len(tokens), f'length = {length} is more than the {len(tokens)} tokens')
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randperm(vocab_size, generator=generator)[:length] for _ in range(batch)]
+    rows = [tokens[torch.randperm(len(tokens), generator=generator)[:length]]
+            for _ in range(batch)]
     half = torch.stack(rows)
     return torch.cat((half, half), dim=1)
 
@@ -362,11 +393,12 @@ def head_scores(model, vocab_size=None, eigenvalues=None):
     `ov_eigenvalues`, if already computed. losses[i] is the mean cross-entropy, in nats, of token
     i + 1 of `repeated_tokens`: it drops from token length + 1 on if the model does induction.
 
-    length is 50, or less if block_size / 2 or vocab_size is. Below 3 the attention scores are NaN
-    and losses is empty.
+    length is 50, or less if block_size / 2 or the vocabulary is. Below 3 the attention scores are
+    NaN and losses is empty. With prefix_lm the tokens are no source, so attention is causal.
     """
     vocab_size = vocab_size or model.config.vocab_size
-    length = min(50, model.config.block_size // 2, vocab_size)
+    eot = model.config.eot_token
+    length = min(50, model.config.block_size // 2, vocab_size - (eot is not None))
     if eigenvalues is None:
         eigenvalues = ov_eigenvalues(model, vocab_size)
     copying = copying_scores(eigenvalues)
@@ -374,7 +406,7 @@ def head_scores(model, vocab_size=None, eigenvalues=None):
         nan = torch.full_like(copying, float('nan'))
         scores = {'previous': nan, 'induction': nan, 'duplicate': nan, 'copying': copying}
         return scores, torch.empty(0)
-    idx = repeated_tokens(vocab_size, length, batch=4).to(model.transformer.wte.weight.device)
+    idx = repeated_tokens(vocab_size, length, 4, eot).to(model.transformer.wte.weight.device)
     trace = run(model, idx)
     logits = trace.logits[:, :-1, :vocab_size].transpose(1, 2)  # (B, V, T - 1)
     losses = F.cross_entropy(logits, idx[:, 1:], reduction='none').mean(dim=0)

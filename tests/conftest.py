@@ -210,6 +210,26 @@ def prepare_pairs(run, clone):
     return prepare_pairs
 
 
+# A browser ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    """Chromium; tests that use it are skipped without one."""
+    names = ('chromium', 'chromium-browser', 'google-chrome')
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip('needs Chromium: apt-get install chromium')
+    from playwright.sync_api import sync_playwright  # installed only where there is a browser
+
+    arguments = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-sync',
+                 '--disable-background-networking', '--disable-component-update']
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
+
+
 # Runs ---------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,13 @@
 """Constants and plain functions shared by several test files; fixtures are in conftest.py."""
 
+import contextlib
 import json
 import os
 import pickle
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -279,3 +281,18 @@ def collect(model, names, ids):
     facts, arrays = explain.collect_weights(model, names)
     text_facts, text_arrays = explain.collect_text(model, names, ids)
     return facts | text_facts, arrays | text_arrays
+
+
+@contextlib.contextmanager
+def served(clone, *arguments):
+    """(process, URL) of explain.py --serve; killed after 100 s."""
+    command = [sys.executable, str(clone / 'explain.py'), *arguments, '--serve', '--port=0']
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(command, cwd=clone, **pipes) as server:
+        killer = threading.Timer(100, server.kill)
+        killer.start()
+        try:
+            yield server, server.stdout.readline().split()[0]
+        finally:
+            killer.cancel()
+            server.kill()

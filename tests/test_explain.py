@@ -6,13 +6,14 @@ import http.client
 import json
 import re
 import shutil
-import subprocess
-import sys
+import socket
+import struct
 import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ import checkpoint as ckpt
 import explain
 import interpret
 from checkpoint import load_model
-from helpers import ARCHITECTURES, TEXT, char_tokenizer, collect, tiny, tokens
+from helpers import ARCHITECTURES, TEXT, char_tokenizer, collect, served, tiny, tokens
 from model import GPT
 
 
@@ -182,21 +183,6 @@ def get(url, **headers):
         return error.code, error.read().decode()
 
 
-@contextlib.contextmanager
-def served(clone, *arguments):
-    """(process, URL) of explain.py --serve; killed after 100 s."""
-    command = [sys.executable, str(clone / 'explain.py'), *arguments, '--serve', '--port=0']
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    with subprocess.Popen(command, cwd=clone, **pipes) as server:
-        killer = threading.Timer(100, server.kill)
-        killer.start()
-        try:
-            yield server, server.stdout.readline().split()[0]
-        finally:
-            killer.cancel()
-            server.kill()
-
-
 def test_serve_renders_new_texts_and_rejects_foreign_hosts(clone, trained):
     with served(clone, f'--out_dir={trained}', '--start=def') as (server, url):
         status, page = get(url)
@@ -227,5 +213,62 @@ def test_serve_renders_new_texts_and_rejects_foreign_hosts(clone, trained):
         threading.Thread(target=request_page).start()
         time.sleep(0.3)
         server.send_signal(2)  # while a request is being processed
+        assert server.wait(20) == 130
+        assert 'Traceback' not in server.stderr.read()
+
+
+def is_closed(connection):
+    """Whether the server has closed a connection on which it has sent nothing."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_serve_answers_while_300_connections_are_half_open(clone, trained):
+    with served(clone, f'--out_dir={trained}', '--start=def') as (server, url), \
+            contextlib.ExitStack() as stack:
+        port = int(url.strip('/').rsplit(':', 1)[1])
+        connections = []
+        for _ in range(300):
+            connection = stack.enter_context(socket.create_connection(('127.0.0.1', port)))
+            connection.send(b'GET / HTTP/1.1\r\nHost: 127')  # and then nothing
+            connections.append(connection)
+        start = time.monotonic()
+        assert get(url)[0] == 200 and time.monotonic() - start < 5
+        time.sleep(1)
+        assert sum(map(is_closed, connections)) >= 260  # at once
+        status = Path(f'/proc/{server.pid}/status').read_text()
+        assert int(re.search(r'Threads:\s+(\d+)', status)[1]) < 60
+        time.sleep(11)
+        assert all(map(is_closed, connections))
+        assert get(url)[0] == 200
+
+
+def test_serve_sends_security_headers_with_every_answer(clone, trained):
+    with served(clone, f'--out_dir={trained}', '--start=def') as (server, url):
+        for path, status in (('', 200), ('?start=%C3%A9', 400), ('nowhere', 404)):
+            with contextlib.closing(http.client.HTTPConnection(url.split('/')[2])) as connection:
+                connection.request('GET', '/' + path)
+                answer = connection.getresponse()
+                assert answer.status == status
+                policy = dict(part.split(' ', 1)
+                              for part in answer.headers['Content-Security-Policy'].split('; '))
+                assert policy['default-src'] == "'none'"
+                assert policy['frame-ancestors'] == "'none'"
+                assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy['script-src'])
+                assert answer.headers['X-Frame-Options'] == 'DENY'
+                assert answer.headers['X-Content-Type-Options'] == 'nosniff'
+                assert answer.headers['Referrer-Policy'] == 'no-referrer'
+        connection = socket.create_connection(('127.0.0.1', int(url.strip('/').rsplit(':', 1)[1])))
+        connection.send(b'GET / HTTP/1.1\r\n')
+        linger = struct.pack('ii', 1, 0)  # close with a reset
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        connection.close()
+        assert get(url)[0] == 200
+        server.send_signal(2)
         assert server.wait(20) == 130
         assert 'Traceback' not in server.stderr.read()

@@ -1,41 +1,18 @@
 """The page of explain.py in a real browser: numbers against PyTorch, controls, accessibility."""
 
-import contextlib
 import csv
 import re
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import explain
 import interpret
+from browser import PANELS, assert_close, columns, opened, table, wait_until_drawn, write_page
 from checkpoint import load_model
-from helpers import TEXT, awake, char_tokenizer, collect, tiny, tokens
+from helpers import TEXT, awake, char_tokenizer, collect, served, tiny, tokens
 from lib.generation import filter_logits, sample_next_token
-from model import GPT, GPTConfig
-
-NO_RUN = {'run': {'path': 'x', 'step': 0, 'val_loss': None, 'curves': {}}, 'live': False}
-PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'circuits',
-          'bigrams', 'training')
-CHROMIUM_NAMES = ('chromium', 'chromium-browser', 'google-chrome')
-CHROMIUM = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None,
-                                reason='needs Chromium: apt-get install chromium')
-
-
-@pytest.fixture(scope='module')
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    arguments = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-sync',
-                 '--disable-background-networking', '--disable-component-update']
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope='module')
@@ -43,55 +20,6 @@ def page(run, trained):
     """Path of the page of a tiny run with two checkpoints."""
     run('explain.py', f'--out_dir={trained}', f'--start={TEXT}', '--checkpoints=all')
     return trained / 'explain.html'
-
-
-def write_page(path, facts, arrays):
-    path.write_text(explain.build_page(NO_RUN | facts, arrays), encoding='utf-8')
-    return path
-
-
-@contextlib.contextmanager
-def opened(chromium, path, state='', width=1280, **options):
-    """The page in a new tab, fully drawn. Fails on console messages and network requests."""
-    tab = chromium.new_page(viewport={'width': width, 'height': 900}, **options)
-    problems = []
-
-    def check_request(request):
-        if not request.url.startswith(('file:', 'data:', 'blob:')):
-            problems.append(request.url)
-
-    tab.on('console', lambda message: problems.append(message.text))
-    tab.on('pageerror', lambda error: problems.append(str(error)))
-    tab.on('request', check_request)
-    tab.goto(f'file://{path}{state}')
-    wait_until_drawn(tab)
-    yield tab
-    tab.close()
-    assert not problems
-
-
-def wait_until_drawn(tab):
-    tab.wait_for_selector('html[data-ready][data-settled]', timeout=30_000)
-
-
-def table(tab, name):
-    """The rows of a figure's data table, as text."""
-    figure = tab.locator(f'#figure-{name}')
-    if figure.locator('.data-table').is_hidden():
-        figure.get_by_role('button', name='table').click()
-    return figure.locator('.data-table tbody').evaluate(
-        'body => [...body.rows].map(row => [...row.cells].map(cell => cell.textContent))')
-
-
-def columns(tab, name):
-    """The columns of a data table of numbers."""
-    return np.array(table(tab, name), dtype=float).T
-
-
-def assert_close(shown, expected, atol=2e-3):
-    """Numbers on the page, as text, against a tensor."""
-    shown = [float(x) for x in shown]
-    np.testing.assert_allclose(shown, torch.as_tensor(expected).detach(), atol=atol, rtol=2e-3)
 
 
 # Numbers against PyTorch --------------------------------------------------------------------------
@@ -429,6 +357,32 @@ def test_explain_page_saves_figures(chromium, page, tmp_path):
     assert sum(float(row[3]) for row in rows) == pytest.approx(1, abs=1e-3)
 
 
+def test_served_page_takes_new_texts_and_saves_figures(chromium, clone, trained):
+    with served(clone, f'--out_dir={trained}', '--start=def') as (_, url), \
+            opened(chromium, url, accept_downloads=True) as tab:
+        tab.locator('#live-text').fill('return')
+        tab.get_by_role('button', name='Run').click()
+        tab.wait_for_url('**/?start=return')
+        wait_until_drawn(tab)
+        assert tab.locator('#tokens button').count() == 6
+        for name, kind in (('flow', 'PNG'), ('attention', 'SVG'), ('why', 'CSV')):
+            with tab.expect_download():
+                tab.locator(f'#figure-{name}').get_by_role('button', name=f'save {kind}').click()
+
+
+def test_explain_page_runs_no_other_script(chromium, page):
+    tab = chromium.new_page()
+    tab.goto(f'file://{page}')
+    wait_until_drawn(tab)
+    tab.evaluate("""() => {
+        const script = document.createElement('script');
+        script.textContent = 'document.title = "injected"';
+        document.body.append(script);
+    }""")
+    assert 'plainGPT' in tab.title()
+    tab.close()
+
+
 @pytest.mark.parametrize('width, scheme', [(1280, 'light'), (360, 'dark')])
 def test_explain_page_fits_screen_and_is_accessible(chromium, page, width, scheme):
     from axe_playwright_python.sync_playwright import Axe
@@ -446,41 +400,3 @@ def test_explain_page_fits_screen_and_is_accessible(chromium, page, width, schem
         tab.locator('#theme').click()
         wait_until_drawn(tab)
         assert background(tab) != before
-
-
-# Extremes -----------------------------------------------------------------------------------------
-
-def test_explain_page_works_without_dropped_arrays(chromium, tmp_path, monkeypatch):
-    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', 0)
-    facts, arrays = collect(tiny(), char_tokenizer(48, 40), tokens(9).tolist())
-    hostile = '</script><script>document.title = "x"</script><!--'
-    facts |= NO_RUN | {'live': True, 'error': hostile}
-    path = write_page(tmp_path / 'page.html', facts, arrays)
-    with opened(chromium, path, '#tour=1') as tab:
-        for _ in range(13):
-            tab.locator('#tour .bar button').nth(1).click()
-            wait_until_drawn(tab)
-        assert tab.locator('#tour').is_hidden()
-        assert tab.locator('#heads .thumbs button').count() == 8
-        assert tab.locator('#live-error').text_content() == hostile
-        assert 'Left out' in tab.locator('#accuracy').text_content()
-
-
-def test_explain_page_single_token_single_layer(chromium, tmp_path):
-    config = GPTConfig(block_size=2, vocab_size=40, n_layer=1, n_head=1, n_embd=8, position='none')
-    facts, arrays = collect(GPT(config).eval(), char_tokenizer(48, 40), [5])
-    path = write_page(tmp_path / 'page.html', facts | NO_RUN | {'live': True}, arrays)
-    with opened(chromium, path) as tab:
-        assert tab.locator('#where').text_content().startswith('Position 0 of 0: ')
-        assert tab.locator('#live-text').input_value() == '5'
-        assert tab.locator('#figure-why .picture svg').count() == 1
-
-
-def test_explain_page_shows_activation_without_curve(chromium, tmp_path):
-    facts, arrays = collect(tiny(activation='gelu'), char_tokenizer(97, 40), list(range(9)))
-    facts['model']['activation'] = 'mish'
-    path = write_page(tmp_path / 'page.html', facts, arrays)
-    with opened(chromium, path) as tab:  # fails on an error in the console
-        assert 'mish, with these neurons' in tab.locator('#mlp').inner_text()
-        for panel in PANELS[:-1]:
-            assert tab.locator(f'#{panel} svg, #{panel} canvas, #{panel} table').count(), panel

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import interpret
 from helpers import ARCHITECTURES, POST, awake, tiny, tokens
+from lib.errors import UserError
 from model import GPT, GPTConfig
 
 SHAPES = ARCHITECTURES + [
@@ -23,7 +24,16 @@ SHAPES = ARCHITECTURES + [
         'tie_weights': False,
         'logit_softcap': 15.0,
     },
+    {'eot_token': 3, 'turns': 1, 'prefix_lm': True, 'ngram': 2},
 ]
+
+
+def text(model, *shape):
+    """Random token ids; every fourth, from the first on, ends a document, a source or a target."""
+    idx = tokens(*shape)
+    if model.config.eot_token is not None:
+        idx[:, ::4] = model.config.eot_token
+    return idx
 
 
 # Traces and attribution ---------------------------------------------------------------------------
@@ -31,13 +41,15 @@ SHAPES = ARCHITECTURES + [
 @pytest.mark.parametrize('options', SHAPES, ids=str)
 def test_interpret_trace_matches_model(options):
     model = awake(**options)
-    idx = tokens(2, 12)
+    idx = text(model, 2, 12)
     trace = interpret.run(model, idx)
     logits, _ = model(idx, idx)
     torch.testing.assert_close(trace.logits, logits, atol=1e-5, rtol=1e-6)
     n_head = model.config.n_head
     torch.testing.assert_close(trace.attention.sum(dim=-1), torch.ones(2, 2, n_head, 12))
-    assert not trace.attention.triu(1).any()
+    assert not trace.attention.masked_fill(trace.mask[:, None], 0).any()
+    if not model.config.prefix_lm:
+        assert not trace.mask.triu(1).any()
     end = trace.residual[0] + (trace.attn_out + trace.mlp_out).sum(dim=0)
     torch.testing.assert_close(end, trace.residual[-1], atol=1e-5, rtol=1e-6)
     *_, last = interpret.logit_lens(model, trace, b=1)
@@ -47,7 +59,7 @@ def test_interpret_trace_matches_model(options):
 @pytest.mark.parametrize('options', SHAPES, ids=str)
 def test_attribute_and_its_refinements_sum_to_logits(options):
     model = awake(**options)
-    idx = tokens(2, 12)
+    idx = text(model, 2, 12)
     trace = interpret.run(model, idx)
     logits, _ = model(idx, idx)
     all_tokens = torch.arange(40).expand(12, 40)
@@ -74,7 +86,7 @@ def test_attribute_and_its_refinements_sum_to_logits(options):
 @pytest.mark.parametrize('options', SHAPES, ids=str)
 def test_attribute_equals_ablation_with_frozen_norm(options):
     model = awake(**options | {'logit_softcap': 0.0})
-    trace = interpret.run(model, tokens(1, 9))
+    trace = interpret.run(model, text(model, 1, 9))
     names, parts = interpret.attribute(model, trace, torch.arange(40).expand(9, 40))
     norm = model.transformer.ln_f
 
@@ -96,9 +108,39 @@ def test_attribute_equals_ablation_with_frozen_norm(options):
     torch.testing.assert_close(logits_of(x) - logits_of(x - head), effect, atol=1e-4, rtol=1e-4)
 
 
+def test_interpret_trace_attends_both_ways_within_a_source():
+    model = awake(eot_token=3, turns=1, prefix_lm=True)
+    idx = torch.tensor([[3, 5, 9, 7, 3, 8, 6, 3]])  # source 5 9 7, target 8 6
+    outputs = []
+    for block in model.transformer.h:
+        block.attn.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(idx, idx)
+    trace = interpret.run(model, idx)
+    torch.testing.assert_close(trace.attn_out, torch.stack(outputs), atol=1e-5, rtol=1e-5)
+    sees = torch.ones(8, 8, dtype=torch.bool).tril()
+    sees[:4, :4] = True
+    assert torch.equal(trace.mask[0], sees)
+    assert (trace.attention[:, 0, :, sees] > 0).all()
+    assert not trace.attention[:, 0, :, ~sees].any()
+    torch.testing.assert_close(trace.attention.sum(dim=-1), torch.ones(2, 1, 4, 8))
+
+
+def test_interpret_run_rejects_unknown_norm():
+    model = tiny()
+    model.transformer.ln_f = torch.nn.Identity()
+    with pytest.raises(NotImplementedError, match='Identity'):
+        interpret.run(model, tokens(1, 4))
+
+
 def test_interpret_run_rejects_long_text():
     with pytest.raises(ValueError, match='block_size = 16'):
         interpret.run(tiny(), tokens(1, 17))
+
+
+@pytest.mark.parametrize('shape', [(4,), (1, 0), (1, 1, 4)])
+def test_interpret_run_rejects_other_shapes(shape):
+    with pytest.raises(UserError, match='give token ids'):
+        interpret.run(tiny(), tokens(*shape))
 
 
 def test_interpret_run_rejects_post_norm():
@@ -209,6 +251,20 @@ def test_repeated_tokens_are_distinct_and_repeated():
     assert len({tuple(row.tolist()) for row in idx}) == 4
     with pytest.raises(ValueError):
         interpret.repeated_tokens(20, 30, 4)
+
+
+def test_head_scores_leave_out_end_of_text():
+    assert not (interpret.repeated_tokens(20, 19, 4, eot=5) == 5).any()
+    with pytest.raises(ValueError, match='19 tokens'):
+        interpret.repeated_tokens(20, 20, 4, eot=5)
+    plain = tiny()
+    for options in ({}, {'turns': 1}, {'turns': 1, 'prefix_lm': True}):
+        model = tiny(eot_token=39, **options)  # a document boundary would cut attention off
+        scores, losses = interpret.head_scores(model)
+        expected, expected_losses = interpret.head_scores(plain, 39)
+        for name in ('previous', 'induction', 'duplicate'):
+            torch.testing.assert_close(scores[name], expected[name])
+        assert len(losses) == len(expected_losses)
 
 
 # Weights ------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import {
   tokenText,
   watch
 } from './core.js';
-import {score} from './heads.js';
+import {RANDOM_TOKENS_NOTE, score} from './heads.js';
 
 const {position: positionKind, qk_norm: hasQkNorm} = facts.model;
 
@@ -45,6 +45,7 @@ export function buildCircuits() {
     box.append(note(`Grouped-query attention: ${group} query heads per key/value head.`));
   }
   box.append(repeatsFigure());
+  if (facts.model.prefix_lm) box.append(note(RANDOM_TOKENS_NOTE));
   if (L === 1) box.append(note('Composition needs at least two layers.'));
   else if (!arrays.compositions) box.append(missing());
   else box.append(h('div', {class: 'columns wide-left'}, compositionFigure(), pairsFigure()));
@@ -429,7 +430,7 @@ function nextTokensFigure(name) {
 
 function bigramTableFigure(name) {
   const V = facts.vocab_size;
-  const {data} = arrays['bigrams_' + name];
+  const data = row('bigrams_' + name);
   const root = (i, j) => data[i * V + j] / 255;
   const title = `All bigrams, ${PATHS[name]}: token (row), next token (column)`;
   const chart = figure('bigrams-' + name, title, () => {

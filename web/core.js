@@ -24,13 +24,18 @@ export async function loadArrays() {
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   await Promise.all(
     Object.entries(facts.arrays).map(async ([name, {dtype, shape, start, end}]) => {
-      const planes = await inflate(bytes.subarray(start, end));
-      const data = new TYPES[dtype](joinPlanes(planes, TYPES[dtype].BYTES_PER_ELEMENT).buffer);
-      arrays[name] = {data: dtype === 'float16' ? fromHalf(data) : data, shape};
+      try {
+        const planes = await inflate(bytes.subarray(start, end));
+        const data = new TYPES[dtype](joinPlanes(planes, TYPES[dtype].BYTES_PER_ELEMENT).buffer);
+        arrays[name] = {data: dtype === 'float16' ? fromHalf(data) : data, shape};
+      } catch (error) {
+        arrays[name] = {error}; // for the panels that need it
+      }
     })
   );
   document.getElementById('arrays').remove();
-  facts.vocabulary = JSON.parse(new TextDecoder().decode(arrays.vocabulary.data));
+  readMask();
+  facts.vocabulary = JSON.parse(new TextDecoder().decode(row('vocabulary')));
 }
 
 async function inflate(bytes) {
@@ -66,15 +71,40 @@ function halfValue(bits) {
 
 /** A view of an array at its leading indices: row('q', l, h, t) is a vector. */
 export function row(name, ...index) {
-  const {data, shape} = arrays[name];
+  const {data, shape, error} = arrays[name] ?? {};
+  if (!data) throw new Error(`the data of ${name} cannot be read: ${error ?? 'it is missing'}`);
   const length = shape.slice(index.length).reduce((a, b) => a * b, 1);
   const start = index.reduce((offset, i, d) => offset * shape[d] + i, 0) * length;
   return data.subarray(start, start + length);
 }
 
-/** Row t of a lower triangle stored row by row. */
-export const triangleRow = (triangle, t) =>
-  triangle.subarray((t * (t + 1)) / 2, ((t + 1) * (t + 2)) / 2);
+/** Whether the query at t sees the key at s: the mask of model.attention_mask. */
+export const sees = (t, s) => arrays.mask.data[t * T + s] === 1;
+
+/** visibleKeys[t]: the keys that the query at t sees, in order. */
+export const visibleKeys = [];
+const rowStarts = []; // of an array of all visible pairs
+
+function readMask() {
+  const mask = row('mask');
+  let start = 0;
+  for (let t = 0; t < T; t++) {
+    visibleKeys.push(range(T, s => s).filter(s => mask[t * T + s]));
+    rowStarts.push(start);
+    start += visibleKeys[t].length;
+  }
+}
+
+/** Row t of an array of all visible pairs, stored row by row: T numbers, 0 for hidden keys. */
+export function rowOfPairs(pairs, t) {
+  const numbers = new Float64Array(T);
+  visibleKeys[t].forEach((s, i) => (numbers[s] = pairs[rowStarts[t] + i]));
+  return numbers;
+}
+
+/** Why the query at t does not see the key at s. */
+export const whyHidden = (t, s) =>
+  s > t ? 'the key comes after the query' : 'the key is in another document';
 
 /** Stands in for a figure whose data was dropped to keep the page small. */
 export const missing = () =>
@@ -127,7 +157,7 @@ export const LIMITS = {
 /** Valid values of the other keys; choice() adds those of its buttons. */
 const CHOICES = {theme: ['light', 'dark']};
 export const state = {};
-const watchers = [];
+let watchers = [];
 let currentSection = null;
 let timer = 0;
 
@@ -136,16 +166,35 @@ export function watch(keys, draw) {
   watchers.push({keys, draw, section: currentSection, due: true});
 }
 
-/** Run build; its watchers belong to the section with this id. */
+/** Run build; its watchers belong to the section with this id. If build or one of them throws, the
+ * section shows the error, and the others go on. */
 export function inSection(id, build) {
   currentSection = document.getElementById(id);
-  build();
+  attempt(build, currentSection);
   currentSection = null;
+}
+
+function attempt(action, section) {
+  try {
+    action();
+  } catch (error) {
+    if (!section) throw error;
+    watchers.filter(watcher => watcher.section === section).forEach(x => (x.due = false));
+    watchers = watchers.filter(watcher => watcher.section !== section);
+    showError(section, error);
+  }
+}
+
+/** Replace what a section shows by an error: half of a panel would be taken for all of it. */
+export function showError(section, error) {
+  const box = section.querySelector(':scope > .content') ?? section;
+  const summary = h('summary', {}, `This cannot be shown: ${error.message}`);
+  box.replaceChildren(h('details', {class: 'failure'}, summary, h('pre', {}, error.stack)));
 }
 
 function draw(watcher) {
   watcher.due = false;
-  watcher.draw();
+  attempt(watcher.draw, watcher.section);
 }
 
 function isVisible(section) {

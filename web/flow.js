@@ -243,7 +243,7 @@ const POSITION_NOTES = {
     'In each head, pairs of dimensions of queries and keys are rotated by an angle proportional ' +
     'to the position, fast in the first pairs, slowly in the last. The plot shows the cosine of ' +
     'each angle.',
-  none: 'No positional encoding: only the causal mask tells the model what came before.'
+  none: 'No positional encoding: only the attention mask tells the model what came before.'
 };
 
 export function buildEmbedding() {
@@ -312,7 +312,7 @@ function neighborsFigure() {
 }
 
 function positionsFigure() {
-  const note = POSITION_NOTES[facts.model.position];
+  const note = POSITION_NOTES[facts.model.position] ?? `position = ${facts.model.position}`;
   const rotary = arrays.rotary;
   const index = facts.embeddings.indexOf('position');
   if (!rotary && (index < 0 || !arrays.embeddings)) {

@@ -23,6 +23,8 @@ import {
   mix,
   range,
   row,
+  rowOfPairs,
+  sees,
   sequential,
   set,
   signed,
@@ -32,8 +34,9 @@ import {
   tokenLabel,
   tokenQuoted,
   tokenText,
-  triangleRow,
-  watch
+  visibleKeys,
+  watch,
+  whyHidden
 } from './core.js';
 import {softmax} from './sampling.js';
 
@@ -58,19 +61,26 @@ const SCORE_NOTES = {
     '−1 if it lowers them (Elhage et al. 2021).',
   logit: 'Direct contribution to the logit of the next token at the selected position.'
 };
-const partIndex = new Map(facts.parts.map(([kind, l, k], i) => [`${kind} ${l} ${k}`, i]));
+/** For models with prefix_lm. */
+export const RANDOM_TOKENS_NOTE =
+  'In sources of this model attention is bidirectional. Random tokens are not a source: on them, ' +
+  'attention is causal.';
+let partIndex; // 'head,layer,head' -> index in facts.parts
 
 /** A score of head l.k: in [0, 1], copying in [-1, 1]; 'logit' depends on the position. */
 export function score(name, l, k) {
-  if (name === 'logit') return row('parts', partIndex.get(`head ${l} ${k}`), state.t)[0];
+  if (name === 'logit') {
+    partIndex ??= new Map(facts.parts.map((part, i) => [String(part), i]));
+    return row('parts', partIndex.get(`head,${l},${k}`), state.t)[0];
+  }
   return row('scores', facts.score_names.indexOf(name), l)[k];
 }
 
-/** Attention of head l.k at t over keys 0..t: exact, or from 8 bits if q and k were left out. */
+/** Attention of head l.k at t over all T keys: exact, or from 8 bits if q and k were left out. */
 export function attentionRow(l, k, t) {
   const dots = queryKeyDots(l, k, t);
-  if (dots) return softmax(dots.slice(0, t + 1).map(x => x / Math.sqrt(HS)));
-  return Float64Array.from(triangleRow(row('attention', l, k), t), root => (root / 255) ** 2);
+  if (dots) return softmax(dots.map((dot, s) => (sees(t, s) ? dot / Math.sqrt(HS) : -Infinity)));
+  return rowOfPairs(row('attention', l, k), t).map(root => (root / 255) ** 2);
 }
 
 /** The key vector of head l.k at s; groups of query heads share one. */
@@ -112,22 +122,20 @@ function headThumb(l, k, side) {
 /** Paint an attention pattern; if it has more than one token per pixel, the maximum. */
 function paintThumb({l, k, canvas}, side) {
   const step = T / side;
-  const triangle = row('attention', l, k);
-  const largest = new Float32Array(side * side);
+  const pairs = row('attention', l, k);
+  const largest = new Float32Array(side * side).fill(-1); // -1: no pair that the mask shows
   for (let t = 0; t < T; t++) {
-    triangleRow(triangle, t).forEach((root, s) => {
+    const roots = rowOfPairs(pairs, t);
+    for (const s of visibleKeys[t]) {
       const pixel = Math.floor(t / step) * side + Math.floor(s / step);
-      largest[pixel] = Math.max(largest[pixel], root / 255);
-    });
-  }
-  const image = new ImageData(side, side);
-  for (let i = 0; i < side; i++) {
-    for (let j = 0; j < side; j++) {
-      const pixel = i * side + j;
-      const rgba = j <= i ? [...sequential(largest[pixel]), 255] : [128, 128, 128, 22];
-      image.data.set(rgba, 4 * pixel);
+      largest[pixel] = Math.max(largest[pixel], roots[s] / 255);
     }
   }
+  const image = new ImageData(side, side);
+  largest.forEach((value, pixel) => {
+    const rgba = value >= 0 ? [...sequential(value), 255] : [128, 128, 128, 22];
+    image.data.set(rgba, 4 * pixel);
+  });
   canvas.getContext('2d').putImageData(image, 0, 0);
 }
 
@@ -172,6 +180,7 @@ export function buildHeads() {
   );
   list.picture.append(grid);
   box.append(list);
+  if (facts.model.prefix_lm) box.append(h('p', {class: 'note'}, RANDOM_TOKENS_NOTE));
   if (!arrays.attention) box.append(missing());
   watch(['theme'], () => {
     if (arrays.attention) thumbs.forEach(thumb => paintThumb(thumb, side));
@@ -243,34 +252,33 @@ function headSelect(key, n, label) {
 }
 
 function attentionFigure() {
-  const rowsOf = t =>
-    Array.from(attentionRow(state.layer, state.head, t), (p, s) => [
-      `${t} ${textAt(t)}`,
-      `${s} ${textAt(s)}`,
-      p.toFixed(5)
-    ]);
+  const rowsOf = t => {
+    const p = attentionRow(state.layer, state.head, t);
+    return visibleKeys[t].map(s => [`${t} ${textAt(t)}`, `${s} ${textAt(s)}`, p[s].toFixed(5)]);
+  };
   const chart = figure('attention', 'Attention pattern', () => [
     ['query', 'key', 'attention'],
     range(T, rowsOf).flat()
   ]);
   const describe = (t, s) => {
-    if (s > t) return `${placeOf(t)} cannot attend to ${placeOf(s)}: masked`;
+    if (!sees(t, s)) return `${placeOf(t)} cannot attend to ${placeOf(s)}: masked`;
     const p = attentionRow(state.layer, state.head, t)[s];
     return `${placeOf(t)} attends to ${placeOf(s)}\nattention ${p.toFixed(4)}`;
   };
   watch(FOLLOW, () => {
-    const triangle = row('attention', state.layer, state.head);
+    const pairs = row('attention', state.layer, state.head);
+    const roots = range(T, t => rowOfPairs(pairs, t));
     const selected = sourceKey();
     matrix(chart, {
       rows: T,
       columns: T,
-      cellColor: (t, s) => (s <= t ? sequential(triangleRow(triangle, t)[s] / 255) : null),
+      cellColor: (t, s) => (sees(t, s) ? sequential(roots[t][s] / 255) : null),
       rowName: axisName,
       columnName: axisName,
       monoRows: true,
       maxSize: 500,
       describe,
-      onPick: (t, s) => set({t, source: s <= t ? s : -1}),
+      onPick: (t, s) => set({t, source: sees(t, s) ? s : -1}),
       isSelected: (t, s) => t === state.t && s === selected,
       label: `Attention of head ${thisHead()}: rows are queries, columns are keys`
     });
@@ -285,7 +293,7 @@ function scoreSteps() {
   const dots = queryKeyDots(state.layer, state.head, state.t);
   return Array.from(dots, (dot, s) => {
     const scaled = dot / Math.sqrt(HS);
-    return s <= state.t ? [dot, scaled, scaled, p[s]] : [dot, scaled, -Infinity, 0];
+    return [dot, scaled, sees(state.t, s) ? scaled : -Infinity, p[s]];
   });
 }
 
@@ -313,8 +321,7 @@ function scoresFigure() {
     const steps = scoreSteps();
     const largest = maxAbs(steps.map(values => values[0]));
     const cellColor = (i, s) => {
-      const isMasked = s > state.t;
-      if (i >= 2 && isMasked) return null;
+      if (i >= 2 && !sees(state.t, s)) return null;
       if (i === 3) return sequential(Math.sqrt(steps[s][3]));
       return diverging(steps[s][i] / (i === 0 ? largest : largest / Math.sqrt(HS)));
     };
@@ -324,7 +331,7 @@ function scoresFigure() {
         `query ${placeOf(state.t)}, key ${placeOf(s)}`,
         `q·k ${fixed(dot, 3)}`,
         `÷ √${HS}: ${fixed(scaled, 3)}`,
-        s > state.t ? 'masked: the key comes after the query' : `softmax ${p.toFixed(4)}`,
+        sees(state.t, s) ? `softmax ${p.toFixed(4)}` : `masked: ${whyHidden(state.t, s)}`,
         ...largestTerms(s)
       ].join('\n');
     };
@@ -382,11 +389,10 @@ function termsFigure() {
 
 function termsSummary(s) {
   const [dot, scaled, , p] = scoreSteps()[s];
-  const keys = state.t ? `${state.t + 1} keys` : '1 key';
-  const result =
-    s > state.t
-      ? 'The key comes after the query, so it is masked.'
-      : `Softmax over ${keys} gives ${p.toFixed(4)}.`;
+  const n = visibleKeys[state.t].length;
+  const result = sees(state.t, s)
+    ? `Softmax over ${n} key${n > 1 ? 's' : ''} gives ${p.toFixed(4)}.`
+    : `Masked: ${whyHidden(state.t, s)}.`;
   const applied = [];
   if (facts.model.position === 'rope') applied.push('RoPE');
   if (facts.model.qk_norm) applied.push('QK-norm');
@@ -417,8 +423,8 @@ function promotedFigure() {
 
 function bySourceFigure() {
   const effects = () => {
-    const triangle = row('by_source', state.layer, state.head);
-    return Array.from(triangleRow(triangle, state.t), (value, s) => ({s, value}));
+    const values = rowOfPairs(row('by_source', state.layer, state.head), state.t);
+    return visibleKeys[state.t].map(s => ({s, value: values[s]}));
   };
   const chart = figure('by-source', 'Contribution by source token', () => [
     ['source', 'logit'],

@@ -43,33 +43,7 @@ import {
 
 // MLP ---------------------------------------------------------------------------------------------
 
-const silu = x => x / (1 + Math.exp(-x));
-const ACTIVATIONS = {
-  relu: {name: 'ReLU', f: x => Math.max(0, x)},
-  relu2: {name: 'ReLU²', f: x => Math.max(0, x) ** 2},
-  gelu: {name: 'GELU', f: x => 0.5 * x * (1 + erf(x / Math.SQRT2))},
-  gelu_tanh: {
-    name: 'GELU (tanh)',
-    f: x => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)))
-  },
-  swiglu: {name: 'SwiGLU, SiLU(gate) × value', f: silu}
-};
-// an activation that is not in the table has neurons, but no curve
-const activationShown = ACTIVATIONS[facts.model.activation] ?? {
-  name: facts.model.activation,
-  f: null
-};
-
-/** Abramowitz and Stegun 1964, 7.1.26: error below 1.5e-7, enough for a plot. */
-function erf(x) {
-  const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  const coefficients = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592];
-  const polynomial = t * coefficients.reduce((value, c) => value * t + c);
-  return Math.sign(x) * (1 - polynomial * Math.exp(-x * x));
-}
-
-const isGated = facts.model.activation === 'swiglu';
-const preName = isGated ? 'gate' : 'pre';
+const preName = facts.gated ? 'gate' : 'pre';
 
 /** Row of neuron_tokens for a neuron: rows are grouped by layer. */
 function neuronRow(layer, id) {
@@ -87,6 +61,7 @@ function strongestNeurons() {
       id,
       pre: row('neuron_pre', layer, t)[i],
       post: row('neuron_post', layer, t)[i],
+      activated: row(facts.gated ? 'neuron_gates' : 'neuron_post', layer, t)[i],
       raised: tokens.slice(0, half),
       lowered: tokens.slice(half)
     };
@@ -117,7 +92,8 @@ export function buildMlp() {
     ['neuron', preName, 'post'],
     strongestNeurons().map(n => [n.id, n.pre.toFixed(4), n.post.toFixed(4)])
   ]);
-  plot.heading.textContent = `${activationShown.name}, with these neurons`;
+  const gates = facts.gated ? ' at value 1' : '';
+  plot.heading.textContent = `${facts.model.activation}${gates}, with these neurons`;
   box.append(h('div', {class: 'columns wide-left'}, list, plot));
   watch(['t', 'layer', 'theme'], () => {
     const neurons = strongestNeurons();
@@ -148,18 +124,17 @@ function drawNeuronList(list, neurons) {
 }
 
 function drawActivation(plot, neurons) {
-  const {f} = activationShown;
   const width = plot.width();
   const height = 220;
   const [left, right, top, bottom] = [34, width - 10, 12, height - 28];
   const pre = neurons.map(n => n.pre);
   const xMin = 1.05 * Math.min(-3, ...pre);
   const xMax = 1.05 * Math.max(3, ...pre);
-  const inputs = range(101, i => xMin + ((xMax - xMin) * i) / 100);
-  const curve = f ? inputs.map(v => [v, f(v)]) : [];
-  // with a gate, post also depends on a value that is not on the x axis
-  const post = isGated ? [] : neurons.map(n => n.post);
-  const ys = [...curve.map(point => point[1]), ...post];
+  const activations = row('curve', state.layer, 1);
+  const curve = Array.from(row('curve', state.layer, 0), (v, i) => [v, activations[i]]).filter(
+    ([v, y]) => v >= xMin && v <= xMax && Number.isFinite(y)
+  );
+  const ys = [...curve.map(point => point[1]), ...neurons.map(n => n.activated)];
   const yMin = Math.min(-0.3, ...ys);
   const yMax = Math.max(...ys);
   const x = v => left + ((v - xMin) / (xMax - xMin)) * (right - left);
@@ -169,12 +144,12 @@ function drawActivation(plot, neurons) {
       'circle',
       {
         cx: x(n.pre),
-        cy: y(isGated ? f(n.pre) : n.post),
+        cy: y(n.activated),
         r: 4.5,
         fill: color('accent'),
         'fill-opacity': 0.75
       },
-      s('title', {}, `neuron ${n.id}: ${fixed(n.pre)} → ${fixed(n.post)}`)
+      s('title', {}, `neuron ${n.id}: ${fixed(n.pre)} → ${fixed(n.activated)}`)
     );
   drawing(
     plot,
@@ -183,7 +158,7 @@ function drawActivation(plot, neurons) {
     'The activation function, with the strongest neurons as dots',
     s('line', {x1: left, x2: right, y1: y(0), y2: y(0), stroke: color('line')}),
     s('line', {x1: x(0), x2: x(0), y1: top, y2: bottom, stroke: color('line')}),
-    svgText(right, height - 12, isGated ? 'gate' : 'pre-activation', faint('end')),
+    svgText(right, height - 12, facts.gated ? 'gate' : 'pre-activation', faint('end')),
     svgText(left - 4, y(yMax), fixed(yMax, 1), faint('end')),
     svgText(left - 4, y(0), '0', faint('end')),
     svgText(x(0), height - 20, '0', faint('middle')),

@@ -17,6 +17,7 @@ import {
   redraw,
   row,
   set,
+  showError,
   state,
   watch
 } from './core.js';
@@ -57,6 +58,7 @@ function modelFacts() {
     ['norm, activation', `${model.norm}, ${model.activation}`],
     ['text', T > 1 ? `${T} tokens` : '1 token']
   ];
+  if (model.prefix_lm) items.push(['attention', 'bidirectional in sources']);
   if (run.val_loss !== null) items.splice(1, 0, ['val loss', fixed(run.val_loss, 4)]);
   return items;
 }
@@ -150,13 +152,18 @@ const panels = {
   training: buildTraining
 };
 
-await loadArrays();
-selectBestHead();
+try {
+  await loadArrays();
+} catch (error) {
+  showError(document.querySelector('main'), error); // no panel can do without
+  throw error;
+}
 buildTheme();
-buildHeader();
-buildStrip();
+inSection('why', selectBestHead);
+inSection('run-facts', buildHeader);
+inSection('tokens', buildStrip);
 for (const [id, build] of Object.entries(panels)) inSection(id, build);
-buildTour();
+inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
 setScrollPadding();

@@ -18,6 +18,7 @@ import {
   percent,
   range,
   row,
+  sees,
   set,
   state,
   targetAt,
@@ -98,7 +99,8 @@ function describePosition(t) {
     parts.push(
       'next token ',
       tokenChip(targetAt(t)),
-      ` · probability ${probability} · loss ${loss} nats · rank ${rank} of ${vocabSize}`
+      ` · probability ${probability} · loss ${loss} nats · rank ${rank} of ${vocabSize}`,
+      sees(t, t + 1) ? ' · not a prediction: attention sees it' : ''
     );
   } else parts.push('end of the text · most likely next token ', tokenChip(targetAt(t)));
   document.getElementById('where').replaceChildren(...parts);
@@ -320,6 +322,10 @@ function histogramNote({p}) {
 }
 
 function reproduceNote() {
+  const {turns, eot_token: eot} = facts.model;
+  if (turns && state.t !== facts.ids.indexOf(eot, 1)) {
+    return ['Ten samples. sample.py can draw them at the end of the first source only.'];
+  }
   const code = text => h('code', {}, text);
   return [
     'Ten samples, equal to the first tokens of ',
@@ -328,7 +334,7 @@ function reproduceNote() {
     code('--dtype=float32'),
     ' ',
     code('--num_samples=10'),
-    ' with this prefix, seed and settings.'
+    ` with this ${turns ? 'source' : 'prefix'}, seed and settings.`
   ];
 }
 

@@ -18,7 +18,9 @@ import {
   row,
   set,
   state,
+  sum,
   tokenQuoted,
+  visibleKeys,
   watch
 } from './core.js';
 import {attentionRow, queryKeyDots, score} from './heads.js';
@@ -60,10 +62,13 @@ const POSITION_STEP = {
     formula: 'q′ = R(t) q,  k′ = R(s) k  ⇒  q′·k′ depends on t − s'
   },
   none: {
-    text: 'This model has no positional encoding. It can only infer order from the causal mask.',
+    text: 'This model has no positional encoding. It can only infer order from the mask.',
     formula: 'x<sub>0</sub> = W<sub>E</sub>[token]'
   }
-}[positions];
+}[positions] ?? {
+  text: 'Attention by itself ignores the order of its inputs.',
+  formula: `position = ${positions}`
+};
 
 function positionExample() {
   if (facts.embeddings.includes('position')) {
@@ -161,16 +166,21 @@ const STEPS = [
     example: scoreExample
   },
   {
-    title: 'Causal mask',
+    title: facts.model.prefix_lm ? 'Attention mask' : 'Causal mask',
     target: ['#figure-attention', '#head'],
     text:
       'The model learns to predict the next token, so no token may attend to later ones. Their ' +
-      'scores are set to −∞.',
-    formula: 'score<sub>ts</sub> = −∞  for s > t',
-    shapes: () => `${(T * (T + 1)) / 2} of ${T * T} pairs remain`,
+      'scores are set to −∞.' +
+      (facts.model.prefix_lm
+        ? ' The source is not predicted: its tokens attend to all of it (Raffel et al. 2020).'
+        : ''),
+    formula:
+      'score<sub>ts</sub> = −∞  for s > t' +
+      (facts.model.prefix_lm ? ', unless both are in the source' : ''),
+    shapes: () => `${sum(visibleKeys.map(keys => keys.length))} of ${T * T} pairs remain`,
     example: () =>
-      `${here()} is at position ${state.t}: it can attend to ${state.t + 1} of ${T} tokens. ` +
-      'The upper right triangle of the pattern is empty.'
+      `${here()} is at position ${state.t}: it can attend to ${visibleKeys[state.t].length} of ` +
+      `${T} tokens. Cells of masked pairs are empty.`
   },
   {
     title: 'Softmax',
@@ -320,7 +330,11 @@ export function buildTour() {
     text.textContent = step.text;
     formula.innerHTML = step.formula;
     shapes.textContent = 'Shapes: ' + step.shapes();
-    example.textContent = step.example();
+    try {
+      example.textContent = step.example();
+    } catch (error) {
+      example.textContent = error.message; // the panel that it is about says so too
+    }
     progress.textContent = `${state.tour} of ${STEPS.length}`;
     back.disabled = state.tour === 1;
     next.textContent = state.tour === STEPS.length ? 'Finish' : 'Next';
