@@ -480,7 +480,7 @@ def nearest(word, choices):
     """A hint for an unknown word."""
     lower = str(word).lower().replace('-', '_')
     close = [key for key in choices if lower in SYNONYMS.get(key, '').split()]
-    close = close or difflib.get_close_matches(lower, list(choices), n=1, cutoff=0.7)
+    close = close or difflib.get_close_matches(lower, list(choices), n=1, cutoff=0.8)
     return f'; did you mean {close[0]}?' if close else '; --help lists them all'
 
 

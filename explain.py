@@ -10,7 +10,7 @@ The page opens from disk and loads nothing from the network.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from configurator import Bound, check_bounds, configure
+from configurator import Bound, FilePath, Text, Which, check_bounds, configure
 from lib.errors import UserError, os_errors, require, user_errors
 
 Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
@@ -19,11 +19,12 @@ Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 @dataclass
 class Config:
     # model
-    init_from: str = 'resume'  # resume (from out_dir), gpt2, ..., gpt2-xl, or a path to weights
-    out_dir: str = 'out'  # folder of a run; the page is its explain.html
+    init_from: FilePath = 'resume'  # resume (from out_dir), gpt2, ..., gpt2-xl, or a path to weights
+    out_dir: FilePath = 'out'  # folder of a run; the page is its explain.html
+    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training
     # text
-    start: str = ''  # the text, or FILE:path; only its last min(256, block_size) tokens are used
+    start: Text = ''  # the text, or FILE:path; only its last min(256, block_size) tokens are used
     # system
     serve: bool = False  # serve the page on this machine instead, with a text box for new texts
     port: Port = 8337  # for --serve, on 127.0.0.1; 0: any free port
@@ -61,7 +62,7 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
-from lib.files import write_text
+from lib.files import find, write_text
 from lib.run import read_log
 from lib.serve import serve
 from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
@@ -471,20 +472,20 @@ def build_page(facts, arrays):
 
 
 def main(config):
+    if config.init_from == 'resume':
+        config.out_dir = str(find(config.out_dir))
     path = Path(config.out_dir) / 'explain.html'
     require(not path.is_dir(), f'{path} is a folder: move it, or choose another --out_dir')
     start = read_prompt(config.start)
     source = config.out_dir if config.init_from == 'resume' else config.init_from
-    checkpoint = ckpt.load(source, 'auto', mmap=True)
+    checkpoint = ckpt.load(source, config.checkpoint, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()
     norm_position = model.config.norm_position
     require(norm_position == 'pre',
             f'{checkpoint.path}: norm_position = {norm_position!r}: '
             f'explain.py supports pre-norm models only')
-    model.requires_grad_(False).float()
-    require(all(p.isfinite().all() for p in model.parameters()),
-            f'{checkpoint.path}: the weights are not finite; choose another checkpoint')
+    model.requires_grad_(False)
     max_tokens = min(MAX_TOKENS, model.config.block_size)
 
     def encode(text):

@@ -96,11 +96,12 @@ def read_text(path):
         return file.read()
 
 
-def parse_json(text):
-    """json.loads; whatever is wrong is a ValueError: nesting that is too deep, half a character."""
+def parse_json(text, surrogates=False):
+    """json.loads; whatever is wrong is a ValueError: nesting that is too deep, and half a character
+    unless surrogates are allowed, which stand for bytes in the names of files."""
     try:
         value = json.loads(text)
-        if '\\ud' in text or '\\uD' in text:  # JSON can name half of a surrogate pair
+        if not surrogates and '\\ud' in text.lower():
             json.dumps(value, ensure_ascii=False).encode('utf-8')
         return value
     except RecursionError:
@@ -113,7 +114,7 @@ def read_json(path):
         size = os.stat(path).st_size
         if size > MAX_JSON_BYTES:
             raise ValueError(f'it has {size:,} bytes, more than {MAX_JSON_BYTES:,}')
-        return parse_json(read_text(path))
+        return parse_json(read_text(path), surrogates=True)
     except FileNotFoundError:
         raise
     except OSError as error:

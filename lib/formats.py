@@ -8,6 +8,7 @@ import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configurator import check_type, read_model_config
@@ -141,7 +142,7 @@ def read_safetensors(path):
         spans = [entry['data_offsets'] for name, entry in header.items() if name != '__metadata__']
         require(sum(end - start for start, end in spans) <= size - 8 - length,
                 'its tensors overlap')
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length:]
+        data = torch.from_numpy(np.memmap(path, np.uint8, mode='c'))[8 + length:]
         tensors = {}
         for name, entry in header.items():
             if name == '__metadata__':
@@ -182,6 +183,7 @@ def read_checkpoint_file(path, mmap=False):
     plain values, FileNotFoundError if it is missing."""
     try:
         check_archive(path)
+        mmap = mmap and str(path).isprintable()  # PyTorch maps files with names in UTF-8 only
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except (FileNotFoundError, UserError):
         raise

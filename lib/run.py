@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import signal
 import time
 from dataclasses import asdict
@@ -149,6 +150,8 @@ class Log:
     def __init__(self, config, resuming):
         self.path = Path(config.out_dir) / 'log.jsonl'
         with os_errors(f'{self.path}: cannot write'):
+            if self.path.is_symlink():
+                self.path.unlink()
             self.file = open_own(self.path, 'ab')  # unbuffered: a line is written whole or not at all
         self.wandb = start_wandb(config, resuming) if config.wandb_log else None
 
@@ -188,7 +191,7 @@ def start_wandb(config, resuming):
             mode = 'offline'
         path = Path(config.out_dir) / 'wandb_id'
         if not (resuming and path.exists()):
-            write_text(path, wandb.util.generate_id())
+            write_text(path, secrets.token_hex(4))
         folder = os.environ.get('WANDB_DIR', config.out_dir)
         return wandb.init(project=config.wandb_project, name=config.wandb_run_name,
                           config=asdict(config), dir=folder, mode=mode, id=read_text(path),

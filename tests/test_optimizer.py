@@ -35,6 +35,7 @@ BASE = {
     'muon_learning_rate': 0.02,
     'muon_momentum': 0.95,
     'embedding_learning_rate': None,
+    'extended_at': 0,
 }
 
 
@@ -43,7 +44,7 @@ def rates(**options):
     return [config.learning_rate * lr_multiplier(step, config) for step in range(130)]
 
 
-@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'])
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'wsd', 'constant'])
 def test_schedule_warms_up_to_peak(schedule):
     lr = rates(schedule=schedule)
     # nanoGPT's warmup is never 0
@@ -62,10 +63,11 @@ def test_schedule_decay_matches_formulas():
     wsd = rates(schedule='wsd')
     assert wsd[10:91] == pytest.approx([1e-3] * 81) and wsd[100] == pytest.approx((1e-3 + 1e-4) / 2)
     assert rates(schedule='constant')[10:] == [1e-3] * 120
-    # d^-0.5 min(s^-0.5, s w^-1.5): ratios do not depend on d
-    noam = rates(schedule='inverse_sqrt')
-    assert noam[40] / noam[90] == pytest.approx(math.sqrt(90 / 40))
-    assert noam[40] == pytest.approx(1e-3 * math.sqrt(10 / 40))
+    # d^-0.5 min(t^-0.5, t w^-1.5), scaled to its peak; the paper counts steps from 1
+    noam = [min(t**-0.5, t * 10**-1.5) for t in range(1, 131)]
+    expected = [1e-3 * rate / max(noam) for rate in noam]
+    assert rates(schedule='inverse_sqrt') == pytest.approx(expected)
+    assert rates(schedule='inverse_sqrt')[9] == max(expected)
     for lr in (cosine, linear, wsd):
         assert lr[110:] == [1e-4] * 20
 
@@ -76,6 +78,15 @@ def test_schedule_handles_no_warmup_and_short_runs(schedule):
     assert all(
         0 < lr <= 1e-3 for lr in rates(schedule=schedule, warmup_iters=50, lr_decay_iters=20)
     )
+
+
+def test_schedule_of_an_extended_run_warms_up_again():
+    """Steps before it keep their rates."""
+    plain = rates(schedule='wsd', max_iters=120, lr_decay_iters=120)
+    extended = rates(schedule='wsd', max_iters=120, lr_decay_iters=120, extended_at=60)
+    assert extended[:60] == plain[:60]
+    assert extended[60:70] == pytest.approx([plain[60] / 2 * (i + 1) / 11 for i in range(10)])
+    assert extended[70:] == pytest.approx([rate / 2 for rate in plain[70:]])
 
 
 def test_schedule_derives_missing_values():

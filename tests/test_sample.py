@@ -12,7 +12,7 @@ import checkpoint as ckpt
 from helpers import read_until, start_train
 from lib import tokenizer
 from lib.generation import beam_search
-from sample import Text
+from sample import Sample
 
 
 def test_sample_reads_checkpoints_of_running_training(clone, run, train_args, tmp_path):
@@ -188,7 +188,7 @@ def test_sample_interactive_continues_after_ctrl_c(run, clone, trained):
 
 
 def test_sample_text_never_shows_partial_characters():
-    text, shown = Text(tokenizer.ByteTokenizer(), []), []
+    text, shown = Sample(tokenizer.ByteTokenizer(), []), []
     for byte in 'aé日🙂z'.encode():
         shown.append(text.add(byte))
     assert shown == ['a', '', 'é', '', '', '日', '', '', '', '🙂', 'z']
@@ -197,16 +197,16 @@ def test_sample_text_never_shows_partial_characters():
 
 
 def test_sample_text_holds_back_possible_stop_text():
-    text = Text(tokenizer.ByteTokenizer(), ['END', '\n\n'])
+    text = Sample(tokenizer.ByteTokenizer(), ['END', '\n\n'])
     assert [text.add(b) for b in b'xENxEND'] == ['x', '', '', 'ENx', '', '', '']
     assert text.ended
     assert text.n_tokens == 7
     # a token may contain a stop text followed by a partial character
-    text = Text(tokenizer.ByteTokenizer(), [' '])
+    text = Sample(tokenizer.ByteTokenizer(), [' '])
     text.tokenizer.token_bytes = [b'a \xe2\x80']
     assert (text.add(0), text.ended, text.finish()) == ('a', True, '')
     del text.tokenizer.token_bytes
-    text = Text(tokenizer.ByteTokenizer(), ['END'])
+    text = Sample(tokenizer.ByteTokenizer(), ['END'])
     assert [text.add(b) for b in b'aEN'] == ['a', '', ''] and text.finish() == 'EN'
 
 

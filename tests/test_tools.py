@@ -237,7 +237,7 @@ def test_plan_handles_large_models_and_reports_mistakes(run, refused):
     assert '174,' in large['parameters']
     assert 'does not fit' in next(line for line in large.values() if 'fit' in line)
     refused('tools/plan.py', '--gpu=h1000', says='gpu')
-    refused('tools/plan.py', '--gpus=7', says='try 35 or 42')
+    refused('tools/plan.py', '--gpus=7', says='--gpus=1, or --gradient_accumulation_steps=35 or 42')
     refused('tools/plan.py', '--n_head=7', says='n_head')
 
 
