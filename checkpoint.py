@@ -15,7 +15,7 @@ import sys
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -272,9 +272,9 @@ def written_by_this_job(out_dir):
 def load(where, which='last', mmap=False, average_last=1):
     """A Checkpoint from a run's folder, a .pt file, GPT-2 in Hugging Face's layout, or 'gpt2', ...
 
-    which: of a run's folder: 'last' (the newest whole one), 'best' (by val loss), a step, or 'auto':
-    the best if the run kept improvements only (always_save_checkpoint=False), else the last. mmap:
-    read tensors from disk when they are used. average_last: with the mean weights of the last N
+    which: of a run's folder: 'last' (the newest whole one), 'best' (by val loss), a step, or
+    'auto': the best if the run kept improvements only (always_save_checkpoint=False), else the
+    last. mmap: read tensors from disk when they are used. average_last: with the mean weights of the last N
     checkpoints (Vaswani et al. 2017, 6.1). Raises UserError.
     """
     where = Path(where) if formats.is_gpt2(where) else find(where)

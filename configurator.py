@@ -138,7 +138,7 @@ class TrainConfig(ModelConfig):
     save_interval: Count | None = None  # steps between extra checkpoints; None: at evaluations only
     keep_last: Count = 2  # checkpoints to keep, in addition to the best one
     async_save: bool = True  # write checkpoints in the background, from a copy in CPU memory
-    init_from: FilePath = 'scratch'  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
+    init_from: FilePath = 'scratch'  # scratch, resume, gpt2, gpt2-medium, ..., gpt2-xl or a path
     sample_every_eval: bool = False  # print a sample at each evaluation
     seed: WholeNumber = 1337  # of weights, batches and dropout
     # wandb
@@ -467,7 +467,7 @@ SYNONYMS = {  # what other programs call a key
     'max_iters': 'steps iters max_steps num_steps n_steps iterations epochs num_epochs',
     'gradient_accumulation_steps': 'grad_accum accum accumulation grad_acc_steps',
     'warmup_iters': 'warmup warmup_steps', 'grad_clip': 'clip max_grad_norm clip_grad',
-    'temperature': 'temp t', 'start': 'prompt text', 'num_samples': 'n samples num_return_sequences',
+    'temperature': 'temp t', 'start': 'prompt text', 'num_samples': 'n samples',
     'max_new_tokens': 'max_tokens length n_tokens max_length', 'num_beams': 'beams beam_size',
     'dataset': 'data data_dir', 'input': 'file path text in', 'val_fraction': 'val val_split split',
     'out_dir': 'out output output_dir dir save_dir', 'init_from': 'ckpt model checkpoint_path',

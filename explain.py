@@ -19,7 +19,7 @@ Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 @dataclass
 class Config:
     # model
-    init_from: FilePath = 'resume'  # resume (from out_dir), gpt2, ..., gpt2-xl, or a path to weights
+    init_from: FilePath = 'resume'  # resume (out_dir), gpt2, ..., gpt2-xl, or a path to weights
     out_dir: FilePath = 'out'  # folder of a run; the page is its explain.html
     checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training

@@ -29,7 +29,7 @@ MinP = Annotated[float, Bound(lambda x: 0 <= x <= 1, 'a share from 0 to 1')]
 @dataclass
 class Config:
     # model
-    init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
+    init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, ..., gpt2-xl or a path
     out_dir: FilePath = 'out'  # the folder of a run
     checkpoint: Which = 'auto'  # of the run: last, best (val loss) or a step; auto: see README
     average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)

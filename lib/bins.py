@@ -2,7 +2,8 @@
 
 A row of more than 2 GB continues in train_00001.bin, train_00002.bin, ... Files are read where they
 are needed. Batches are a pure function of (seed, number of samples seen). nanoGPT's bins (uint16,
-no meta.json, perhaps a meta.pkl) and llm.c's (with a header) are read too. lib/write.py writes bins.
+no meta.json, perhaps a meta.pkl) and llm.c's (with a header) are read too. lib/write.py writes
+bins.
 """
 import bisect
 import hashlib

@@ -113,8 +113,9 @@ def convert_huggingface_config(config):
         known = key in ('activation_function', 'tie_word_embeddings') or HARMLESS.fullmatch(key)
         require(known, f'{key} = {str(config[key])[:40]}: no such choice here; if the model works '
                        f'without it, remove it from the file')
-    return read_model_config({ours: config[theirs] for theirs, ours in taken.items()} | {
-        'activation': activations[activation], 'tie_weights': config.get('tie_word_embeddings', True)})
+    values = {ours: config[theirs] for theirs, ours in taken.items()}
+    return read_model_config(values | {'activation': activations[activation],
+                                       'tie_weights': config.get('tie_word_embeddings', True)})
 
 
 def read_pytorch_bin(path):
@@ -158,7 +159,7 @@ def read_safetensors(path):
 
 
 def check_archive(path):
-    """Raise UserError if a file would unfold to more than its size: torch.save does not compress."""
+    """Raise UserError if a file unfolds to more than its size: torch.save does not compress."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:

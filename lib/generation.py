@@ -269,8 +269,9 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
 
 def require_finite(logits):
     """Raise UserError unless the largest logits (B, V) of all rows are finite."""
-    require(logits.amax(-1).isfinite().all(), 'the model\'s logits are not finite: its weights have '
-            'diverged, or overflow in this dtype: try --dtype=float32 or another checkpoint')
+    require(logits.amax(-1).isfinite().all(),
+            'the logits are not finite: the weights have diverged, or overflow in this dtype: try '
+            '--dtype=float32 or another checkpoint')
 
 
 def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,

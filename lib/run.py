@@ -152,7 +152,7 @@ class Log:
         with os_errors(f'{self.path}: cannot write'):
             if self.path.is_symlink():
                 self.path.unlink()
-            self.file = open_own(self.path, 'ab')  # unbuffered: a line is written whole or not at all
+            self.file = open_own(self.path, 'ab')  # a line is written whole or not at all
         self.wandb = start_wandb(config, resuming) if config.wandb_log else None
 
     def write(self, line):

@@ -164,8 +164,8 @@ class IdTokenizer(Tokenizer):
     def encode_ordinary(self, text):
         words = text.split()
         require(all(word.isascii() and word.isdecimal() for word in words),
-                f'this data set has token ids but no rule that makes them from text: give ids, such '
-                f'as 0 1 2, instead of {text[:40]!r}')
+                f'this data set has ids but no rule that makes them from text: give ids, such as '
+                f'0 1 2, instead of {text[:40]!r}')
         ids = [int(word[:20]) for word in words]
         require(all(id_ < self.vocab_size for id_ in ids),
                 f'a token id is not below {self.vocab_size}')

@@ -73,7 +73,8 @@ def damage_text(text, rng):
     """Damage below the level of JSON."""
     i = rng.randrange(len(text))
     return rng.choice([text[:i], text[:i] + '\0' + text[i:], '[' * 200_000, '', '\ufeff' + text,
-                       text[:i] + '9' * 5000 + text[i:], '"\\ud800"', 'null', '[]', '3'])  # fmt: skip
+                       text[:i] + '9' * 5000 + text[i:], '"\\ud800"', 'null', '[]',
+                       '3'])  # fmt: skip
 
 
 def fuzz(original, write_file, read, ignored=(), n=N, seed=0):
@@ -351,8 +352,8 @@ def test_config_values():
 
 def test_config_files(tmp_path):
     rng, path = random.Random(0), tmp_path / 'c.py'
-    atoms = ['batch_size', '=', '1', "'a'", '+', '*', '(', ')', '\n', 'out_dir', 'x', '**', '[', ']',
-             ',', '"""', '#', 'import os', 'str(', 'time.time()', '\\', '\0', '10**9', 'f"{x}"', ':',
+    atoms = ['batch_size', '=', '1', "'a'", '+', '*', '(', ')', '\n', 'out_dir', 'x', '**', '[',
+             ']', ',', '"""', '#', 'import os', 'str(', 'time.time()', '\\', '\0', '10**9', 'f"{x}"', ':',
              'del', 'while True: pass', '\t']  # fmt: skip
     for _ in range(5 * N):
         path.write_text(' '.join(rng.choices(atoms, k=rng.randint(1, 12))))

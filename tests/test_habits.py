@@ -134,8 +134,8 @@ def test_config_files_may_use_helper_variables(tmp_path):
 @pytest.mark.parametrize(
     'typed, meant',
     [('lr', 'learning_rate'), ('bs', 'batch_size'), ('wd', 'weight_decay'), ('layers', 'n_layer'),
-     ('num_heads', 'n_head'), ('d_model', 'n_embd'), ('seq_len', 'block_size'), ('ctx', 'block_size'),
-     ('steps', 'max_iters'), ('epochs', 'max_iters'), ('max-iters', 'max_iters'),
+     ('num_heads', 'n_head'), ('d_model', 'n_embd'), ('seq_len', 'block_size'),
+     ('ctx', 'block_size'), ('steps', 'max_iters'), ('epochs', 'max_iters'), ('max-iters', 'max_iters'),
      ('LEARNING_RATE', 'learning_rate'), ('batchsize', 'batch_size'), ('warmup', 'warmup_iters'),
      ('outdir', 'out_dir'), ('output_dir', 'out_dir'), ('data', 'dataset')],
 )  # fmt: skip

@@ -117,8 +117,8 @@ def print_model(config, sizes, micro_batches):
          f'without {positions / 1e6:,.2f}M of learned positions and {tables / 1e6:,.2f}M in n-gram '
          f'tables'),
         ('FLOPs per token', f'{sizes.of(GPT.flops_per_token):.4g}',
-         f'6 N + 12 L H Q T (PaLM, appendix B); N = {sizes.of(GPT.num_matmul_params) / 1e6:,.2f}M in '
-         f'matrix products'),
+         f'6 N + 12 L H Q T (PaLM, appendix B); N = '
+         f'{sizes.of(GPT.num_matmul_params) / 1e6:,.2f}M in matrix products'),
         ('tokens per step', f'{tokens_per_step(config):,}',
          f'{config.batch_size} sequences x {config.block_size:,} x {micro_batches} micro-batches x '
          f'{config.gpus} GPUs'),

@@ -134,7 +134,7 @@ def prepare(config, files):
     tokenizer = pick_tokenizer(config, training_texts, n_separators)
     separates = n_separators > 0 and tokenizer.eot is not None
     if n_separators:
-        how = 'separate documents' if separates else 'are plain text: the tokenizer lacks this token'
+        how = 'separate documents' if separates else 'are plain text: the tokenizer lacks it'
         print(f'{n_separators:,} {END_OF_TEXT} in the text {how}')
 
     def texts():
