@@ -274,8 +274,8 @@ def load(where, which='last', mmap=False, average_last=1):
 
     which: of a run's folder: 'last' (the newest whole one), 'best' (by val loss), a step, or
     'auto': the best if the run kept improvements only (always_save_checkpoint=False), else the
-    last. mmap: read tensors from disk when they are used. average_last: with the mean weights of the last N
-    checkpoints (Vaswani et al. 2017, 6.1). Raises UserError.
+    last. mmap: read tensors from disk when they are used. average_last: with the mean weights
+    of the last N checkpoints (Vaswani et al. 2017, 6.1). Raises UserError.
     """
     where = Path(where) if formats.is_gpt2(where) else find(where)
     of_run = average_last > 1 or which not in ('last', 'auto')

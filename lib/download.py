@@ -61,7 +61,8 @@ def fetch(url, part):
         length = response.headers.get('Content-Length')
         total = done + int(length) if length else None
         with open(part, 'ab' if done else 'wb') as file, \
-                tqdm(total=total, initial=done, unit='B', unit_scale=True, desc=part.stem) as bar:
+                tqdm(total=total, initial=done, unit='B', unit_scale=True, desc=part.stem,
+                     disable=None, leave=False) as bar:
             while block := response.read(2**20):
                 file.write(block)
                 done += len(block)

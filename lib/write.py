@@ -259,8 +259,8 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
 def tokenize(pieces, tokenizer, writers, progress, source, total_bytes, max_tokens,
              expected_tokens):
     """Append the ids of the pieces to the writers' bins, with a progress bar."""
-    with tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize') as bar, \
-            ThreadPoolExecutor() as pool:
+    with tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize', disable=None,
+              leave=False) as bar, ThreadPoolExecutor() as pool:
         pieces = progress.skip(pieces, source)
         bar.update(progress.size)
         start_size, start_time = progress.size, time.perf_counter()

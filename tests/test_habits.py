@@ -64,11 +64,11 @@ def test_interactive_sampling_ends_where_stdin_is_closed(clone, trained):
     assert result.returncode == 0 and 'Traceback' not in result.stderr
 
 
-def test_prepare_writes_no_carriage_returns_into_files(run, tmp_path):
+def test_prepare_draws_no_progress_bar_into_files(run, tmp_path):
     (tmp_path / 'x.txt').write_text('to be or not to be\n' * 100)
     result = run('data/text/prepare.py', f'--input={tmp_path / "x.txt"}', '--vocab_size=260',
                  '--dataset=bars')  # fmt: skip
-    assert '\r' not in result.stdout + result.stderr
+    assert '%|' not in result.stdout + result.stderr
 
 
 # Paths --------------------------------------------------------------------------------------------
@@ -135,7 +135,8 @@ def test_config_files_may_use_helper_variables(tmp_path):
     'typed, meant',
     [('lr', 'learning_rate'), ('bs', 'batch_size'), ('wd', 'weight_decay'), ('layers', 'n_layer'),
      ('num_heads', 'n_head'), ('d_model', 'n_embd'), ('seq_len', 'block_size'),
-     ('ctx', 'block_size'), ('steps', 'max_iters'), ('epochs', 'max_iters'), ('max-iters', 'max_iters'),
+     ('ctx', 'block_size'), ('steps', 'max_iters'), ('epochs', 'max_iters'),
+     ('max-iters', 'max_iters'),
      ('LEARNING_RATE', 'learning_rate'), ('batchsize', 'batch_size'), ('warmup', 'warmup_iters'),
      ('outdir', 'out_dir'), ('output_dir', 'out_dir'), ('data', 'dataset')],
 )  # fmt: skip
