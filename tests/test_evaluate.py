@@ -153,7 +153,6 @@ def test_evaluate_hellaswag_matches_lm_evaluation_harness(run, gpt2, tmp_path):
             'activity_label': 'Training',
             'ctx_a': f'A model [title] reads {a}.',
             'ctx_b': b,
-            'label': i % 4,
             'endings': [
                 'writes [x] text.',
                 '[step] stops',
@@ -161,26 +160,24 @@ def test_evaluate_hellaswag_matches_lm_evaluation_harness(run, gpt2, tmp_path):
                 f'saves {a[:9]}',
             ],
         }
-        for i, (a, b) in enumerate(
-            itertools.product(
-                ('a book', 'tokens', 'files ' * 30, 'the whole of the val split'),
-                ('then it', 'it [title]', ''),
-            )
+        for a, b in itertools.product(
+            ('a book', 'tokens', 'files ' * 30, 'words ' * 40, 'the val split ' * 9),
+            ('then it', 'it [title]', ''),
         )
     ]
-    write_lines(tmp_path / 'hellaswag.jsonl', examples)
-    right = by_length = 0
+    by_length = 0
     for example in examples:
         context = example['ctx_a'] + ' ' + example['ctx_b'].capitalize()
         query = preprocess(example['activity_label'] + ': ' + context)
         choices = [preprocess(ending) for ending in example['endings']]
         sums = [harness(model, tok, query, f' {choice}')[0] for choice in choices]
-        right += max(range(4), key=sums.__getitem__) == example['label']
+        example['label'] = max(range(4), key=sums.__getitem__)
         by_length += max(range(4), key=lambda i: sums[i] / len(choices[i])) == example['label']
+    write_lines(tmp_path / 'hellaswag.jsonl', examples)
     options = (f'--init_from={folder}', '--dtype=float32', '--task=hellaswag', '--batch_size=4')
     output = run('tools/evaluate.py', *options, f'--input={tmp_path}/hellaswag.jsonl').stdout
-    accuracies = f'accuracy {right / 12:.2%}, normalized by length {by_length / 12:.2%}'
-    assert f'12 contexts: {accuracies}' in output
+    accuracies = f'accuracy 100.00%, normalized by length {by_length / 15:.2%}'
+    assert f'15 contexts: {accuracies}' in output
 
 
 def test_evaluate_hellaswag_accepts_huggingface_labels(run, refused, gpt2, tmp_path):

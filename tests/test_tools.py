@@ -1,5 +1,6 @@
 """The tools: bench, plan and compare_rnn, and train.py's --depth."""
 
+import gzip
 import json
 import re
 from types import SimpleNamespace
@@ -77,12 +78,15 @@ def test_bench_prints_json(run, text, tmp_path):
 
 
 def test_bench_profile_is_not_written_through_a_link(tmp_path):
-    (tmp_path / 'precious').write_text('mine')
-    (tmp_path / 'trace.json').symlink_to('precious')
-    path = tmp_path / 'trace.json'
-    bench.write_profile(lambda: torch.ones(2) + 1, torch.device('cpu'), str(path))
-    assert (tmp_path / 'precious').read_text() == 'mine' and not path.is_symlink()
-    assert json.loads(path.read_text())['traceEvents']
+    for name in ('trace.json', 'trace.json.gz'):
+        (tmp_path / 'precious').write_text('mine')
+        path = tmp_path / name
+        path.symlink_to('precious')
+        bench.write_profile(lambda: torch.ones(2) + 1, torch.device('cpu'), str(path))
+        assert (tmp_path / 'precious').read_text() == 'mine' and not path.is_symlink()
+        raw = path.read_bytes()
+        trace = json.loads(gzip.decompress(raw) if name.endswith('.gz') else raw)
+        assert trace['traceEvents']
 
 
 SLOW_FIRST_START = """
