@@ -51,6 +51,7 @@ Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'more than 0, at most 1')]
 CountOrAll = Annotated[int, Bound(lambda x: x >= 1 or x == -1, 'at least 1, or -1')]
 Which = Literal['auto', 'last', 'best'] | WholeNumber
 Softcap = Annotated[float, Bound(lambda x: x >= 0, '0 (off) or more')]
+LengthPenalty = Annotated[float, Bound(lambda x: -10 <= x <= 10, '-10 to 10')]
 
 
 @dataclass

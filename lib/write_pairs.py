@@ -18,15 +18,16 @@ def write_pairs(documents, tokenizer, name, dataset, block_size=128, packing=Tru
                 mask_prompt=True, val_fraction=0.05):
     """Write the bins of data/<dataset>; the other keys are those of data/pairs/prepare.py.
 
-    documents: [(line number, [source, target, source, target, ...])]. tokenizer: with
-    `<|endoftext|>`. name: of the documents, for messages. Raises UserError.
+    documents: [('line 3', [source, target, source, target, ...])]. tokenizer: with `<|endoftext|>`.
+    name: of the documents, for messages. Raises UserError.
     """
     kept, lengths, too_long, turns = [], [], [], 0
-    for number, parts in tqdm(documents, desc='tokenize', unit='pair', delay=1):
+    for where, parts in tqdm(documents, desc='tokenize', unit='pair', delay=1,
+                             disable=None, leave=False):
         ids = join_turns([tokenizer.encode_ordinary(part) for part in parts], tokenizer.eot)
         lengths.append(len(ids))
         if len(ids) > block_size:
-            too_long.append(number)
+            too_long.append(where)
             continue
         kept.append((split_hash(parts[0]), ids, ''.join(parts)))
         turns = max(turns, len(parts) // 2)
@@ -61,10 +62,9 @@ def report_lengths(lengths, too_long, kept, name, block_size):
           f'longest has {longest}')
     if not too_long:
         return
-    lines = ', '.join(map(str, too_long[:10])) + (', ...' if len(too_long) > 10 else '')
-    plural = 's' if len(too_long) > 1 else ''
-    message = (f'{len(too_long):,} longer than block_size = {block_size} left out '
-               f'(line{plural} {lines}); --block_size={longest} keeps all')
+    places = ', '.join(too_long[:10]) + (', ...' if len(too_long) > 10 else '')
+    message = (f'{len(too_long):,} longer than block_size = {block_size} left out ({places}); '
+               f'--block_size={longest} keeps all')
     require(kept, f'{name}: no pair is left: {message}')
     print(message)
 

@@ -178,6 +178,21 @@ def test_evaluate_reads_every_turn_of_a_chat(chat_run):
     assert len(expected) > 2
 
 
+def test_evaluate_pairs_refuses_nonfinite_logits_and_stride(refused, chat_run, tmp_path):
+    checkpoint = ckpt.load(chat_run[0])
+    for name, weight in checkpoint.model.items():
+        if name.endswith('mlp.c_proj.weight'):
+            checkpoint.model[name] = torch.full_like(weight, torch.nan)
+    (tmp_path / 'out').mkdir()
+    ckpt.save(tmp_path / 'out', checkpoint)
+    for num_beams in (1, 2):
+        command = ('tools/evaluate.py', f'--out_dir={tmp_path}/out', f'--num_beams={num_beams}')
+        refused(*command, says=('the logits of the model are not finite', '--dtype=float32'))
+    out = ('tools/evaluate.py', f'--out_dir={chat_run[0]}', '--stride=4')
+    for task in ('auto', 'text'):
+        refused(*out, f'--task={task}', says='stride = 4 is for plain text')
+
+
 def test_prefix_lm_mismatch_is_reported(run, refused, chat_run, tmp_path):
     refused('explain.py', f'--out_dir={chat_run[0]}', '--start=a', says='prefix_lm = True')
     tuned = (

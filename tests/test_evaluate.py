@@ -1,8 +1,10 @@
-"""tools/evaluate.py, against transformers without cache or batching, and against train.py."""
+"""tools/evaluate.py: LAMBADA and HellaSwag, against the rules of lm-evaluation-harness."""
 
+import itertools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import tokenizers as hf
@@ -45,131 +47,137 @@ def gpt2(tmp_path_factory, text):
 
 
 @torch.no_grad()
-def log_p(model, context, ending):
-    """Log probability of each token of an ending, from one forward pass."""
-    logp = model(torch.tensor([(context + ending)[:-1]])).logits[0].log_softmax(dim=-1)
-    return [logp[len(context) + i - 1, token].item() for i, token in enumerate(ending)]
+def harness(model, tok, context, ending):
+    """(log p of an ending, whether it is the greedy one) by the rules of lm-evaluation-harness
+    0.4.13 (TemplateLM._encode_pair and HFLM._loglikelihood_tokens): one item at a time, no cache.
+    """
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces:
+        context, ending = context[:-n_spaces], context[-n_spaces:] + ending
+    whole, ids = tok.encode(context + ending).ids, tok.encode(context).ids
+    ending_ids = whole[len(ids) :]
+    if not ids:
+        ids = [tok.token_to_id('<|endoftext|>')]
+    size = model.config.n_positions
+    inputs = (ids + ending_ids)[-(size + 1) :][:-1]
+    logits = model(torch.tensor([inputs])).logits[0, -len(ending_ids) :]
+    logp = logits.log_softmax(dim=-1)[range(len(ending_ids)), ending_ids]
+    return logp.sum().item(), logits.argmax(dim=-1).tolist() == ending_ids
 
 
-def test_evaluate_scores_endings_like_transformers(gpt2):
-    folder, theirs, _ = gpt2
-    ours = ckpt.load(folder).build_model(dropout=0.0).eval()
-    size = theirs.config.vocab_size
-    contexts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
-    with torch.no_grad():
-        greedy = theirs.generate(
-            torch.tensor([contexts[2]]),
-            attention_mask=torch.ones(1, 3),
-            max_new_tokens=4,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, 3:].tolist()
-    endings = [[[1], [2, 3, 4, 5, 6]], [[7, 8]], [greedy, greedy[:2], [*greedy[:3], greedy[3] + 1]]]
-    logp, same = evaluate.score(ours, contexts, endings, 395, torch.device('cpu'))
-    assert same.tolist() == [False, False, False, True, True, False]
-    expected = [(context, ending) for context, some in zip(contexts, endings) for ending in some]
-    for row, (context, ending) in zip(logp.tolist(), expected):
-        # over the first 395 ids only
-        full = theirs(torch.tensor([context + ending])).logits[0, :, :395].log_softmax(dim=-1)
-        plain = [full[len(context) + i - 1, token].item() for i, token in enumerate(ending)]
-        assert row == pytest.approx(plain + [0.0] * (len(row) - len(ending)), abs=1e-4)
-    (first, _), _ = evaluate.score(
-        ours, [list(range(62)), [5]], [[[1]], [list(range(20))]], size, torch.device('cpu')
-    )
-    # the whole context is used
-    assert first[0].item() == pytest.approx(log_p(theirs, list(range(62)), [1])[0], abs=1e-4)
-    long = list(range(100))  # longer than the context, so only its end is used
-    (row,), _ = evaluate.score(ours, [long], [[[1, 2, 3]]], size, torch.device('cpu'))
-    assert row.tolist() == pytest.approx(log_p(theirs, long[-62:], [1, 2, 3]), abs=1e-4)
+def greedy_ending(model, tok, context, n):
+    """The text of n greedy tokens."""
+    ids = tok.encode(context).ids
+    options = {'max_new_tokens': n, 'do_sample': False, 'eos_token_id': None, 'pad_token_id': 0}
+    mask = torch.ones(1, len(ids))
+    new = model.generate(torch.tensor([ids]), attention_mask=mask, **options)[0, len(ids) :]
+    return tok.decode(new.tolist())
 
 
-def test_evaluate_lambada_and_hellaswag_match_transformers(run, gpt2, tmp_path):
+@pytest.mark.parametrize('batch_size', [1, 3, 100])
+def test_evaluate_scores_endings_like_lm_evaluation_harness(gpt2, batch_size):
+    folder, theirs, tok = gpt2
+    ours, tokenizer = ckpt.load_model(folder)
+    words = ' the loss of a model is the mean of the losses of its tokens'
+    endings = [' a', ' model.generate(idx)', ' naïve 日本 😀', ' ', ' the loss\n', 'x']
+    items = [
+        # white space between a context and an ending
+        *((f'def main({space}', endings) for space in ('', ' ', '  ', '\n', '\n\t', '\u00a0')),
+        ('日本<|endoftext|>', endings),
+        ('', endings),
+        # each ending keeps as much of the context as fits
+        (words * 20, [' a', words, words * 2, endings[2]]),
+        (words * 20 + ' ', [' a', words]),
+        (words, [' a', words * 2]),
+    ]
+    for context in ('the loss', 'return', words * 20):
+        context = tok.decode(tok.encode(context).ids[-40:])
+        items.append((context, [greedy_ending(theirs, tok, context, n) for n in (1, 2, 3)]))
+    examples = [evaluate.Example('here', context, endings) for context, endings in items]
+    config = SimpleNamespace(batch_size=batch_size)
+    results = evaluate.score_examples(ours, tokenizer, examples, config, torch.device('cpu'))
+    n_greedy = 0
+    for (context, endings), (logp, greedy) in zip(items, results):
+        expected = [harness(theirs, tok, context, ending) for ending in endings]
+        assert logp.tolist() == pytest.approx([total for total, _ in expected], abs=1e-3)
+        assert greedy.tolist() == [is_greedy for _, is_greedy in expected]
+        n_greedy += sum(greedy.tolist())
+    assert n_greedy >= 3
+
+
+def write_lines(path, lines):
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def test_evaluate_lambada_matches_lm_evaluation_harness(run, gpt2, tmp_path):
     folder, model, tok = gpt2
+    greedy = 'the loss' + greedy_ending(model, tok, 'the loss', 1)
     passages = [
         'the loss of a model is the mean',
-        'def main(config, given): return 0',
-        'A killed run goes on from its save',
+        'A killed run goes on from its save\n',
+        'spaces  before the  last',
+        'and after it ',
+        'word',
+        ' word',
+        'def main(config, given): ' * 20,
+        greedy,
     ]
-    (tmp_path / 'lambada.jsonl').write_text(
-        ''.join(json.dumps({'text': text}) + '\n' for text in passages)
-    )
-    nats = -sum(
-        sum(
-            log_p(
-                model,
-                tok.encode(text.rpartition(' ')[0]).ids,
-                tok.encode(' ' + text.rpartition(' ')[2]).ids,
-            )
-        )
+    write_lines(tmp_path / 'lambada.jsonl', [{'text': text} for text in passages])
+    # lambada_openai.yaml
+    expected = [
+        harness(model, tok, ' '.join(text.split(' ')[:-1]), ' ' + text.split(' ')[-1])
         for text in passages
-    )
-    common = (f'--init_from={folder}', '--dtype=float32')
-    output = run(
-        'tools/evaluate.py',
-        *common,
-        '--task=lambada',
-        f'--input={tmp_path}/lambada.jsonl',
-        '--batch_size=2',
-    ).stdout
-    perplexity = re.search(r'3 passages: accuracy 0.00%, perplexity ([\d.]+)', output)[1]
-    assert float(perplexity) == pytest.approx(math.exp(nats / 3), rel=1e-4)
+    ]
+    nats = -sum(logp for logp, _ in expected) / len(passages)
+    accuracy = sum(is_greedy for _, is_greedy in expected) / len(passages)
+    options = (f'--init_from={folder}', '--dtype=float32', '--task=lambada', '--batch_size=2')
+    output = run('tools/evaluate.py', *options, f'--input={tmp_path}/lambada.jsonl').stdout
+    accuracies = f'8 passages: accuracy {accuracy:.2%}, perplexity '
+    assert accuracies in output
+    perplexity = float(output.partition(accuracies)[2])
+    assert perplexity == pytest.approx(math.exp(nats), rel=1e-4)
 
+
+def preprocess(text):
+    """lm-evaluation-harness 0.4.13, tasks/hellaswag/utils.py"""
+    text = text.strip()
+    text = text.replace(' [title]', '. ')
+    text = re.sub('\\[.*?\\]', '', text)
+    return text.replace('  ', ' ')
+
+
+def test_evaluate_hellaswag_matches_lm_evaluation_harness(run, gpt2, tmp_path):
+    folder, model, tok = gpt2
     examples = [
         {
             'activity_label': 'Training',
             'ctx_a': f'A model [title] reads {a}.',
-            'ctx_b': 'then it',
-            'label': i % 4,
+            'ctx_b': b,
             'endings': [
                 'writes [x] text.',
-                'stops',
-                'goes on with the next batch of tokens.',
-                f'saves {a}',
+                '[step] stops',
+                'goes on with the next batch of tokens, and then with the one after it.',
+                f'saves {a[:9]}',
             ],
         }
-        for i, a in enumerate(
-            ('a book', 'the data', 'tokens', 'its config', 'files', 'the whole of the val split')
+        for a, b in itertools.product(
+            ('a book', 'tokens', 'files ' * 30, 'words ' * 40, 'the val split ' * 9),
+            ('then it', 'it [title]', ''),
         )
     ]
-    (tmp_path / 'hellaswag.jsonl').write_text(
-        ''.join(json.dumps(example) + '\n' for example in examples)
-    )
-    right = by_length = 0
-    for a, example in zip(
-        ('a book', 'the data', 'tokens', 'its config', 'files', 'the whole of the val split'),
-        examples,
-    ):
-        context = tok.encode(f'Training: A model. reads {a}. Then it').ids
-        endings = ['writes text.', 'stops', 'goes on with the next batch of tokens.', f'saves {a}']
-        sums = [sum(log_p(model, context, tok.encode(' ' + ending).ids)) for ending in endings]
-        right += max(range(4), key=sums.__getitem__) == example['label']
-        by_length += max(range(4), key=lambda i: sums[i] / len(endings[i])) == example['label']
-    output = run(
-        'tools/evaluate.py',
-        *common,
-        '--task=hellaswag',
-        f'--input={tmp_path}/hellaswag.jsonl',
-        '--batch_size=4',
-    ).stdout
-    assert f'6 contexts: accuracy {right / 6:.2%}' in output
-    assert f'accuracy {right / 6:.2%}, normalized by length {by_length / 6:.2%}' in output
-
-
-def test_evaluate_loss_matches_train(run, trained, char_data, text, tmp_path):
-    out = (f'--out_dir={trained}', '--device=cpu', '--dtype=float32')
-    printed = run('train.py', '--init_from=resume', '--eval_only', '--eval_iters=-1', *out).stdout
-    loss, perplexity, bits = re.search(
-        r'val loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte', printed
-    ).groups()
-    expected = f'loss {loss}, perplexity {perplexity}, {bits} bits per byte'
-    assert expected in run('tools/evaluate.py', *out).stdout
-    characters = ckpt.load(trained).get_tokenizer()
-    n_train = len(text.encode()) * 9 // 10
-    # the validation split of the text
-    (tmp_path / 'val.txt').write_text(text.encode()[n_train:].decode(), encoding='utf-8')
-    assert characters.encode(text)
-    assert expected in run('tools/evaluate.py', *out, f'--input={tmp_path}/val.txt').stdout
+    by_length = 0
+    for example in examples:
+        context = example['ctx_a'] + ' ' + example['ctx_b'].capitalize()
+        query = preprocess(example['activity_label'] + ': ' + context)
+        choices = [preprocess(ending) for ending in example['endings']]
+        sums = [harness(model, tok, query, f' {choice}')[0] for choice in choices]
+        example['label'] = max(range(4), key=sums.__getitem__)
+        by_length += max(range(4), key=lambda i: sums[i] / len(choices[i])) == example['label']
+    write_lines(tmp_path / 'hellaswag.jsonl', examples)
+    options = (f'--init_from={folder}', '--dtype=float32', '--task=hellaswag', '--batch_size=4')
+    output = run('tools/evaluate.py', *options, f'--input={tmp_path}/hellaswag.jsonl').stdout
+    accuracies = f'accuracy 100.00%, normalized by length {by_length / 15:.2%}'
+    assert f'15 contexts: {accuracies}' in output
 
 
 def test_evaluate_hellaswag_accepts_huggingface_labels(run, refused, gpt2, tmp_path):
@@ -193,7 +201,7 @@ def test_evaluate_hellaswag_accepts_huggingface_labels(run, refused, gpt2, tmp_p
         else:
             assert '1 contexts' in run(*command).stdout
     (tmp_path / 'x.jsonl').write_bytes(json.dumps(example).encode()[:-1] + b', "x": "\xe9"}\n')
-    refused(*command, says='line 1: not JSON')
+    refused(*command, says='is not UTF-8 text')
 
 
 @pytest.mark.parametrize(
@@ -203,7 +211,10 @@ def test_evaluate_hellaswag_accepts_huggingface_labels(run, refused, gpt2, tmp_p
         ('{"text": "a \\ud83d b"}', 'line 1: not JSON'),
         ('{"text": 3}', "line 1: 'text' must be a str"),
         ('', 'there are no examples'),
-        ('{"text": "word"}', 'line 1: there is no last word'),
+        ('[]', 'there are no examples'),
+        ('[{"text": "a b"}, {"text": 3}]', "item 2: 'text' must be a str"),
+        ('{"text": " "}', "line 1: there is no word in ' '"),
+        ('{"text": "a b' + 'xyz' * 50 + '"}', 'more than block_size = 64'),
     ],
 )
 def test_evaluate_reports_malformed_input(refused, gpt2, tmp_path, line, says):

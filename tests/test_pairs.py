@@ -6,7 +6,6 @@ from collections import Counter
 import pytest
 import torch
 
-from data.pairs.prepare import read_json
 from helpers import TINY, random_pairs, read_documents
 from lib import bins
 from model import GPT, GPTConfig
@@ -133,92 +132,16 @@ def test_pairs_accept_windows_line_endings_and_bom(prepare_pairs, run, clone):
     ] == expected
 
 
-def test_pairs_read_json_splits_chats_into_turns():
-    def parts(*messages):
-        return read_json(
-            json.dumps({'messages': [{'role': role, 'content': text} for role, text in messages]})
-        )
-
-    assert parts(('user', 'a'), ('assistant', 'b')) == ['a', 'b']
-    answered = (('user', 'a'), ('assistant', 'b'), ('user', 'c'), ('assistant', 'd'))
-    assert parts(('system', 's'), *answered) == ['s\n\na', 'b', 'c', 'd']
-    assert parts(('user', 'a'), ('user', 'b'), ('assistant', 'c'), ('assistant', 'd')) == [
-        'a\n\nb',
-        'c\n\nd',
-    ]
-    assert read_json('{"prompt": "a", "response": "b", "id": 3}') == ['a', 'b']
-
-
 def test_pairs_report_and_drop_overlong_pairs(prepare_pairs):
     pairs = random_pairs(20)
     pairs[3] = ('x' * 100, 'y')
     pairs[11] = ('x', 'y' * 90)
     data = prepare_pairs(pairs, '--tokenizer=byte', '--block_size=90')
     output = prepare_pairs.result.stdout
-    message = '2 longer than block_size = 90 left out (lines 4, 12); --block_size=104 keeps all'
+    message = '2 longer than block_size = 90 left out (line 4, line 12); --block_size=104 keeps all'
     assert message in output
     kept = [tuple(pair) for split in ('train', 'val') for _, pair in read_documents(data, split)]
     assert Counter(kept) == Counter(pair for i, pair in enumerate(pairs) if i not in (3, 11))
-
-
-MESSAGES = '{"messages": [{"role": "user", "content": "a"}, %s]}'
-
-
-@pytest.mark.parametrize(
-    'lines, suffix, says',
-    [
-        (['a\tb', 'no tab'], 'tsv', 'line 2: there is no tab'),
-        (['a\tb', 'a\t '], 'tsv', 'line 2: a side is empty'),
-        (['\tb'], 'tsv', 'line 1: a side is empty'),
-        ([b'a\tb', b'\xff\tb'], 'tsv', 'line 2: not UTF-8'),
-        (['{"prompt": "a", "response": "b"}', '', '{"prompt": '], 'jsonl', 'line 3: not JSON'),
-        (['[' * 100000], 'jsonl', 'line 1: not JSON'),
-        (['{"prompt": "a", "response": "b \\ud83d"}'], 'jsonl', 'line 1: not UTF-8'),
-        (['{"prompt": "a"}'], 'jsonl', 'line 1: give {"prompt": text, "response": text}'),
-        (['{"prompt": "a", "response": " "}'], 'jsonl', 'line 1: a side is empty'),
-        (
-            [MESSAGES % '{"role": "bot", "content": "b"}'],
-            'jsonl',
-            "line 1: role 'bot' is none of system, user, assistant",
-        ),
-        (
-            [MESSAGES % '{"role": "user", "content": "b"}'],
-            'jsonl',
-            "line 1: the last message is not the assistant's",
-        ),
-        (
-            [MESSAGES % '{"role": "assistant", "content": ""}'],
-            'jsonl',
-            'line 1: the content of a message (assistant) is empty',
-        ),
-        (
-            ['{"messages": [{"role": "assistant", "content": "a"}]}'],
-            'jsonl',
-            'nothing that it answers',
-        ),
-        (
-            ['{"messages": [{"role": "user"}]}'],
-            'jsonl',
-            'line 1: a message is {"role": text, "content": text}',
-        ),
-        (['{"messages": []}'], 'jsonl', 'line 1: the last message'),
-        (['', ' '], 'tsv', 'there is no pair in it'),
-        (
-            [f'{"a" * 99}\tb', f'{"c" * 40}\td'],
-            'tsv',
-            'no pair is left: 2 longer than block_size = 20',
-        ),
-        (['a\tb', 'a\tc'], 'tsv', 'no pair is left to train on'),
-    ],
-)
-def test_pairs_report_invalid_line(refused, clone, tmp_path, lines, suffix, says):
-    path = tmp_path / f'bad.{suffix}'
-    path.write_bytes(
-        b'\n'.join(line if isinstance(line, bytes) else line.encode() for line in lines)
-    )
-    options = ('--tokenizer=byte', '--block_size=20', '--dataset=bad')
-    refused('data/pairs/prepare.py', f'--input={path}', *options, says=(str(path), says))
-    assert not (clone / 'data' / 'bad' / 'train.bin').exists()
 
 
 def test_pairs_report_user_errors(refused, run, prepare_pairs, char_data, trained, clone, tmp_path):

@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configurator import Count, TrainConfig, check_bounds, configure, read_config_file
-from lib.errors import UserError, require, user_errors
+from lib.errors import UserError, os_errors, require, user_errors
+from lib.files import create, find, write_text
 
 PARTS = ('training', 'sampling', 'prepare', 'data', 'start', 'saving')
 
@@ -44,14 +46,18 @@ class Config:
 
 
 def check(config):
-    """Validate the config. Raises UserError."""
+    """Validate the config and find its files. Raises UserError."""
     check_bounds(config)
     for part in config.parts:
         require(part in PARTS, f'parts = {part!r}: give some of {", ".join(PARTS)}')
-    require(config.profile is None or Path(config.profile).parent.is_dir(),
-            f'profile = {config.profile!r}: there is no such folder')
-    require(config.input is None or Path(config.input).is_file(),
-            f'input = {config.input!r}: there is no such file')
+    if config.profile is not None:
+        config.profile = os.path.expanduser(config.profile)
+        require(Path(config.profile).parent.is_dir(),
+                f'profile = {config.profile!r}: there is no such folder')
+    if config.input is not None:
+        config.input = str(find(config.input))
+        require(Path(config.input).is_file(),
+                f'input = {config.input!r}: there is no such file')
 
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
@@ -210,7 +216,11 @@ def write_profile(step, device, path):
     with torch.profiler.profile(activities=activities) as trace:
         for _ in range(3):
             step()
-    trace.export_chrome_trace(path)
+    with tempfile.TemporaryDirectory() as folder, os_errors(f'profile = {path!r}'):
+        exported = Path(folder) / Path(path).name  # compressed if it ends in .gz
+        trace.export_chrome_trace(str(exported))
+        with open(exported, 'rb') as source, create(path) as target:
+            shutil.copyfileobj(source, target)
 
 
 def plain_training(config):
@@ -309,7 +319,7 @@ def write_stdlib(path):
     """The source of Python's standard library, 8 times."""
     sources = sorted(Path(os.__file__).parent.glob('*.py'))
     texts = [source.read_text(encoding='utf-8', errors='replace') for source in sources]
-    path.write_text('\n'.join(texts) * 8, encoding='utf-8')
+    write_text(path, '\n'.join(texts) * 8)
 
 
 def tokenize_only(path, tokenizer):
@@ -350,7 +360,7 @@ def data(config):
 def write_empty_bins(folder, n_tokens, n_files):
     folder.mkdir()
     for number in range(n_files):
-        with open(shard_path(folder, 'train', number), 'wb') as file:
+        with create(shard_path(folder, 'train', number)) as file:
             file.truncate(2 * n_tokens // n_files)
 
 
@@ -363,8 +373,8 @@ def open_bins(folder, n_tokens):
 
 def start(config):
     def seconds(*command, until=None):
-        times = [run_time(command, until) for _ in range(config.repeats)]
-        return statistics.median(times)
+        run_time(command, until)  # warmup: reads files from the disk, prepares the data
+        return statistics.median(run_time(command, until) for _ in range(config.repeats))
 
     import_torch = seconds('-c', 'import torch')
     with tempfile.TemporaryDirectory() as folder:
@@ -372,11 +382,20 @@ def start(config):
                              f'--out_dir={folder}', f'--device={config.device}',
                              until='step 0: loss')
     show_help = seconds('train.py', '--help')
-    import_model = seconds('-c', 'import torch, model') - import_torch
+    import_model = statistics.median(import_time() for _ in range(config.repeats))
     return [make_row('train.py --help', show_help, 's'),
             make_row('import torch', import_torch, 's'),
             make_row('import model, after torch', import_model, 's'),
             make_row('train.py config/quickstart.py to its first step', first_step, 's')]
+
+
+def import_time():
+    """Seconds that `import model` takes in a process that has imported torch. The difference of two
+    processes would be lost in the noise of importing torch."""
+    code = ('import time, torch; begin = time.perf_counter(); import model; '
+            'print(time.perf_counter() - begin)')
+    return float(subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, check=True,
+                                stdout=subprocess.PIPE).stdout)
 
 
 def run_time(arguments, until=None):

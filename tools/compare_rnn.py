@@ -8,8 +8,10 @@ tokens and against seconds, the gradient of the last token's loss with respect t
 and the time of a step against sequence length. Each model is trained at several learning rates; the
 best run counts.
 """
+import io
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -29,7 +31,8 @@ from configurator import (
     check_bounds,
     configure,
 )
-from lib.errors import require, user_errors
+from lib.errors import os_errors, require, user_errors
+from lib.files import create, write_text
 
 HEAD_SIZE = 32  # of the GPT
 
@@ -305,8 +308,11 @@ def plot(results, config, path):
     axes[3].set(xlabel='sequence length', ylabel='ms', xscale='log', yscale='log',
                 title='forward and backward')
     axes[0].legend(fontsize='small')
-    figure.savefig(path, dpi=100)
+    image = io.BytesIO()
+    figure.savefig(image, format='png', dpi=100)
     pyplot.close(figure)
+    with create(path) as file:
+        file.write(image.getvalue())
     return True
 
 
@@ -320,20 +326,22 @@ def main(config):
     data = bins.open_dataset(folder, config.block_size)
     require(not data.pairs, f'dataset = {config.dataset!r} has sources and targets: give plain '
                             f'text')
-    out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir = Path(os.path.expanduser(config.out_dir))
+    with os_errors(f'out_dir = {config.out_dir!r}', 'choose another folder'):
+        out_dir.mkdir(parents=True, exist_ok=True)
     rates = {'GPT': config.gpt_learning_rate, 'LSTM': config.lstm_learning_rate}
     results = {name: compare(name, rates[name], data, config, device, dtype) for name in rates}
     json_path, plot_path = out_dir / 'compare.json', out_dir / 'compare.png'
     if json_path.exists():
         print(f'replacing the comparison in {out_dir}')
     text = json.dumps({'config': asdict(config), 'results': results})
-    json_path.write_text(text, encoding='utf-8')
     print(format_table(results, config))
-    if plot(results, config, plot_path):
-        print(f'{json_path}, {plot_path}')
-    else:
-        print(f'{json_path}; for a plot: pip install matplotlib')
+    with os_errors(f'{out_dir}: cannot write the results', 'choose another --out_dir'):
+        write_text(json_path, text)
+        if plot(results, config, plot_path):
+            print(f'{json_path}, {plot_path}')
+        else:
+            print(f'{json_path}; for a plot: pip install matplotlib')
 
 
 if __name__ == '__main__':

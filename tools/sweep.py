@@ -7,6 +7,9 @@ Each run gets its own folder in --out_dir (default: sweep-<config>). The same co
 where it stopped; other commands add their runs to the same table, so you can also vary one key at a
 time. Runs that differ only in their seed share a row: mean and standard deviation.
 """
+import hashlib
+import io
+import os
 import re
 import statistics
 import subprocess
@@ -17,20 +20,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import TrainConfig, read_config_file
-from lib.errors import require, user_errors
+from configurator import TrainConfig, help_text, read_config_file
+from lib.errors import os_errors, require, user_errors
+from lib.files import create, find, write_text
 from lib.recipe import read_train_config
 
 USAGE = """usage: python tools/sweep.py config/file.py [...] [--key=value,value,... ...]
 
-The keys are those of train.py (python train.py --help lists them), and always take the form
---key=value. Commas separate the values to try. Every combination of values is one run; all of them
-are checked before the first one starts. Config files are applied before the flags."""
+The keys are those of train.py, and always take the form --key=value. Commas separate the values to
+try. Every combination of values is one run; all of them are checked before the first one starts.
+Config files are applied before the flags. The exit code is 1 if a run failed."""
 
 
 def read_command(argv):
     """(out_dir, [(folder, train.py's arguments, config) of each run]). Raises UserError."""
-    files = [word for word in argv if not word.startswith('-')]
+    files = [str(find(word)) for word in argv if not word.startswith('-')]
     require(files, 'name a config file: python tools/sweep.py config/quickstart.py '
                    '--learning_rate=1e-3,3e-3')
     values = {}
@@ -41,7 +45,7 @@ def read_command(argv):
             values[key] = text.split(',')
     out_dirs = values.pop('out_dir', [f'sweep-{Path(files[-1]).stem}'])
     require(len(out_dirs) == 1, 'out_dir: give one folder for the whole sweep')
-    out_dir = Path(out_dirs[0])
+    out_dir = Path(os.path.expanduser(out_dirs[0]))
     runs = []
     for choice in combinations(values):
         arguments = [*files, *(f'--{key}={text}' for key, text in choice.items())]
@@ -59,13 +63,19 @@ def combinations(values):
 
 
 def folder_name(choice):
-    name = ','.join(f'{key}={text}' for key, text in choice.items())
-    return re.sub(r'[^-+.,=\w]', '_', name) or 'as-it-is'
+    """A name of at most 255 bytes. One that does not spell out the choice ends in its hash."""
+    text = ','.join(f'{key}={text}' for key, text in choice.items()) or 'as-it-is'
+    name = re.sub(r'[^-+.,=\w]', '_', text)
+    if name == text and len(name.encode()) <= 255:
+        return name
+    digest = hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]
+    return name.encode()[:200].decode(errors='ignore') + ',' + digest
 
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
     if '--help' in sys.argv or '-h' in sys.argv:
-        print(f'{__doc__}\n{USAGE}')
+        _, _, keys = help_text(TrainConfig).partition('[--switch ...]\n')
+        print(f'{__doc__}\n{USAGE}\n{keys}')
         sys.exit(0)
     with user_errors():
         out_dir, runs = read_command(sys.argv[1:])
@@ -146,8 +156,11 @@ def plot(results, path):
     loss_axis.set(xlabel='step', ylabel='training loss')
     if len(results) <= 12:
         loss_axis.legend(fontsize='x-small')
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format='png', dpi=120)
     pyplot.close(figure)
+    with create(path) as file:
+        file.write(image.getvalue())
     return True
 
 
@@ -161,6 +174,7 @@ def train(folder, arguments):
 
 def main(out_dir, runs):
     """Returns the exit code."""
+    failed = []
     for i, (folder, arguments, config) in enumerate(runs):
         progress = f'{i + 1}/{len(runs)} {folder.name}'
         result = read_result(folder)
@@ -173,19 +187,31 @@ def main(out_dir, runs):
             print('stopped; the same command continues from here')
             return code
         if code:
+            failed.append(folder.name)
             print(f'{folder.name} failed: it is left out of the table')
-    results = [read_result(path) for path in sorted(out_dir.iterdir())]
-    results = [result for result in results
+    report(out_dir)
+    if failed:
+        print(f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed)}; the same command '
+              f'tries them again')
+    return int(bool(failed))
+
+
+def report(out_dir):
+    """Write and print the table of all finished runs in out_dir, and the plot."""
+    paths = sorted(out_dir.iterdir()) if out_dir.is_dir() else []
+    results = [result for result in map(read_result, paths)
                if result and result['step'] >= result['config']['max_iters']]
-    require(results, f'{out_dir}: no run has finished')
+    if not results:
+        print(f'{out_dir}: no run has finished')
+        return
     table = format_table(results)
-    (out_dir / 'table.md').write_text(table + '\n', encoding='utf-8')
     print(table)
-    if plot(results, out_dir / 'plot.png'):
-        print(f'{out_dir / "table.md"}, {out_dir / "plot.png"}')
-    else:
-        print(f'{out_dir / "table.md"}; for a plot: pip install matplotlib')
-    return 0
+    with os_errors(f'{out_dir}: cannot write the results', 'choose another --out_dir'):
+        write_text(out_dir / 'table.md', table + '\n')
+        if plot(results, out_dir / 'plot.png'):
+            print(f'{out_dir / "table.md"}, {out_dir / "plot.png"}')
+        else:
+            print(f'{out_dir / "table.md"}; for a plot: pip install matplotlib')
 
 
 if __name__ == '__main__':

@@ -3,11 +3,12 @@
     python data/pairs/prepare.py --input=ita.txt --dataset=en_it    # lines of source TAB target
     python data/pairs/prepare.py --input=chats.jsonl --tokenizer=gpt2 --block_size=1024
 
-A .jsonl file has an object per line: {"prompt": "...", "response": "..."}, or {"messages":
-[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}, perhaps with a
-message of the role system first. Only targets are learned (mask_prompt).
+A .jsonl or .json file has an object per line, or is one array of them. Read are {"prompt": ...,
+"response": ...}, the pairs of keys in PAIRS, Alpaca's {"instruction": ..., "input": ..., "output":
+...}, {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]},
+such a list alone, and ShareGPT's {"conversations": [{"from": "human", "value": ...}, ...]}. A chat
+may begin with a message of the role system. Only targets are learned (mask_prompt).
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from lib.errors import UserError, require, user_errors
 
 @dataclass
 class Config:
-    input: str = ''  # a UTF-8 file of lines: source TAB target, or JSON if its name ends in .jsonl
+    input: str = ''  # lines of source TAB target, or JSON (.jsonl, .json); perhaps with .gz or .zst
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
     init_from: str = ''  # weights to finetune (a run's folder, a checkpoint): use their tokenizer
@@ -37,52 +38,64 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
         config, _ = configure(Config)
 
 from lib.bpe import make_tokenizer
+from lib.files import find, open_text
+from lib.records import read_records
 from lib.write import dataset_folder
 from lib.write_pairs import write_pairs
 
+PAIRS = (('prompt', 'response'), ('prompt', 'completion'), ('question', 'answer'),
+         ('input', 'output'))
+ROLES = {'system': 'source', 'user': 'source', 'assistant': 'target',
+         'human': 'source', 'gpt': 'target'}  # the last two are ShareGPT's
+
 
 def read_documents(path):
-    """Yield (line number, [source, target, source, target, ...]) for each line that is not blank.
+    """Yield (where, [source, target, source, target, ...]) for each line that is not blank, or each
+    item of a JSON array; where: 'line 3', 'item 3'. Raises UserError that names file and place."""
+    records, read_record = read_lines(path), read_tsv
+    if path.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl', '.json')):
+        records, read_record = read_records(path), read_example
+    for where, record in records:
+        try:
+            parts = [part.strip() for part in read_record(record)]
+            require(all(parts), 'a side is empty')
+        except UserError as error:
+            raise UserError(f'{path} {where}: {error}; mend or delete the '
+                            f'{where.split()[0]}') from None
+        yield where, parts
 
-    Raises UserError with the line number.
-    """
-    read_line = read_json if path.suffix.lower() in ('.jsonl', '.json') else read_tsv
-    with open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode('utf-8-sig' if number == 1 else 'utf-8').strip('\r\n')
-                if not text.strip():
-                    continue
-                parts = [part.strip() for part in read_line(text)]
-                require(all(parts), 'a side is empty')
-                ''.join(parts).encode('utf-8')  # JSON can name half a character
-            except UnicodeError:
-                raise UserError(f'{path} line {number}: not UTF-8 text; '
-                                f'convert the file to UTF-8') from None
-            except UserError as error:
-                raise UserError(f'{path} line {number}: {error}; '
-                                f'mend or delete the line') from None
-            yield number, parts
+
+def read_lines(path):
+    with open_text(path) as file:
+        lines = [(f'line {n}', line) for n, line in enumerate(file, 1) if line.strip()]
+    yield from lines
 
 
 def read_tsv(line):
     """[source, target]; further columns (of licences, say) are ignored."""
     columns = line.split('\t')
-    require(len(columns) > 1, 'there is no tab between a source and a target')
+    require(len(columns) > 1, 'there is no tab between a source and a target (JSON is read from '
+                              'files whose names end in .jsonl or .json)')
     return columns[:2]
 
 
-def read_json(line):
-    try:
-        example = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'not JSON, one object per line: {error}') from None
+def read_example(example):
+    """[source, target, ...] of a record in JSON. Raises UserError."""
     match example:
-        case {'prompt': str(prompt), 'response': str(response)}:
-            return [prompt, response]
-        case {'messages': list(messages)}:
+        case list(messages) | {'messages': list(messages)} | {'conversations': list(messages)}:
             return read_messages(messages)
-    raise UserError('give {"prompt": text, "response": text} or {"messages": [...]}')
+        case {'instruction': str(instruction), 'output': str(output)}:  # Alpaca
+            details = example.get('input') or ''
+            require(isinstance(details, str), 'input is not a text')
+            return ['\n\n'.join(filter(str.strip, (instruction, details))), output]
+        case dict():
+            for keys in PAIRS:
+                sides = [example.get(key) for key in keys]
+                if all(isinstance(side, str) for side in sides):
+                    return sides
+    pairs = ', '.join(f'"{source}" and "{target}"' for source, target in PAIRS)
+    raise UserError(f'give an object with texts under {pairs}, or "instruction" and "output", or '
+                    f'with a list "messages" or "conversations"')
 
 
 def read_messages(messages):
@@ -91,21 +104,40 @@ def read_messages(messages):
     parts = []
     for message in messages:
         match message:
-            case {'role': 'system' | 'user' | 'assistant' as role, 'content': str(content)}:
-                side = int(role == 'assistant')
-            case {'role': role, 'content': str()}:
-                raise UserError(f'role {role!r} is none of system, user, assistant')
+            case {'role': str(role), 'content': content} | {'from': str(role), 'value': content}:
+                text = read_content(content)
             case _:
-                raise UserError('a message is {"role": text, "content": text}')
-        require(content.strip(), f'the content of a message ({role}) is empty')
+                raise UserError('a message is {"role": text, "content": text}, or {"from": text, '
+                                '"value": text}')
+        require(role in ROLES, f'role {role!r} is none of {", ".join(ROLES)}')
+        require(text.strip(), f'the content of a message ({role}) is empty')
+        side = int(ROLES[role] == 'target')
         require(parts or side == 0,
                 'the first message is the assistant\'s: there is nothing that it answers')
         if len(parts) % 2 == side:
-            parts.append(content)
+            parts.append(text)
         else:
-            parts[-1] += '\n\n' + content
+            parts[-1] += '\n\n' + text
     require(parts and len(parts) % 2 == 0, 'the last message is not the assistant\'s')
     return parts
+
+
+def read_content(content):
+    """The text of a message, which may come in parts. Raises UserError."""
+    if isinstance(content, str):
+        return content
+    require(isinstance(content, list), 'the content of a message is neither a text nor a list of '
+                                       'parts')
+    texts = []
+    for part in content:
+        match part:
+            case {'type': 'text', 'text': str(text)}:
+                texts.append(text)
+            case _:
+                kind = part.get('type') if isinstance(part, dict) else part
+                raise UserError(f'a part of a message ({str(kind)[:40]!r}) is not {{"type": "text",'
+                                f' "text": ...}}')
+    return ''.join(texts)
 
 
 def pick_tokenizer(config, path):
@@ -124,13 +156,13 @@ def pick_tokenizer(config, path):
 
 def main(config):
     require(config.input, 'name your pairs: python data/pairs/prepare.py --input=FILE, '
-                          'lines of source TAB target, or .jsonl')
+                          'lines of source TAB target, or .jsonl or .json')
     dataset_folder(config.dataset)
     require(0 < config.val_fraction < 1,
             f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     require(config.block_size >= 5,
             f'block_size = {config.block_size}: give at least 5, 3 of which separate a pair')
-    path = Path(config.input).expanduser()
+    path = find(config.input)
     require(path.is_file(), f'--input={config.input}: there is no such file')
     documents = list(read_documents(path))  # report any bad line before anything is written
     require(documents, f'{config.input}: there is no pair in it')

@@ -43,7 +43,7 @@ def commands():
 def main(config):
     require(0 < config.val_fraction < 1,
             f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
-    documents = list(enumerate(commands(), 1))
+    documents = [(f'line {n}', parts) for n, parts in enumerate(commands(), 1)]
     tokenizer = train_bpe((part for _, parts in documents for part in parts), vocab_size=335)
     write_pairs(documents, tokenizer, 'SCAN', 'scan', val_fraction=config.val_fraction)
 
