@@ -10,6 +10,7 @@ from configurator import (
     Bound,
     Count,
     FilePath,
+    LengthPenalty,
     Share,
     Size,
     Text,
@@ -20,7 +21,6 @@ from configurator import (
 )
 from lib.errors import UserError, first_line, require, user_errors
 
-LengthPenalty = Annotated[float, Bound(lambda x: -10 <= x <= 10, '-10 to 10')]
 Penalty = Annotated[float, Bound(lambda x: 0.01 <= x <= 100, '0.01 to 100; 1 is off')]
 Temperature = Annotated[float, Bound(lambda x: x >= 0, '0 (greedy) or more')]
 MinP = Annotated[float, Bound(lambda x: 0 <= x <= 1, 'a share from 0 to 1')]
@@ -31,7 +31,7 @@ class Config:
     # model
     init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, ..., gpt2-xl or a path
     out_dir: FilePath = 'out'  # the folder of a run
-    checkpoint: Which = 'auto'  # of the run: last, best (val loss) or a step; auto: see README
+    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)
     # prompt
     start: Text | list[str] = '\n'  # the prompt, FILE:path for a file's text, or a list of prompts

@@ -225,10 +225,10 @@ def find_dataset(name):
 def find_or_prepare(name):
     """find_dataset; prepares a small one that is missing. Raises UserError with the command."""
     folder = find_dataset(name)
-    there = [split for split in ('train', 'val') if (folder / f'{split}.bin').exists()]
-    require(len(there) != 1, f'dataset = {name!r}: {folder} has {there and there[0]}.bin, but not '
-                             f'the other one of train.bin and val.bin: copy it too, or {AGAIN}')
-    if there:
+    missing = [split for split in ('train', 'val') if not (folder / f'{split}.bin').exists()]
+    require(len(missing) != 1, f'dataset = {name!r}: there is no {missing and missing[0]}.bin in '
+                               f'{folder}, only the other split: copy it too, or {AGAIN}')
+    if not missing:
         return folder
     script = DATA / name / 'prepare.py'
     scripts = sorted(path.parent.name for path in DATA.glob('*/prepare.py'))

@@ -161,7 +161,7 @@ MESSAGES = '{"messages": [{"role": "user", "content": "a"}, %s]}'
         (
             ['{"messages": [{"role": "assistant", "content": "a"}]}'],
             'jsonl',
-            'nothing that it answers',
+            'nothing it answers',
         ),
         (
             ['{"messages": [{"role": "user"}]}'],

@@ -232,7 +232,7 @@ BROKEN_DATA = {
     ),
     'odd size': (lambda data: (data / 'train.bin').write_bytes(b'123'), 'not a multiple of 2'),
     'empty': (lambda data: (data / 'val.bin').write_bytes(b''), 'val.bin: its size, 0 bytes'),
-    'missing': (lambda data: (data / 'train.bin').unlink(), 'train.bin: No such file'),
+    'missing': (lambda data: (data / 'train.bin').unlink(), 'there is no train.bin in'),
     'id beyond the vocabulary': (
         lambda data: overwrite_ids(data / 'train.bin', 5000, 60000),
         'token id 60000 at position 5000',
@@ -254,15 +254,6 @@ def test_resume_reports_broken_or_changed_data(run, refused, char_data, out_dir,
         'train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=24', says=message
     )
     assert folder_contents(out_dir) == before
-    # an explicit --dataset accepts changed data
-    if case.startswith('changed'):
-        run(
-            'train.py',
-            '--init_from=resume',
-            f'--out_dir={out_dir}',
-            '--max_iters=21',
-            f'--dataset={data}',
-        )
 
 
 def test_resume_keeps_best_checkpoint(run, train_args, tmp_path):

@@ -15,7 +15,15 @@ from typing import Literal, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import Count, LengthPenalty, WholeNumber, check_bounds, configure
+from configurator import (
+    Count,
+    FilePath,
+    LengthPenalty,
+    Which,
+    WholeNumber,
+    check_bounds,
+    configure,
+)
 from lib.errors import UserError, require, user_errors
 from lib.files import find, read_text
 
@@ -23,13 +31,14 @@ from lib.files import find, read_text
 @dataclass
 class Config:
     # model
-    init_from: str = 'resume'  # resume (out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl or a path
-    out_dir: str = 'out'  # the folder of a run
+    init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, ..., gpt2-xl or a path
+    out_dir: FilePath = 'out'  # the folder of a run
+    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)
     # task
     task: Literal['auto', 'pairs', 'text', 'lambada', 'hellaswag'] = 'auto'  # auto: pairs or text
-    input: str = ''  # file of lambada, hellaswag or text; empty: the val split of dataset
-    dataset: str = ''  # a folder in data/, or a path; empty: the one that the run was trained on
+    input: FilePath = ''  # file of lambada, hellaswag or text; empty: the val split of dataset
+    dataset: FilePath = ''  # a folder in data/, or a path; empty: the one that the run was trained on
     limit: Count | None = None  # only the first N examples, or windows of a text; None: all
     stride: Count | None = None  # of text: tokens from window to window; None: block_size
     show: WholeNumber = 0  # print the first N sources with their targets and answers
@@ -52,11 +61,10 @@ def check(config):
     require(not config.input or config.task != 'pairs',
             'task = pairs reads a data set: prepare the file with data/pairs/prepare.py, and name '
             'it with --dataset=NAME')
-    require(not config.input or find(config.input).is_file(),
-            f'input = {config.input!r}: there is no such file')
-    for key in ('input', 'out_dir', 'init_from'):
-        if value := getattr(config, key):
-            setattr(config, key, str(find(value)))
+    if config.input:
+        found = find(config.input)
+        require(found.is_file(), f'input = {config.input!r}: there is no such file')
+        config.input = str(found)
 
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports

@@ -16,16 +16,16 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure
+from configurator import FilePath, configure
 from lib.errors import UserError, require, user_errors
 
 
 @dataclass
 class Config:
-    input: str = ''  # lines of source TAB target, or JSON (.jsonl, .json); perhaps with .gz or .zst
+    input: FilePath = ''  # lines of source TAB target, or JSON (.jsonl, .json); perhaps with .gz or .zst
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
-    init_from: str = ''  # weights to finetune (a run's folder, a checkpoint): use their tokenizer
+    init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): use their tokenizer
     dataset: str = 'pairs'  # the bins go to data/<dataset>
     block_size: int = 128  # tokens per row; longer pairs are left out
     packing: bool = True  # several pairs per row, which do not see one another; False: one
@@ -49,16 +49,26 @@ ROLES = {'system': 'source', 'user': 'source', 'assistant': 'target',
          'human': 'source', 'gpt': 'target'}  # the last two are ShareGPT's
 
 
-def read_documents(path):
+class Unusable(UserError):
+    """A record in JSON without a source or a target, as large collections have some."""
+
+
+def read_documents(path, left_out=None):
     """Yield (where, [source, target, source, target, ...]) for each line that is not blank, or each
-    item of a JSON array; where: 'line 3', 'item 3'. Raises UserError that names file and place."""
+    item of a JSON array; where: 'line 3', 'item 3'. Unusable records are added to the list
+    left_out. Raises UserError that names file and place."""
     records, read_record = read_lines(path), read_tsv
     if path.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl', '.json')):
         records, read_record = read_records(path), read_example
     for where, record in records:
         try:
             parts = [part.strip() for part in read_record(record)]
-            require(all(parts), 'a side is empty')
+            if not all(parts):
+                raise (UserError if read_record is read_tsv else Unusable)('a side is empty')
+        except Unusable as error:
+            if left_out is not None:
+                left_out.append(f'{where}: {error}')
+            continue
         except UserError as error:
             raise UserError(f'{path} {where}: {error}; mend or delete the '
                             f'{where.split()[0]}') from None
@@ -110,15 +120,17 @@ def read_messages(messages):
                 raise UserError('a message is {"role": text, "content": text}, or {"from": text, '
                                 '"value": text}')
         require(role in ROLES, f'role {role!r} is none of {", ".join(ROLES)}')
-        require(text.strip(), f'the content of a message ({role}) is empty')
+        if not text.strip():
+            raise Unusable(f'the content of a message ({role}) is empty')
         side = int(ROLES[role] == 'target')
-        require(parts or side == 0,
-                'the first message is the assistant\'s: there is nothing that it answers')
+        if not parts and side == 1:
+            raise Unusable('the first message is the assistant\'s: there is nothing it answers')
         if len(parts) % 2 == side:
             parts.append(text)
         else:
             parts[-1] += '\n\n' + text
-    require(parts and len(parts) % 2 == 0, 'the last message is not the assistant\'s')
+    if not parts or len(parts) % 2:
+        raise Unusable('the last message is not the assistant\'s')
     return parts
 
 
@@ -164,8 +176,13 @@ def main(config):
             f'block_size = {config.block_size}: give at least 5, 3 of which separate a pair')
     path = find(config.input)
     require(path.is_file(), f'--input={config.input}: there is no such file')
-    documents = list(read_documents(path))  # report any bad line before anything is written
-    require(documents, f'{config.input}: there is no pair in it')
+    left_out = []
+    documents = list(read_documents(path, left_out))  # report bad lines before writing anything
+    reasons = '; '.join(left_out[:3]) + '; ...' * (len(left_out) > 3)
+    require(documents, f'{config.input}: there is no pair in it{reasons and f" ({reasons})"}')
+    if left_out:
+        print(f'{len(left_out):,} of {len(documents) + len(left_out):,} examples are left out: '
+              f'{reasons}')
     write_pairs(documents, pick_tokenizer(config, path), config.input, config.dataset,
                 config.block_size, config.packing, config.mask_prompt, config.val_fraction)
 
