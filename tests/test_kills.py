@@ -114,6 +114,7 @@ def test_train_survives_sigkill_while_moving_earlier_run(run, train_args, patche
         'ckpt_00000020.json',
         'log.jsonl',
         'config.py',
+        'status',
     }
 
 
