@@ -400,6 +400,8 @@ def unescape(text):
     """Decode the escapes \\n, \\t and \\\\ of text that was typed in a shell; not in FILE:path."""
     if text.startswith('FILE:'):
         return text
+    with contextlib.suppress(UnicodeError):  # Python took UTF-8 for bytes: LC_ALL=C
+        text = os.fsencode(text).decode('utf-8')
     return re.sub(r'\\([nt\\])', lambda match: {'n': '\n', 't': '\t'}.get(match[1], '\\'), text)
 
 

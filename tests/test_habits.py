@@ -87,9 +87,9 @@ def test_home_and_other_working_directories(run, clone, char_data, tmp_path):
     command = next(line for line in result.stdout.splitlines() if 'sample.py' in line)
     command = command.partition('now: ')[2].replace('python', sys.executable, 1)
     subprocess.run(command, shell=True, check=True, cwd=elsewhere, env=os.environ | env)
-    common = ('--max_new_tokens=2', '--device=cpu')
+    common = ('--max_new_tokens=2', '--device=cpu', '--start=a')
     where = '--out_dir=~/a run'
-    text = run('sample.py', where, '--start=FILE:~/prompt.txt', *common, cwd=elsewhere, env=env)
+    text = run('sample.py', where, *common, '--start=FILE:~/prompt.txt', cwd=elsewhere, env=env)
     assert text.stdout.startswith('def ')
     for name in ('--init_from=~/a run', '--init_from=~/a run/ckpt_00000004.pt'):
         run('sample.py', name, *common, cwd=elsewhere, env=env)
