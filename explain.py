@@ -62,7 +62,7 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
-from lib.files import find, write_text
+from lib.files import find, printable, write_text
 from lib.run import read_log
 from lib.serve import serve
 from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
@@ -341,7 +341,7 @@ def run_facts(checkpoint, out_dir):
         stride = max(1, len(curve) // 400)
         curves[name] = curve[::-stride][::-1]  # at most about 400 points, the last one included
     return {
-        'path': checkpoint.path,
+        'path': printable(checkpoint.path),
         'step': checkpoint.step,
         'val_loss': checkpoint.val_loss,
         'curves': curves,

@@ -36,6 +36,11 @@ def find(path):
     return in_repository if not os.path.exists(path) and os.path.exists(in_repository) else path
 
 
+def printable(path):
+    """A path as text: the name of a file need not be UTF-8."""
+    return os.fsencode(path).decode(errors='replace')
+
+
 def command(script, **flags):
     """The command that runs a script of the repository, to be printed: quoted for a shell."""
     path = os.path.relpath(ROOT / script)

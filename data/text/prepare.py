@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from configurator import FilePath, configure
 from lib.errors import UserError, first_line, os_errors, require, user_errors
-from lib.files import find
+from lib.files import find, printable
 
 
 @dataclass
@@ -77,10 +77,6 @@ def measure(path, binary_too=False):
         size += len(piece.encode('utf-8'))
         n_separators += piece.count(END_OF_TEXT)
     return size, n_separators
-
-
-def printable(path):
-    return os.fsencode(path).decode(errors='replace')  # a file's name need not be UTF-8
 
 
 @contextlib.contextmanager
