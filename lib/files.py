@@ -6,10 +6,12 @@ import io
 import json
 import os
 import shlex
+import shutil
+import tempfile
 import zlib
 from pathlib import Path
 
-from lib.errors import UserError, first_line, require, shorten
+from lib.errors import UserError, first_line, os_errors, require, shorten
 
 try:
     import fcntl
@@ -93,6 +95,22 @@ def first_invalid_byte(path):
                 return position + error.start
             position += len(line)
     return position
+
+
+@contextlib.contextmanager
+def regular_file(path):
+    """The path of a file with the content of what a user has given as --input: a pipe, which can be
+    read only once (-: standard input), is copied into a temporary file. Raises UserError."""
+    found = Path('/dev/stdin') if path == '-' else find(path)
+    require(os.path.exists(found) and not found.is_dir(), f'--input={path}: there is no such file')
+    if found.is_file():
+        yield found
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / f'input{found.suffix}'
+        with os_errors(found), open(found, 'rb') as source, open(copy, 'wb') as target:
+            shutil.copyfileobj(source, target)
+        yield copy
 
 
 def read_text(path):

@@ -353,7 +353,7 @@ def test_config_values():
 def test_config_files(tmp_path):
     rng, path = random.Random(0), tmp_path / 'c.py'
     atoms = ['batch_size', '=', '1', "'a'", '+', '*', '(', ')', '\n', 'out_dir', 'x', '**', '[',
-             ']', ',', '"""', '#', 'import os', 'str(', 'time.time()', '\\', '\0', '10**9', 'f"{x}"',
+             ']', ',', '"""', '#', 'import x', 'str(', 'time.time()', '\\', '\0', '10**9', 'f"{x}"',
              ':', 'del', 'while True: pass', '\t']  # fmt: skip
     for _ in range(5 * N):
         path.write_text(' '.join(rng.choices(atoms, k=rng.randint(1, 12))))

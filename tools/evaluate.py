@@ -38,7 +38,7 @@ class Config:
     # task
     task: Literal['auto', 'pairs', 'text', 'lambada', 'hellaswag'] = 'auto'  # auto: pairs or text
     input: FilePath = ''  # file of lambada, hellaswag or text; empty: the val split of dataset
-    dataset: FilePath = ''  # a folder in data/, or a path; empty: the one that the run was trained on
+    dataset: FilePath = ''  # a folder in data/, or a path; empty: the one of the run
     limit: Count | None = None  # only the first N examples, or windows of a text; None: all
     stride: Count | None = None  # of text: tokens from window to window; None: block_size
     show: WholeNumber = 0  # print the first N sources with their targets and answers
@@ -63,7 +63,8 @@ def check(config):
             'it with --dataset=NAME')
     if config.input:
         found = find(config.input)
-        require(found.is_file(), f'input = {config.input!r}: there is no such file')
+        require(found.exists() and not found.is_dir(),
+                f'input = {config.input!r}: there is no such file')
         config.input = str(found)
 
 

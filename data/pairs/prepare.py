@@ -22,10 +22,10 @@ from lib.errors import UserError, require, user_errors
 
 @dataclass
 class Config:
-    input: FilePath = ''  # lines of source TAB target, or JSON (.jsonl, .json); perhaps with .gz or .zst
+    input: FilePath = ''  # lines of source TAB target, or JSON (.jsonl, .json), perhaps .gz or .zst
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
-    init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): use their tokenizer
+    init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): their tokenizer
     dataset: str = 'pairs'  # the bins go to data/<dataset>
     block_size: int = 128  # tokens per row; longer pairs are left out
     packing: bool = True  # several pairs per row, which do not see one another; False: one
@@ -38,7 +38,7 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
         config, _ = configure(Config)
 
 from lib.bpe import make_tokenizer
-from lib.files import find, open_text
+from lib.files import open_text, printable, regular_file
 from lib.records import read_records
 from lib.write import dataset_folder
 from lib.write_pairs import write_pairs
@@ -174,8 +174,11 @@ def main(config):
             f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     require(config.block_size >= 5,
             f'block_size = {config.block_size}: give at least 5, 3 of which separate a pair')
-    path = find(config.input)
-    require(path.is_file(), f'--input={config.input}: there is no such file')
+    with regular_file(config.input) as path:
+        prepare(config, path)
+
+
+def prepare(config, path):
     left_out = []
     documents = list(read_documents(path, left_out))  # report bad lines before writing anything
     reasons = '; '.join(left_out[:3]) + '; ...' * (len(left_out) > 3)
@@ -183,7 +186,7 @@ def main(config):
     if left_out:
         print(f'{len(left_out):,} of {len(documents) + len(left_out):,} examples are left out: '
               f'{reasons}')
-    write_pairs(documents, pick_tokenizer(config, path), config.input, config.dataset,
+    write_pairs(documents, pick_tokenizer(config, path), printable(config.input), config.dataset,
                 config.block_size, config.packing, config.mask_prompt, config.val_fraction)
 
 

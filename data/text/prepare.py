@@ -6,12 +6,9 @@
 
 Files may be compressed (.gz, .zst). `<|endoftext|>` in a text ends a document.
 """
-import contextlib
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,8 +16,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from configurator import FilePath, configure
-from lib.errors import UserError, first_line, os_errors, require, user_errors
-from lib.files import find, printable
+from lib.errors import UserError, first_line, require, user_errors
+from lib.files import find, printable, regular_file
 
 
 @dataclass
@@ -79,20 +76,6 @@ def measure(path, binary_too=False):
     return size, n_separators
 
 
-@contextlib.contextmanager
-def regular_file(path):
-    """The path of a file with the content of path: a pipe, which can be read only once, is copied
-    into a temporary file."""
-    if os.path.isfile(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder, os_errors(path):
-        copy = Path(folder) / 'text'
-        with open(path, 'rb') as source, open(copy, 'wb') as target:
-            shutil.copyfileobj(source, target)
-        yield copy
-
-
 def pick_tokenizer(config, texts, n_separators):
     if config.init_from:
         from checkpoint import load  # imports torch
@@ -107,12 +90,11 @@ def main(config):
     dataset_folder(config.dataset)
     require(0 < config.val_fraction < 1,
             f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
-    root = Path('/dev/stdin') if config.input == '-' else find(config.input)
-    require(os.path.exists(root), f'--input={config.input}: there is no such file or folder')
+    root = find(config.input)
     if root.is_dir():
         prepare(config, text_files(root))
     else:
-        with regular_file(root) as path:
+        with regular_file(config.input) as path:
             prepare(config, {path: measure(path, binary_too=True)})
 
 
