@@ -143,6 +143,16 @@ def gather(value):
     return values
 
 
+def require_same(values):
+    """End all processes, which all call this, unless they have the same values, {name: text}."""
+    everywhere = gather(values)
+    for name, text in everywhere[0].items():
+        for number, others in enumerate(everywhere):
+            if others.get(name) != text:
+                fail(f'{name} = {text} on rank 0 but {others.get(name)} on rank {number}: start '
+                     f'all processes with the same keys, code and kind of device')
+
+
 def gather_ints(*values):
     """The same for ints, in one small exchange between the CPUs."""
     if not dist.is_initialized():
