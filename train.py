@@ -240,8 +240,7 @@ def load_checkpoint(run, config, given):
         if run.resuming and os.path.isdir(where):
             run.claim()
         checkpoint = ckpt.load(where, mmap=dist.is_initialized(), average_last=config.average_last)
-    if len(set(gather((checkpoint.step, checkpoint.samples_seen)))) > 1:
-        fail(f'{where} is not the same folder for all processes: name one that all machines see')
+    resume.check_same_checkpoint(checkpoint, where)
     if run.resuming:
         resume.take_saved_config(config, given, checkpoint)
         check(config)
@@ -254,6 +253,7 @@ def open_data(run, config, given, checkpoint):
     with main_process_first():  # it may prepare a small data set
         folder = bins.find_or_prepare(config.dataset)
     data = bins.open_dataset(folder, model_config['block_size'])
+    resume.check_same_data(data, config.dataset)
     model_config |= resume.choose_data_config(config, given, checkpoint, data, run.resuming)
     if checkpoint:
         resume.check_same_tokenizer(checkpoint, data)
@@ -337,6 +337,7 @@ def farewell(config, trainer, data):
 def main(config, given):
     """Returns the exit code."""
     distributed.init_processes(config.backend)
+    resume.check_same_config(config, given)
     with Run(config) as run:
         checkpoint = load_checkpoint(run, config, given)
         device = devices.start_device(config.device, config.deterministic)
@@ -344,6 +345,7 @@ def main(config, given):
         memory.require_batch_fits(config)
         data, model_config = open_data(run, config, given, checkpoint)
         dtype = devices.pick_dtype(config.dtype, device, model_config['n_embd'])
+        distributed.require_same({'device': device.type, 'dtype': devices.dtype_name(dtype)})
         model, parallel = build_model(config, checkpoint, data, model_config, device, dtype)
         trainer = Trainer(config, run, data, model, device, dtype)
         if run.resuming:

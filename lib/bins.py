@@ -203,15 +203,20 @@ class Dataset:
 
     def __post_init__(self):
         self.token_bytes = self.tokenizer.text_bytes()  # (V,)
+        self.sha256 = None
 
     def fingerprint(self):
-        """A sha256 by which a resumed run recognizes its data: sizes and the parts above."""
+        """A sha256 by which a resumed run recognizes its data: sizes and the parts above. They are
+        read once."""
+        if self.sha256 is not None:
+            return self.sha256
         sha256 = hashlib.sha256()
         for split in (self.train, self.val):
             sha256.update(f'{split.dtype.str} {split.n_tokens * split.dtype.itemsize} '.encode())
             for ids in split.fingerprint_parts():
                 sha256.update(ids.astype(split.dtype))
-        return sha256.hexdigest()
+        self.sha256 = sha256.hexdigest()
+        return self.sha256
 
 
 def find_dataset(name):

@@ -4,8 +4,9 @@ import os
 import re
 
 import torch
+import torch.distributed as dist
 
-from lib.distributed import any_process, fail, print0
+from lib.distributed import any_process, env_int, fail, print0
 from lib.errors import UserError, first_line, require
 
 # dense FLOP/s of bf16 (V100, T4: fp16) matrix products, from NVIDIA's data sheets
@@ -39,11 +40,14 @@ def pick_device(name):
 
 
 def start_device(name, deterministic):
-    """torch.device of this process, set up; under torchrun each process has a GPU of its own."""
-    cuda = name == 'auto' and torch.cuda.is_available() or name.startswith('cuda')
-    if cuda and 'LOCAL_RANK' in os.environ:
-        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+    """torch.device of this process, set up; of several processes each has a GPU of its own. Raises
+    UserError."""
     device = pick_device(name)
+    if device.type == 'cuda' and dist.is_initialized():
+        n = torch.cuda.device_count()
+        if n > 1 or 'LOCAL_RANK' in os.environ:  # unless each process sees its own GPU only
+            remedy = f'start one process per GPU: torchrun --nproc_per_node={n}'
+            device = torch.device('cuda', env_int('LOCAL_RANK', 0, n - 1, remedy))
     # same bits every time (PyTorch notes, "Reproducibility"); warn_only on CUDA would keep flash
     # attention's nondeterministic backward
     if deterministic:

@@ -5,21 +5,74 @@ torchrun starts the processes. FSDP is imported lazily: that takes a second.
 import contextlib
 import os
 import sys
+import time
+import uuid
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line, require
+
+VARIABLES = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 def init_processes(backend):
-    """Join the other processes if torchrun started this one. backend: auto, nccl or gloo."""
-    if 'RANK' in os.environ:
-        # gloo in addition to nccl: CPU values, such as signals, are exchanged without the GPU
-        backends = {'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}
-        dist.init_process_group(backends[backend])
+    """Join the other processes if torchrun started this one. backend: auto, nccl or gloo. Raises
+    UserError."""
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        if len(missing) < len(VARIABLES):
+            print0(f'note: one process: torchrun, which starts several, would also set '
+                   f'{", ".join(missing)}')
+        return
+    n = env_int('WORLD_SIZE', 1, 10**6, 'torchrun sets it')
+    number = env_int('RANK', 0, n - 1, f'WORLD_SIZE = {n} processes are counted from 0')
+    host, port = os.environ['MASTER_ADDR'], env_int('MASTER_PORT', 1, 65535, 'give a free port')
+    # gloo in addition to nccl: CPU values, such as signals, are exchanged without the GPU
+    backends = {'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}
+    store = None  # rank 0 starts one
+    try:
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            store = agent_store(host, port, number, n)
+        dist.init_process_group(backends[backend], store=store, rank=number, world_size=n)
+    except dist.DistNetworkError as error:
+        raise UserError(f'MASTER_ADDR = {host!r}, MASTER_PORT = {port}: {first_line(error)}; give '
+                        f'a free port of a host that all processes reach') from None
+
+
+def env_int(name, low, high, remedy):
+    """An environment variable that holds an int from low to high. Raises UserError."""
+    text = os.environ.get(name, '')
+    require(text.isdecimal() and low <= int(text) <= high,
+            f'{name} = {text!r} is not a number from {low} to {high}: {remedy}')
+    return int(text)
+
+
+def agent_store(host, port, rank, world_size):
+    """torchrun's store, under a prefix that only the processes of this attempt know.
+
+    The store outlives a restart and still has the addresses of dead processes (pytorch issue
+    135712); TORCHELASTIC_RESTART_COUNT differs between hosts. So rank 0 draws a token and
+    answers the others: nobody answers those who have read the token of an earlier attempt.
+    """
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=30))
+    if rank == 0:
+        token = uuid.uuid4().hex
+        store.set('plaingpt/token', token)
+        for other in range(1, world_size):
+            nonce = store.get(f'{token}/{other}').decode()  # waits
+            store.set(f'{token}/{nonce}', 'welcome')
+        return dist.PrefixStore(token, store)
+    nonce, welcome = uuid.uuid4().hex, False
+    while not welcome:
+        token = store.get('plaingpt/token').decode()
+        store.set(f'{token}/{rank}', nonce)
+        time.sleep(0.1)
+        welcome = store.check([f'{token}/{nonce}'])
+    return dist.PrefixStore(token, store)
 
 
 def exit_process(code):
@@ -88,6 +141,16 @@ def gather(value):
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def require_same(values):
+    """End all processes, which all call this, unless they have the same values, {name: text}."""
+    everywhere = gather(values)
+    for name, text in everywhere[0].items():
+        for number, others in enumerate(everywhere):
+            if others.get(name) != text:
+                fail(f'{name} = {text} on rank 0 but {others.get(name)} on rank {number}: start '
+                     f'all processes with the same keys, code and kind of device')
 
 
 def gather_ints(*values):

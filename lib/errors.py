@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -43,11 +44,20 @@ def os_errors(what, remedy=None):
         raise UserError(f'{reason}; {remedy}' if remedy else reason) from None
 
 
+def exit_with(message):
+    """Print a mistake and exit with code 2. Under torchrun every process may find the same one, and
+    the first to exit ends the others on its host: they wait, so that it is printed once."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('RANK') != '0':
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3 + int(os.environ['LOCAL_RANK']))  # a mistake of these processes alone follows
+    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
 @contextlib.contextmanager
 def user_errors():
     """Wrap entry points in this: a UserError becomes one line on stderr and exit code 2. So does a
     full disk, which can hit any write. Every other exception keeps its traceback."""
-    script = Path(sys.argv[0]).name
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:  # the shell closed it: train.py >&-
             setattr(sys, name, open(os.devnull, mode))
@@ -69,8 +79,7 @@ def user_errors():
     try:
         yield
     except UserError as error:
-        print(f'{script}: {error}', file=sys.stderr)
-        sys.exit(2)
+        exit_with(error)
     except BrokenPipeError:
         try:
             sys.stdout.flush()
@@ -81,8 +90,7 @@ def user_errors():
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        print(f'{script}: {error.filename or "output"}: {error.strerror}', file=sys.stderr)
-        sys.exit(2)
+        exit_with(f'{error.filename or "output"}: {error.strerror}')
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)
         sys.exit(130)

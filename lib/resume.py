@@ -1,13 +1,15 @@
 """Settings that a run takes from its checkpoint and data, and combinations it rejects."""
+import hashlib
+import json
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import torch
 
 from configurator import GPTConfig, ModelConfig, TrainConfig, check_type, key_types
 from lib import bins
 from lib.device import device_name, dtype_name
-from lib.distributed import fail, job, print0, world_size
+from lib.distributed import fail, gather, job, print0, require_same, world_size
 from lib.errors import UserError, require
 from lib.files import command
 from optimizer import EXTENDED_PEAK, lr_multiplier
@@ -23,6 +25,33 @@ def environment(data, device, dtype):
     return {'torch': str(torch.__version__), 'threads': torch.get_num_threads(),
             'world_size': world_size(), 'device': device_name(device), 'dtype': dtype_name(dtype),
             'data': data.fingerprint(), 'job': job()}
+
+
+def check_same_config(config, given):
+    """All processes must have the same keys. They may find the same data in different folders, and
+    a run's name in wandb may hold the time. All processes call it."""
+    require_same({key: repr(value) + ' (default)' * (key not in given)
+                  for key, value in asdict(config).items()
+                  if key not in ('dataset', 'wandb_run_name')})
+
+
+def check_same_checkpoint(checkpoint, where):
+    """All processes must have loaded the same one. All processes call it."""
+    samples = [weight.flatten()[:64].double().sum().item() for weight in checkpoint.model.values()]
+    content = repr((checkpoint.step, checkpoint.samples_seen, samples))  # nan equals nan
+    if len(set(gather(content))) > 1:
+        fail(f'{where} is not the same for all processes: name a folder that all machines see')
+
+
+def check_same_data(data, name):
+    """All processes must have opened the same data set. All processes call it."""
+    meta = json.dumps([data.tokenizer.to_dict(), repr(data.pairs)]).encode()
+    content = data.fingerprint(), hashlib.sha256(meta).hexdigest()
+    everywhere = gather((name, content))
+    for number, (other, others) in enumerate(everywhere):
+        if others != everywhere[0][1]:
+            fail(f'dataset = {everywhere[0][0]!r} on rank 0 and {other!r} on rank {number} hold '
+                 f'different data: name the same data set, or copy it from one to the other')
 
 
 def take_saved_config(config, given, checkpoint):

@@ -86,6 +86,7 @@ def forked(fork_servers):
 def ranks(clone, fork_servers):
     """ranks(n, '--key=value', ..., code=0) runs train.py in n processes with the environment that
     torchrun gives them, without its startup time; returns their output. Each must exit with code.
+    '{rank}' in an argument becomes the number of the process.
     """
 
     def ranks(n, *arguments, code=0, env=None):
@@ -98,7 +99,8 @@ def ranks(clone, fork_servers):
         for rank, server in enumerate(servers):
             values = common | {'RANK': rank, 'LOCAL_RANK': rank}
             values = {name: str(value) for name, value in values.items()} | (env or {})
-            server.start(str(clone / 'train.py'), list(map(str, arguments)), clone, values)
+            own = [str(argument).replace('{rank}', str(rank)) for argument in arguments]
+            server.start(str(clone / 'train.py'), own, clone, values)
         results = [server.wait() for server in servers]
         output = ''.join(result.stdout + result.stderr for result in results)
         assert [result.returncode for result in results] == [code] * n, output

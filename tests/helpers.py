@@ -16,6 +16,7 @@ import torch
 import checkpoint as ckpt
 import explain
 from lib import bins, tokenizer
+from lib.device import has_bfloat16
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,10 @@ PARALLEL_RUN = (
     '--learning_rate=1e-3',
     '--muon_learning_rate=2e-3',
 )
+
+# In fp32 the losses of 20 steps differ by no more than this, however a step is split over
+# micro-batches and processes (README, Promises). Muon rounds to bf16 where the hardware has it.
+ROUNDING = {'adamw': 2e-6, 'muon': 5e-4 if has_bfloat16('cpu') else 2e-6}
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
@@ -142,6 +147,17 @@ def start_train(clone, *arguments, env=None, command=()):
     )
 
 
+def worker_pids(process):
+    """{rank: pid} of the processes that torchrun has started."""
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    ranks = {}
+    for child in children:
+        with contextlib.suppress(OSError):  # it has just ended
+            environment = Path(f'/proc/{child}/environ').read_bytes().split(b'\0')
+            ranks |= {int(word[5:]): int(child) for word in environment if word[:5] == b'RANK='}
+    return ranks
+
+
 def read_until(process, text):
     """Read the output of a process up to the line that contains text."""
     for line in process.stdout:
@@ -177,7 +193,9 @@ def read_log(out_dir):
 
 
 def step_losses(out_dir):
-    """[(step, loss, gradient norm)] of a run."""
+    """[(step, loss, gradient norm)] of a run; [] before it has a log."""
+    if not (out_dir / 'log.jsonl').exists():
+        return []
     lines = [json.loads(line) for line in (out_dir / 'log.jsonl').read_text().splitlines()]
     return [(line['step'], line['loss'], line['grad_norm']) for line in lines if 'loss' in line]
 

@@ -70,26 +70,6 @@ def test_eval_only_matches_loss_computed_by_hand(run, trained, char_data):
     assert float(output[2]) == pytest.approx(nats / math.log(2) / n_bytes, abs=6e-5)
 
 
-def test_gradient_accumulation_preserves_losses(run, char_data, tmp_path):
-    for name, options in (
-        ('one', ('--batch_size=6',)),
-        ('three', ('--batch_size=2', '--gradient_accumulation_steps=3')),
-    ):
-        run(
-            'train.py',
-            f'--out_dir={tmp_path / name}',
-            f'--dataset={char_data}',
-            *TINY,
-            '--max_iters=5',
-            '--dtype=float32',
-            *options,
-        )
-    one, three = (
-        [line['loss'] for line in log_lines(tmp_path / name, 'loss')] for name in ('one', 'three')
-    )
-    assert one == pytest.approx(three, abs=1e-5)
-
-
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_train_matches_plain_pytorch_loop(run, char_data, tmp_path, dtype):
     """Five steps against a loop written with torch alone, up to the rounding of the dtype."""
