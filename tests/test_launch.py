@@ -117,12 +117,16 @@ def test_torchrun_reports_user_error_once(clone, trained, char_data):
     resume = f'--init_from=resume --out_dir={trained} --gradient_accumulation_steps=2'
     for arguments, says in (
         ('--learning_rat=1', '--learning_rat: no such key'),
-        ('--dataset=nowhere', "dataset = 'nowhere': there is no"),
         (f'{resume} --n_layer=3', 'n_layer = 3 but'),  # every process reads the checkpoint
         ('--see$( [ $RANK = 1 ] || echo d)=1', '--see: no such key'),  # only the second process
     ):
         (line,) = torchrun(clone, f'$PYTHON train.py {arguments}')
         assert says in line
+
+
+def test_ddp_reports_user_error_once(ranks):
+    output = ranks(2, code=2)
+    assert output.count('train.py: dataset =') == 1 and 'RuntimeError' not in output
 
 
 @pytest.mark.parametrize(
