@@ -511,9 +511,3 @@ def help_text(cls):
                 kind = describe(hints[key]) + (f': {bound.text}' if bound else '')
                 lines.append(f'{flag:<41} ({kind}) {comment}'.rstrip())
     return '\n'.join(lines)
-
-
-def differences(config):
-    """Lines of `key = value` for each key that differs from its default."""
-    return [f'{f.name} = {getattr(config, f.name)!r}' for f in dataclasses.fields(config)
-            if getattr(config, f.name) != default_of(f)]

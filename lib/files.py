@@ -56,7 +56,7 @@ def command(script, **flags):
 
 @contextlib.contextmanager
 def open_text(path):
-    """A UTF-8 text file for reading, perhaps compressed (.gz, .zst): line ends become `\\n`, as in
+    """A UTF-8 text file for reading, perhaps compressed (.gz): line ends become `\\n`, as in
     nanoGPT, and a byte order mark is dropped. Only read it in the body. Raises UserError."""
     try:
         with open_binary(path) as binary, io.TextIOWrapper(binary, encoding='utf-8-sig') as file:
@@ -71,17 +71,11 @@ def open_text(path):
 
 
 def open_binary(path):
-    """An open file with the content of a file, decompressed if its name ends in .gz or .zst."""
-    if str(path).endswith('.gz'):
-        return gzip.open(path)
-    if str(path).endswith('.zst'):
-        try:
-            import zstandard  # optional
-        except ImportError:
-            raise UserError(f'{path}: reading it needs the optional package zstandard: '
-                            f'pip install zstandard') from None
-        return zstandard.open(path)
-    return open(path, 'rb')
+    """An open file with the content of a file, decompressed if its name ends in .gz."""
+    require(not str(path).endswith(('.zst', '.xz', '.bz2', '.zip')),
+            f'{path}: of compressed files only .gz is read: decompress it, or pipe the text, '
+            f'zstdcat FILE | python data/text/prepare.py --input=-')
+    return gzip.open(path) if str(path).endswith('.gz') else open(path, 'rb')
 
 
 def first_invalid_byte(path):

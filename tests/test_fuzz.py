@@ -337,7 +337,7 @@ VALUES = ['', '0', '1', '-1', '1.5', '1e999', 'nan', '2**63', '10**18', '0x' + '
 
 def test_config_values():
     rng, keys, accepted = random.Random(0), list(key_types(TrainConfig)), 0
-    for _ in range(20 * N):
+    for _ in range(7 * N):
         key, value = rng.choice(keys), rng.choice(VALUES)
         try:
             config, _ = recipe.read_train_config([f'--{key}={value}'])
@@ -346,8 +346,8 @@ def test_config_values():
             continue
         accepted += 1
         json.dumps(dataclasses.asdict(config))  # numbers and text, which can be saved
-    assert accepted > N
-    print(f'{20 * N} values, {accepted} accepted')
+    assert accepted > N / 3
+    print(f'{7 * N} values, {accepted} accepted')
 
 
 def test_config_files(tmp_path):
@@ -355,7 +355,7 @@ def test_config_files(tmp_path):
     atoms = ['batch_size', '=', '1', "'a'", '+', '*', '(', ')', '\n', 'out_dir', 'x', '**', '[',
              ']', ',', '"""', '#', 'import x', 'str(', 'time.time()', '\\', '\0', '10**9', 'f"{x}"',
              ':', 'del', 'while True: pass', '\t']  # fmt: skip
-    for _ in range(5 * N):
+    for _ in range(2 * N):
         path.write_text(' '.join(rng.choices(atoms, k=rng.randint(1, 12))))
         with suppress(UserError):
             configure(TrainConfig, [str(path)])

@@ -279,3 +279,9 @@ def test_truncated_bins_end_a_run_in_a_sentence(tmp_path):
     os.truncate(tmp_path / 'train.bin', 100)
     with pytest.raises(UserError, match='has become shorter.*--init_from=resume'):
         data.batch(0, 64, 1)
+
+
+@pytest.mark.parametrize('suffix', ['.zst', '.xz', '.bz2', '.zip'])
+def test_other_compressed_files_are_refused_with_a_remedy(refused, tmp_path, suffix):
+    (tmp_path / f'x.txt{suffix}').write_bytes(b'PK\x03\x04' * 99)
+    refused('data/text/prepare.py', f'--input={tmp_path}/x.txt{suffix}', says=('.gz', 'decompress'))

@@ -22,7 +22,7 @@ from lib.errors import UserError, require, user_errors
 
 @dataclass
 class Config:
-    input: FilePath = ''  # lines of source TAB target, or JSON (.jsonl, .json), perhaps .gz or .zst
+    input: FilePath = ''  # lines of source TAB target, or JSON (.jsonl, .json), perhaps .gz
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
     init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): their tokenizer
@@ -58,7 +58,7 @@ def read_documents(path, left_out=None):
     item of a JSON array; where: 'line 3', 'item 3'. Unusable records are added to the list
     left_out. Raises UserError that names file and place."""
     records, read_record = read_lines(path), read_tsv
-    if path.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl', '.json')):
+    if path.name.lower().removesuffix('.gz').endswith(('.jsonl', '.json')):
         records, read_record = read_records(path), read_example
     for where, record in records:
         try:

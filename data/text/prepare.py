@@ -4,7 +4,7 @@
     python data/text/prepare.py --input=~/notes --tokenizer=bpe --vocab_size=4096 --dataset=notes
     python train.py config/quickstart.py --dataset=notes --out_dir=out-notes
 
-Files may be compressed (.gz, .zst). `<|endoftext|>` in a text ends a document.
+Files may be compressed (.gz). `<|endoftext|>` in a text ends a document.
 """
 import hashlib
 import os
