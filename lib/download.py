@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.errors import UserError, require
-from lib.files import replace, sha256_of
+from lib.files import create, open_own, replace, sha256_of
 
 
 def download(url, path, sha256=None, advice='put the file there by hand'):
@@ -60,7 +60,7 @@ def fetch(url, part):
             done = 0
         length = response.headers.get('Content-Length')
         total = done + int(length) if length else None
-        with open(part, 'ab' if done else 'wb') as file, \
+        with (open_own(part, 'ab') if done else create(part)) as file, \
                 tqdm(total=total, initial=done, unit='B', unit_scale=True, desc=part.stem,
                      disable=None, leave=False) as bar:
             while block := response.read(2**20):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lib.bpe import make_tokenizer
 from lib.download import download
-from lib.errors import UserError, first_line
-from lib.files import open_text, read_text
+from lib.errors import UserError, first_line, require
+from lib.files import find, open_text, read_text
 from lib.tokenizer import END_OF_TEXT, gpt2
 from lib.write import Piece, write_dataset
 
@@ -104,21 +104,27 @@ def hub_documents(path, name, val_every=2000):
 
     def pieces(state):
         try:
-            documents, first = load_dataset(path, name, split='train', streaming=True), 0
+            where = str(find(path)) if files else path
+            documents, first = load_dataset(where, name, split='train', streaming=True), 0
             if state:
                 documents.load_state_dict(state['documents'])
                 first = state['number']
             for i, document in enumerate(documents, first):
+                require(isinstance(document.get('text', 0), str | None),
+                        f'{path}: its documents have {", ".join(document)}, but no text under '
+                        f'"text"')
                 state = {'documents': documents.state_dict(), 'number': i + 1}
                 yield Piece('train' if i % val_every else 'val', document['text'] or '',
                             ends_document=True, state=state)
+        except UserError:
+            raise
         except Exception as error:  # datasets raises anything: no network, no such name, ...
             raise UserError(f'{path}: cannot be read: {type(error).__name__}: {first_line(error)}; '
                             f'check the network and the name') from None
 
     # a local folder with other files is another data set
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns)
-             for p in sorted(Path(path).rglob('*')) if p.is_file()]
+             for p in sorted(find(path).rglob('*')) if p.is_file()]
     source = path
     if name is not None:
         source += f', {name}'

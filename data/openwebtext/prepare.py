@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure
+from configurator import FilePath, configure
 from lib.errors import user_errors
 from lib.text import prepare_hub
 
 
 @dataclass
 class Config:
-    source: str = 'Skylion007/openwebtext'  # on the hub, or a folder of parquet or JSON lines
+    source: FilePath = 'Skylion007/openwebtext'  # on the hub, or a folder of parquet or JSON lines
     name: str | None = None  # the configuration on the hub
     max_tokens: int | None = None  # stop after about so many; None: all
 
