@@ -7,7 +7,7 @@ from lib.bpe import make_tokenizer
 from lib.download import download
 from lib.errors import UserError, first_line, require
 from lib.files import find, open_text, read_text
-from lib.tokenizer import END_OF_TEXT, gpt2
+from lib.tokenizer import END_OF_TEXT, GPT2_PATTERN, gpt2
 from lib.write import Piece, write_dataset
 
 PIECE_CHARACTERS = 2**20  # each piece of a file is tokenized by one thread
@@ -45,23 +45,40 @@ def cut_before_end_of_text(text):
     return start if start >= 0 and END_OF_TEXT.startswith(text[start:]) else len(text)
 
 
-def split_at_end(texts, total_bytes, val_fraction=0.1, ordinary=False):
+def split_at_end(texts, total_bytes, val_fraction=0.1, ordinary=False, cuts_anywhere=True):
     """(text, ends_document), ... -> Pieces: the last val_fraction of the bytes is the val split.
-    ordinary: `<|endoftext|>` in the text is plain text."""
+    ordinary: `<|endoftext|>` in the text is plain text. cuts_anywhere: else not within a word."""
     boundary, done = int(total_bytes * (1 - val_fraction)), 0
     for text, ends_document in texts:
         raw = text.encode('utf-8')
         if done < boundary < done + len(raw):
             cut = len(raw[:boundary - done].decode('utf-8', errors='ignore'))
+            first, end = 0, len(text)  # of the document that is cut
             start = text.rfind(END_OF_TEXT, 0, cut + len(END_OF_TEXT) - 1)
-            if start >= 0:  # not through a separator
-                cut = max(cut, start + len(END_OF_TEXT))
+            if start >= 0 and not ordinary:
+                first = start + len(END_OF_TEXT)
+                cut = max(cut, first)  # not through a separator
+            if not ordinary and END_OF_TEXT in text[cut:]:
+                end = text.index(END_OF_TEXT, cut)
+            if not cuts_anywhere:
+                cut = first + start_of_word(text[first:end], cut - first)
             yield Piece('train', text[:cut], ordinary=ordinary)
             yield Piece('val', text[cut:], ends_document, ordinary=ordinary)
         else:
             split = 'train' if done < boundary else 'val'
             yield Piece(split, text, ends_document, ordinary=ordinary)
         done += len(raw)
+
+
+def start_of_word(text, cut):
+    """cut, or the beginning of the word of GPT-2's pattern that it would cut in two."""
+    import regex  # comes with tiktoken
+
+    before = cut_before_blank(text[:cut]) if cut > 1 else 0
+    for word in regex.finditer(GPT2_PATTERN, text, pos=before):
+        if word.end() >= cut:
+            return cut if word.end() == cut else word.start()
+    return cut
 
 
 def read_shakespeare(path):

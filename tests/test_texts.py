@@ -101,6 +101,17 @@ def test_split_does_not_cut_through_a_separator():
     assert [(p.split, p.text) for p in pieces] == [('train', 'a' * 85 + END), ('val', 'b' * 5)]
 
 
+def test_splits_together_have_the_tokens_of_the_whole_text(prepare, tmp_path, text):
+    path, rng = tmp_path / 'x.txt', random.Random(0)
+    for content in (text[:30_000], ODD_TEXTS[1] * 30, *odd_texts(seed=2, n=8)):
+        content = content * (1 + 2000 // len(content))
+        path.write_text(content, encoding='utf-8')
+        share = f'--val_fraction={rng.uniform(0.2, 0.8)}'
+        ids, tok = prepare(path, '--tokenizer=bpe', '--vocab_size=257', share)
+        assert ids == tok.encode(content.replace('\r', '\n')), (content[:80], share)
+        assert 0.1 < len(tok.decode(ids)) / len(content) < 1.1
+
+
 @pytest.mark.parametrize('kind', ['gpt2-like', 'char', 'byte', 'bpe'])
 def test_end_of_text_separates_documents_in_data_and_prompts(prepare, tmp_path, kind, bpe, trained):
     content = f'one cat.\n{END}\ntwo dogs.\n{END}\n' * 30

@@ -123,7 +123,8 @@ def prepare(config, files):
             ended = separates and piece.endswith(END_OF_TEXT)
             yield '', len(files) > 1 and not ended  # a single file is one long text
 
-    pieces = split_at_end(texts(), size, config.val_fraction, not config.special_tokens)
+    pieces = split_at_end(texts(), size, config.val_fraction, not config.special_tokens,
+                          tokenizer.cuts_anywhere)
     folder = dataset_folder(config.dataset)
     write_dataset(folder, pieces, tokenizer, printable(config.input), size)
 
