@@ -1,7 +1,6 @@
 """Where prepare scripts get text: files in pieces, tiny Shakespeare, Hugging Face's hub."""
 import hashlib
 import re
-from pathlib import Path
 
 from lib.bpe import make_tokenizer
 from lib.download import download

@@ -16,7 +16,7 @@ from lib.text import prepare_hub
 
 @dataclass
 class Config:
-    source: FilePath = 'HuggingFaceFW/fineweb-edu'  # on the hub, or a folder of parquet or JSON lines
+    source: FilePath = 'HuggingFaceFW/fineweb-edu'  # on the hub, or a folder of parquet, JSON lines
     name: str | None = None  # the configuration on the hub; None: sample-10BT of FineWeb-Edu
     max_tokens: int | None = None  # stop after about so many; None: all
 
