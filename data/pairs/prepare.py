@@ -173,7 +173,7 @@ def main(config):
     require(0 < config.val_fraction < 1,
             f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     require(5 <= config.block_size <= 2**20,
-            f'block_size = {config.block_size}: give at least 5, 3 of which separate a pair, and at '
+            f'block_size = {config.block_size}: give at least 5, 3 of which separate a pair, at '
             f'most {2**20:,}')
     with regular_file(config.input) as path:
         prepare(config, path)
