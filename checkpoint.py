@@ -98,7 +98,10 @@ class Checkpoint:
         """The stored tokenizer; for nanoGPT the data folder's, for GPT-2 its own. Raises UserError
         if it has more tokens than the model."""
         if self.tokenizer is not None:
-            found = tokenizer.Tokenizer.from_dict(self.tokenizer)
+            try:
+                found = tokenizer.Tokenizer.from_dict(self.tokenizer)
+            except UserError as error:
+                raise UserError(f'{self.path}: {error}; name another checkpoint') from None
         elif os.path.isdir(self.path):
             found = tokenizer.from_huggingface(self.path)
         else:
@@ -285,6 +288,7 @@ def load(where, which='last', mmap=False, average_last=1):
     if formats.is_gpt2(where) or (where / 'config.json').exists():
         config, weights, folder = formats.load_gpt2(where)
         return Checkpoint(config, weights, path=str(folder))
+    require(where.suffix != '.json', f'{where} is a manifest: name the .pt file next to it')
     if where.is_file():
         manifest_path = where.with_suffix('.json')
         if manifest_path.exists():
@@ -315,6 +319,10 @@ def load_run(folder, which, mmap, average_last):
         if loose:
             remedy = (f'{loose[-1].name} has no manifest to verify it; to load it anyway: '
                       f'{init_from(loose[-1])}')
+        elif paths:
+            json_path = paths[-1].with_suffix('.json')
+            remedy = (f'restore {json_path.name}, or delete it and load the weights unverified: '
+                      f'{init_from(paths[-1])}')
         elif (folder / 'config.py').exists():
             remedy = ('the run ended before it saved one: start it again without '
                       '--init_from=resume, perhaps with a smaller --save_interval')

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from lib.errors import UserError, require, shorten
-from lib.files import find, read_text
+from lib.files import find, open_text
 
 MAX_FILE_BYTES = 100_000  # of a config file
 FilePath = typing.NewType('path', str)  # `~` is expanded
@@ -50,7 +50,8 @@ Fraction = Annotated[float, Bound(lambda x: 0 <= x < 1, 'at least 0 and less tha
 Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'more than 0, at most 1')]
 CountOrAll = Annotated[int, Bound(lambda x: x >= 1 or x == -1, 'at least 1, or -1')]
 Which = Literal['auto', 'last', 'best'] | WholeNumber
-Softcap = Annotated[float, Bound(lambda x: x >= 0, '0 (off) or more')]
+Softcap = Annotated[float, Bound(lambda x: x == 0 or 0.1 <= x <= 1e6, '0 (off), or 0.1 to 1e6')]
+Beams = Annotated[int, Bound(lambda x: 1 <= x <= 1000, 'at least 1, at most 1000')]
 LengthPenalty = Annotated[float, Bound(lambda x: -10 <= x <= 10, '-10 to 10')]
 
 
@@ -320,16 +321,19 @@ def parse_config_file(path, as_input=''):
     found = find(path)
     if not os.path.exists(found):
         others = [str(p) for p in sorted(Path('config').glob('*.py'))]
-        hint = nearest(str(path), others) if others else ''
+        hint = nearest(str(path), others, otherwise='')
         raise UserError(f'{path}: there is no such file{hint}; '
                         f'a word without -- is the path of a config file')
+    require(not found.is_dir(), f'{path} is a folder; a word without -- is a config file; a run: '
+                                f'--out_dir={path}')
     try:
-        text = read_text(found)
+        with open_text(found) as file:
+            text = file.read(MAX_FILE_BYTES + 1)
         require(len(text) <= MAX_FILE_BYTES, f'{path}: it has more than {MAX_FILE_BYTES:,} bytes')
         return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f' line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        reason = str(error).removeprefix(f'{found}: ')
+        line = f' line {error.lineno}' if getattr(error, 'lineno', None) else ''
+        reason = getattr(error, 'msg', str(error)).removeprefix(f'{found}: ')
         raise UserError(f'{path}{line}: not a config file: {reason}; '
                         f'write lines of key = value{as_input}') from None
 
@@ -426,7 +430,10 @@ def check_type(key, value, type_):
         elif option in (str, Text) and isinstance(value, str):
             return value
         elif option is FilePath and isinstance(value, str) and '\0' not in value:
-            return os.path.expanduser(value)
+            path = os.path.expanduser(value)
+            require(not path.startswith('~'), f'{key} = {shorten(value)}: there is no such user')
+            require(is_file_name(path), f'{key} = {shorten(value)} cannot be the name of a file')
+            return path
         elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
         elif option is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
@@ -435,6 +442,14 @@ def check_type(key, value, type_):
             return float(value)
     hint = nearest(value, choices) if isinstance(value, str) and choices else ''
     raise UserError(f'{key} = {shorten(value)}: expected {describe(type_)}{hint}')
+
+
+def is_file_name(path):
+    try:
+        os.fsencode(path)
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def is_number(value):
@@ -451,7 +466,8 @@ def is_union(type_):
 def describe(type_):
     """A type in words: 'int', 'float or None', 'learned, rope or none'."""
     if typing.get_origin(type_) is Literal or is_union(type_):
-        *others, last = [x if isinstance(x, str) else describe(x) for x in typing.get_args(type_)]
+        words = [x if isinstance(x, str) else describe(x) for x in typing.get_args(type_)]
+        *others, last = ', '.join(words).replace(' or ', ', ').split(', ')
         return f'{", ".join(others)} or {last}' if others else last
     if type_ is types.NoneType:
         return 'None'
@@ -461,30 +477,34 @@ def describe(type_):
 
 
 SYNONYMS = {  # what other programs call a key
-    'learning_rate': 'lr learn_rate rate max_lr', 'batch_size': 'bs batch micro_batch_size',
-    'weight_decay': 'wd decay l2', 'n_layer': 'layers num_layers n_layers num_hidden_layers',
+    'learning_rate': 'lr learn_rate max_lr', 'min_lr': 'min_learning_rate lr_min',
+    'batch_size': 'bs batch micro_batch_size', 'weight_decay': 'wd decay l2',
+    'n_layer': 'layers num_layers n_layers num_hidden_layers',
     'n_head': 'heads num_heads n_heads num_attention_heads',
-    'n_embd': 'dim d_model hidden hidden_size n_embed width embed_dim model_dim',
+    'n_embd': 'dim d_model hidden hidden_size n_embed width embed_dim model_dim hidden_dim emb_dim',
     'n_kv_head': 'kv_heads num_kv_heads num_key_value_heads',
     'block_size': 'ctx context context_length ctx_len seq_len max_seq_len sequence_length n_ctx',
-    'max_iters': 'steps iters max_steps num_steps n_steps iterations epochs num_epochs',
-    'gradient_accumulation_steps': 'grad_accum accum accumulation grad_acc_steps',
-    'warmup_iters': 'warmup warmup_steps', 'grad_clip': 'clip max_grad_norm clip_grad',
-    'temperature': 'temp t', 'start': 'prompt text', 'num_samples': 'n samples',
+    'max_iters': 'steps iters max_steps num_steps n_steps train_steps iterations epochs num_epochs',
+    'gradient_accumulation_steps': 'grad_accum accum accumulation grad_acc_steps grad_accum_steps',
+    'warmup_iters': 'warmup warmup_steps', 'grad_clip': 'clip max_grad_norm clip_grad clip_norm',
+    'adam_eps': 'eps', 'dropout': 'drop', 'optimizer': 'optim', 'muon_momentum': 'momentum',
+    'temperature': 'temp', 'start': 'prompt text', 'num_samples': 'n samples',
     'max_new_tokens': 'max_tokens length n_tokens max_length', 'num_beams': 'beams beam_size',
     'dataset': 'data data_dir', 'input': 'file path text in', 'val_fraction': 'val val_split split',
-    'out_dir': 'out output output_dir dir save_dir', 'init_from': 'ckpt model checkpoint_path',
-    'eval_interval': 'eval_every eval_steps', 'save_interval': 'save_every save_steps',
-    'log_interval': 'log_every logging_steps', 'dtype': 'precision', 'gpus': 'n_gpus num_gpus',
+    'out_dir': 'out output output_dir dir save_dir',
+    'init_from': 'ckpt model checkpoint_path resume',
+    'eval_interval': 'eval_every eval_steps eval_freq', 'save_interval': 'save_every save_steps',
+    'log_interval': 'log_every logging_steps', 'dtype': 'precision fp16 bf16',
+    'gpus': 'n_gpus num_gpus',
 }
 
 
-def nearest(word, choices):
+def nearest(word, choices, otherwise='; --help lists them all'):
     """A hint for an unknown word."""
     lower = str(word).lower().replace('-', '_')
     close = [key for key in choices if lower in SYNONYMS.get(key, '').split()]
     close = close or difflib.get_close_matches(lower, list(choices), n=1, cutoff=0.8)
-    return f'; did you mean {close[0]}?' if close else '; --help lists them all'
+    return f'; did you mean {close[0]}?' if close else otherwise
 
 
 def default_of(field):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from configurator import (
+    Beams,
     Bound,
     Count,
     FilePath,
@@ -47,7 +48,7 @@ class Config:
     min_p: MinP | None = None  # only tokens at least this many times as likely as the likeliest
     seed: WholeNumber = 1337  # the same seed and options give the same samples
     # beam search
-    num_beams: Size = 1  # above 1: print the num_samples best texts, with their scores
+    num_beams: Beams = 1  # above 1: print the num_samples best texts, with their scores
     length_penalty: LengthPenalty = 0.6  # score = log p / ((5 + tokens) / 6)^length_penalty
     # system
     slide: WholeNumber = 0  # tokens that a full context moves at a time; 1: nanoGPT; 0: an eighth
@@ -218,7 +219,7 @@ def chat(model, tokenizer, config):
     config.num_samples, history = 1, []  # source, target, source, target, ...
     while True:
         try:
-            start = input('> ' if sys.stdin.isatty() else '')
+            start = read_line()
         except EOFError:
             return
         except KeyboardInterrupt:  # drop the line
@@ -240,6 +241,16 @@ def chat(model, tokenizer, config):
         except UserError as error:  # an unknown character, an empty line
             print(error, file=sys.stderr)
         config.seed += 1  # another text if the same prompt is typed again
+
+
+def read_line():
+    """A line from the keyboard or a pipe. Raises EOFError, UnicodeDecodeError."""
+    if sys.stdin.isatty():
+        return input('> ')
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode('utf-8').rstrip('\r\n')
 
 
 def recent_turns(history, start, model, tokenizer, config):

@@ -45,7 +45,7 @@ class Trainer:
         self.environment = resume.environment(data, device, dtype)
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
         self.step = self.samples_seen = 0
-        self.best_val_loss = self.val_loss = math.inf
+        self.best_val_loss = self.best_saved_loss = self.val_loss = math.inf
         self.noted_rise = False
         self.resumed = None  # (step, whether it was evaluated) of the checkpoint resumed from
         self.stop = 0  # the signal that asked to stop, or 0
@@ -103,14 +103,14 @@ class Trainer:
         self.step += 1
 
     def evaluate(self):
-        """The val loss, or None if a signal interrupted the evaluation."""
+        """(val loss, train loss), or None if a signal interrupted the evaluation."""
         self.model.eval()
-        val_loss = evaluate_run(
+        losses = evaluate_run(
             lambda x, y: self.loss_of(self.model, *devices.to_device(x, y, self.device)),
             self.raw_model, self.data, self.config, self.step, self.run)
         self.model.train()
         self.log.reset_clock(self.step)  # evaluations do not count as training time
-        return val_loss
+        return losses
 
     def evaluate_and_save(self, done):
         """Evaluate and save, if due."""
@@ -123,13 +123,14 @@ class Trainer:
             save = requested or save and self.log.skips == 0
         val_loss = None
         if evaluate:
-            val_loss = self.evaluate()
-            if val_loss is None:
+            losses = self.evaluate()
+            if losses is None:
                 self.stop = save = self.run.signals.stop
             else:
+                val_loss, train_loss = losses
                 improved = val_loss < self.best_val_loss
                 save = save or done or improved or config.always_save_checkpoint
-                self.note_rise(val_loss)
+                self.note_rise(val_loss, train_loss)
                 self.best_val_loss, self.val_loss = min(self.best_val_loss, val_loss), val_loss
         # nothing to save at step 0, or right after resuming at this step
         fresh = step > 0 or done or self.stop
@@ -138,17 +139,19 @@ class Trainer:
             self.save(val_loss)
         self.saves_done = self.saves_requested
 
-    def note_rise(self, val_loss):
-        """Say once that the val loss is rising."""
-        if val_loss > 1.01 * self.best_val_loss and not self.noted_rise:
+    def note_rise(self, val_loss, train_loss):
+        """Say once that the model overfits."""
+        best = self.best_saved_loss
+        if val_loss > 1.01 * best and train_loss < best and not self.noted_rise:
             self.noted_rise = True
-            print0(f'note: the val loss has risen from {self.best_val_loss:.4f} to {val_loss:.4f}, '
+            print0(f'note: the val loss has risen from {best:.4f} to {val_loss:.4f}, '
                    f'the model overfits: more text, --dropout=0.2, fewer parameters or steps help; '
                    f'the best checkpoint is kept')
 
     def save(self, val_loss):
         if self.config.eval_only:
             return
+        self.best_saved_loss = min(self.best_saved_loss, val_loss or math.inf)
         weights = distributed.gather_on_main(self.raw_model.state_dict())
         state = distributed.gather_on_main(self.optimizer.state_dict())
         if self.raw_model.config.tie_weights:  # one tensor, even if FSDP gathered it twice
@@ -182,11 +185,12 @@ class Trainer:
         self.step, self.samples_seen = checkpoint.step, checkpoint.samples_seen
         data, best = self.environment['data'], checkpoint.best_val_loss
         if best is not None and checkpoint.environment.get('data', data) == data:
-            self.best_val_loss = best  # losses on other data do not compare
+            self.best_val_loss = self.best_saved_loss = best  # on other data they do not compare
         self.resumed = self.step, checkpoint.val_loss is not None
+        other_data = 'dataset' in given and resume.names_other_data(self.config, checkpoint)
+        resume.check_environment(checkpoint, self.environment, self.data, other_data,
+                                 note=self.optimizer is not None)
         if self.optimizer:
-            other_data = 'dataset' in given and resume.names_other_data(self.config, checkpoint)
-            resume.check_environment(checkpoint, self.environment, self.data, other_data)
             resume.load_optimizer(self.optimizer, self.scaler, checkpoint)
 
     def wrap(self, parallel):
@@ -227,6 +231,7 @@ class Trainer:
 
 def load_checkpoint(run, config, given):
     """The Checkpoint to start from, or None; resuming sets the keys that are not given."""
+    found = find(config.out_dir)
     if gather(ckpt.written_by_this_job(config.out_dir))[0]:
         print0(f'{config.out_dir}: torchrun has restarted the processes, the run continues')
         config.init_from = 'resume'
@@ -234,7 +239,7 @@ def load_checkpoint(run, config, given):
         return None
     run.resuming = config.init_from == 'resume'
     if run.resuming:
-        config.out_dir = str(find(config.out_dir))
+        config.out_dir = str(found)
     where = config.out_dir if run.resuming else config.init_from
     with main_process_first():  # it may download
         if run.resuming and os.path.isdir(where):
@@ -298,9 +303,11 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
 def describe(run, config, given, model, device, dtype, T, step):
     """Print the config files and flags, the size of model and step, and notes on the steps."""
     files = list(dict.fromkeys(path for path in given.values() if path))
-    flags = [f'{key} = {getattr(config, key)!r}' for key, path in given.items() if path is None]
-    print0(f'{", ".join(files) or "the defaults"} with {", ".join(flags) or "no other keys"}; all '
-           f'keys are in {os.path.join(config.out_dir, "config.py")}')
+    flags = [f'{key} = {getattr(config, key)!r}' for key, path in given.items()
+             if path is None and key != 'init_from']
+    base = 'the keys of the run' if run.resuming else ', '.join(files) or 'the defaults'
+    print0(f'{base} with {", ".join(flags) or "no other keys"}; all keys are in '
+           f'{os.path.join(config.out_dir, "config.py")}')
     tables = model.transformer.ngram.tables.weight.numel() if model.config.ngram > 1 else 0
     n_params = f'{model.get_num_params() - tables:,} parameters'
     n_params += f' and {tables:,} in n-gram tables' * (tables > 0)
@@ -325,7 +332,7 @@ def describe(run, config, given, model, device, dtype, T, step):
 
 def farewell(config, trainer, data):
     """The last line: losses, and what to do next."""
-    flags, best = {'out_dir': config.out_dir}, trainer.best_val_loss
+    flags, best = {'out_dir': config.out_dir}, trainer.best_saved_loss
     text = f'done: val loss {trainer.val_loss:.4f}'
     if best < trainer.val_loss:
         text += f', best {best:.4f}'

@@ -164,6 +164,10 @@ class Shard:
             require(LLM_C[magic] == 'GPT-2', f'{path}: llm.c made it with the tokenizer of '
                                              f'{LLM_C[magic]}, which is not supported; {AGAIN}')
             self.offset = LLM_C_HEADER
+            version, n_tokens = np.frombuffer(self.read_bytes(4, 8), '<i4').tolist()
+            require(version == 1 and n_tokens * 2 == size - LLM_C_HEADER,
+                    f'{path}: its header (version {version}) says {n_tokens} tokens, it has '
+                    f'{(size - LLM_C_HEADER) / 2:g}; {AGAIN}')
         n_bytes = size - self.offset
         require(n_bytes > 0 and n_bytes % dtype.itemsize == 0,
                 f'{path}: its size, {size} bytes, is not a multiple of {dtype.itemsize}, or is 0: '
@@ -235,11 +239,13 @@ def find_or_prepare(name):
                                f'{folder}, only the other split: copy it too, or {AGAIN}')
     if not missing:
         return folder
+    require(not find(name).is_file(), f'dataset = {name!r} is a file: make a data set of it with: '
+                                      f'{command("data/text/prepare.py", input=name)}')
     script = DATA / name / 'prepare.py'
     scripts = sorted(path.parent.name for path in DATA.glob('*/prepare.py'))
     folders = {path.parent.name for path in DATA.glob('*/train.bin')}
     missing = f'dataset = {name!r}: there is no {folder / "train.bin"}'
-    hint = nearest(name, [*scripts, *folders]).replace('; --help lists them all', '')
+    hint = nearest(name, [*scripts, *folders], otherwise='')
     prepare_own = command('data/text/prepare.py', input='PATH', dataset=name)
     require(script.exists(), f'{missing} and no {name} among {", ".join(scripts)}{hint}; for your '
                              f'own text: {prepare_own}, for sources and targets '
@@ -309,7 +315,10 @@ def open_tokenizer(folder):
     folder = Path(folder)
     meta = read_meta(folder)
     if meta:
-        return Tokenizer.from_dict(meta['tokenizer'])
+        try:
+            return Tokenizer.from_dict(meta['tokenizer'])
+        except UserError as error:
+            raise UserError(f'{folder / "meta.json"}: {error}; {AGAIN}') from None
     path = folder / 'meta.pkl'
     return read_nanogpt_meta(path) if path.exists() else None
 
@@ -334,6 +343,8 @@ def read_nanogpt_meta(path):
         with open(path, 'rb') as file:
             meta = PlainUnpickler(file).load()
         vocab_size, names = meta['vocab_size'], meta.get('itos', {})
+        names = names if isinstance(names, dict) else dict(enumerate(names))
+        names = {int(i): name for i, name in names.items()}
         require(type(vocab_size) is int and 0 < vocab_size <= 2**24,
                 f'vocab_size = {str(vocab_size)[:40]}')
         names = [names.get(i) for i in range(vocab_size)]

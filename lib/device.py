@@ -27,7 +27,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f'device = {name!r}: {NAMES}') from None
-    require(device.type in ('cpu', 'cuda', 'mps'), f'device = {name!r}: {NAMES}')
+    known = device.type in ('cuda', 'mps') or name == 'cpu'
+    require(known, f'device = {name!r}: {NAMES}')
     remedy = 'leave --device=auto or use --device=cpu'
     if device.type == 'cuda':
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -4,6 +4,7 @@ torchrun starts the processes. FSDP is imported lazily: that takes a second.
 """
 import contextlib
 import os
+import re
 import sys
 import time
 import uuid
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lib.errors import UserError, first_line, require
+from lib.errors import UserError, first_line, require, shorten
 
 VARIABLES = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 
@@ -38,7 +39,9 @@ def init_processes(backend):
         if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
             store = agent_store(host, port, number, n)
         dist.init_process_group(backends[backend], store=store, rank=number, world_size=n)
-    except dist.DistNetworkError as error:
+    except (RuntimeError, ValueError) as error:
+        require(isinstance(error, dist.DistNetworkError),
+                f'backend = {backend!r}: {first_line(error)}; give another --backend')
         raise UserError(f'MASTER_ADDR = {host!r}, MASTER_PORT = {port}: {first_line(error)}; give '
                         f'a free port of a host that all processes reach') from None
 
@@ -46,8 +49,8 @@ def init_processes(backend):
 def env_int(name, low, high, remedy):
     """An environment variable that holds an int from low to high. Raises UserError."""
     text = os.environ.get(name, '')
-    require(text.isdecimal() and low <= int(text) <= high,
-            f'{name} = {text!r} is not a number from {low} to {high}: {remedy}')
+    require(re.fullmatch('[0-9]{1,9}', text) and low <= int(text) <= high,
+            f'{name} = {shorten(text)} is not a number from {low} to {high}: {remedy}')
     return int(text)
 
 

@@ -49,7 +49,7 @@ def exit_with(message):
     the first to exit ends the others on its host: they wait, so that it is printed once."""
     if 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('RANK') != '0':
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3 + int(os.environ['LOCAL_RANK']))  # a mistake of these processes alone follows
+        time.sleep(3)  # a mistake of these processes alone follows
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
     sys.exit(2)
 
@@ -80,13 +80,9 @@ def user_errors():
         yield
     except UserError as error:
         exit_with(error)
-    except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # sample.py | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        raise
+    except BrokenPipeError:  # sample.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -38,14 +38,15 @@ def evaluate(loss_of, split, windows, batch_size, token_bytes, signals):
         signals.stop = max(stops)
         return None, None, None
     nats, n_tokens, n_bytes = map(sum, sums)
-    return nats / n_tokens, nats / math.log(2) / n_bytes, n_tokens
+    bits = nats / math.log(2) / n_bytes if n_bytes else math.nan  # only special tokens
+    return nats / n_tokens, bits, n_tokens
 
 
 def evaluate_run(loss_of, model, data, config, step, run):
     """Evaluate both splits, print and log the losses, and a sample if asked for.
 
-    model: not wrapped. Returns the val loss, or None if a signal interrupted it. Raises UserError
-    if the val loss is not finite.
+    model: not wrapped. Returns (val loss, train loss), or None if a signal interrupted it. Raises
+    UserError if the val loss is not finite.
     """
     start = time.perf_counter()
     n_windows = data.val.n_windows
@@ -71,7 +72,7 @@ def evaluate_run(loss_of, model, data, config, step, run):
                 print0('a sample of the untrained model:')
             text = sample(model, data, config.seed)
             print0('\n'.join('  | ' + line for line in text.splitlines()))
-    return val_loss
+    return val_loss, train_loss
 
 
 def sample(model, data, seed):

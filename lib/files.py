@@ -72,10 +72,11 @@ def open_text(path):
 
 def open_binary(path):
     """An open file with the content of a file, decompressed if its name ends in .gz."""
-    require(not str(path).endswith(('.zst', '.xz', '.bz2', '.zip')),
+    name = str(path).lower()
+    require(not name.endswith(('.zst', '.xz', '.bz2', '.zip')),
             f'{path}: of compressed files only .gz is read: decompress it, or pipe the text, '
             f'zstdcat FILE | python data/text/prepare.py --input=-')
-    return gzip.open(path) if str(path).endswith('.gz') else open(path, 'rb')
+    return gzip.open(path) if name.endswith('.gz') else open(path, 'rb')
 
 
 def first_invalid_byte(path):
@@ -96,15 +97,21 @@ def regular_file(path):
     """The path of a file with the content of what a user has given as --input: a pipe, which can be
     read only once (-: standard input), is copied into a temporary file. Raises UserError."""
     found = Path('/dev/stdin') if path == '-' else find(path)
-    require(os.path.exists(found) and not found.is_dir(), f'--input={path}: there is no such file')
+    require(os.path.exists(found), f'--input={path}: there is no such file')
+    require(not found.is_dir(), f'--input={path} is a folder: name a file')
     if found.is_file():
         yield found
         return
+    stdin = str(found) in ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
+    require(stdin or not found.is_char_device(), f'--input={path} is a device: name a file')
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / f'input{found.suffix}'
         with os_errors(found), open(found, 'rb') as source, open(copy, 'wb') as target:
             shutil.copyfileobj(source, target)
-        yield copy
+        try:
+            yield copy
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), f'--input={path}')) from None
 
 
 def read_text(path):
@@ -150,6 +157,7 @@ def check_kinds(table, kinds, path):
         require(key in table, f'{path}: {key} is missing')
         value = table[key]
         is_int = type(value) is int and abs(value) < 2**63
+        is_int = is_int and (kind is not int or value >= 0)  # a count
         require(isinstance(value, kind) and (kind is bool or is_int or not isinstance(value, int)),
                 f'{path}: {key} = {str(value)[:40]!r} is not of the right type')
 

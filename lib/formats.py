@@ -65,7 +65,9 @@ def load_huggingface(folder):
             continue
         if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()  # GPT-2's Conv1D keeps (in, out), Linear (out, in)
-        weights[name if name == 'lm_head.weight' else f'transformer.{name}'] = tensor.float()
+        name = name if name == 'lm_head.weight' else f'transformer.{name}'
+        require(name not in weights, f'{folder}: {name} is there twice')
+        weights[name] = tensor.float()
     if model_config['tie_weights'] and 'transformer.wte.weight' in weights:
         weights.setdefault('lm_head.weight', weights['transformer.wte.weight'])
     model_config['tie_weights'] &= tied(weights)
@@ -111,6 +113,7 @@ def convert_huggingface_config(config):
              'n_head': 'n_head', 'n_embd': 'n_embd'}
     for key in config.keys() - taken.keys() - supported.keys():
         known = key in ('activation_function', 'tie_word_embeddings') or HARMLESS.fullmatch(key)
+        known = known or config[key] in (None, False, '', [], {})
         require(known, f'{key} = {str(config[key])[:40]}: no such choice here; if the model works '
                        f'without it, remove it from the file')
     values = {ours: config[theirs] for theirs, ours in taken.items()}
@@ -184,7 +187,8 @@ def read_checkpoint_file(path, mmap=False):
     plain values, FileNotFoundError if it is missing."""
     try:
         check_archive(path)
-        mmap = mmap and str(path).isprintable()  # PyTorch maps files with names in UTF-8 only
+        # PyTorch maps zip files only, with names in UTF-8
+        mmap = mmap and str(path).isprintable() and zipfile.is_zipfile(path)
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except (FileNotFoundError, UserError):
         raise

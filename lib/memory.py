@@ -2,6 +2,7 @@
 import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from lib.loss import MAX_LOGITS
 from model import GPT
 from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, state_bytes
 
+CGROUP_LIMIT = Path('/sys/fs/cgroup/memory.max')  # of a container
 BLOCK_OBJECTS = 30_000  # bytes of Python objects per block
 LOSS_OBJECTS = 500  # of a micro-batch's loss
 
@@ -43,9 +45,13 @@ def device_memory(device):
     if device.type == 'cuda':
         return total_memory(device)
     try:
-        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+        memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, OSError, ValueError):  # Windows
         return None
+    try:
+        return min(memory, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no container, or 'max'
+        return memory
 
 
 def require_memory(n_bytes, device, what, remedy):
@@ -69,8 +75,9 @@ def require_batch_fits(config):
     """Raise UserError if the ids and losses of a step cannot fit into main memory."""
     ids = 4 * 8 * config.batch_size * (config.block_size + 1)  # x and y, twice
     require_memory(ids + LOSS_OBJECTS * config.gradient_accumulation_steps, torch.device('cpu'),
-                   f'a step with batch_size = {config.batch_size} and gradient_accumulation_steps '
-                   f'= {config.gradient_accumulation_steps}', 'lower them')
+                   f'a step with batch_size = {config.batch_size}, block_size = '
+                   f'{config.block_size} and gradient_accumulation_steps = '
+                   f'{config.gradient_accumulation_steps}', 'lower them')
 
 
 def require_sampling_fits(model, n_sequences, longest, max_new_tokens, n_beams=1):

@@ -24,7 +24,8 @@ def check(config):
     if low is not None and config.decay_lr and known:
         require(low <= config.learning_rate,
                 f'min_lr = {low}: give at least 0 and at most learning_rate')
-    require(config.out_dir and config.init_from, 'out_dir or init_from is empty: name a folder')
+    require(config.out_dir and config.init_from and config.dataset,
+            'out_dir, init_from or dataset is empty: name a folder')
 
 
 def turn_dial(config, given):

@@ -60,7 +60,7 @@ def take_saved_config(config, given, checkpoint):
     require('depth' not in given or config.depth == saved.get('depth'),
             f'depth = {config.depth} but {checkpoint.path} has depth = {saved.get("depth")}: '
             f'leave it out')
-    own = set(given) - {'init_from'} | {'out_dir', 'eval_only'}
+    own = (set(given) - {'init_from'}) | {'out_dir', 'eval_only'}
     for key, type_ in key_types(type(config)).items():
         if key in saved and key not in own:
             try:
@@ -156,7 +156,7 @@ def check_same_tokenizer(checkpoint, data):
                   f'prepare the data set with the tokenizer of the weights')
 
 
-def check_environment(checkpoint, environment, data, allow_other_data):
+def check_environment(checkpoint, environment, data, allow_other_data, note=True):
     """Report what prevents a bitwise resume. Raises UserError if the data have changed."""
     saved = environment | checkpoint.environment
     require(allow_other_data or saved['data'] == environment['data'],
@@ -169,7 +169,7 @@ def check_environment(checkpoint, environment, data, allow_other_data):
                if key not in ('data', 'job') and saved[key] != now]
     if saved['data'] != environment['data']:
         changed.append('other data')
-    if changed:
+    if changed and note:
         print0(f'note: the run will not be bitwise the same ({"; ".join(changed)})')
 
 

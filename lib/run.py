@@ -43,7 +43,8 @@ class Run(contextlib.ExitStack):
         if self.writes:
             if not self.resuming:
                 set_aside(config.out_dir)
-            write_config(config.out_dir, asdict(config))
+            if step < config.max_iters or not self.resuming:  # else the run stays as it is
+                write_config(config.out_dir, asdict(config))
             write_status(config.out_dir, f'running {os.getpid()}')
             self.push(self.set_failed)
             cut_log(config.out_dir, step)
@@ -92,7 +93,7 @@ def set_aside(out_dir):
     if all(path.name == 'status' for path in files):
         return
     folders = (out_dir / f'earlier-{n}' for n in itertools.count(1))
-    folder = next(folder for folder in folders if not folder.exists())
+    folder = next(folder for folder in folders if not os.path.lexists(folder))
     with os_errors(f'out_dir = {str(out_dir)!r}'):
         folder.mkdir()
         for path in files:
@@ -103,6 +104,7 @@ def set_aside(out_dir):
 def write_config(out_dir, values):
     """out_dir/config.py: every key of the run, as a config file that runs it again."""
     values = {'depth': values.get('depth')} | values  # first: the keys after it override it
+    values.pop('extended_at', None)  # of a run that goes on, not of one that starts
     path = Path(out_dir) / 'config.py'
     with os_errors(f'{path}: cannot write'):
         write_text(path, ''.join(f'{key} = {value!r}\n' for key, value in values.items()))

@@ -185,16 +185,20 @@ class BPETokenizer(Tokenizer):
     """Byte-pair encoding (Sennrich et al. 2016) on bytes, by tiktoken."""
     cuts_anywhere = False
 
-    def __init__(self, kind, pattern, tokens, ids=None, special=None):
+    def __init__(self, kind, pattern, tokens, ids=None, special=None, unused=None):
         """tokens: bytes, in the order of their merges. ids: of the tokens; None: 0, 1, ... special:
-        {text: id}; None: `<|endoftext|>` after the tokens. Raises UserError, ValueError."""
+        {text: id}; None: `<|endoftext|>` after the tokens. unused: {text: id} of what no text
+        becomes. Raises UserError, ValueError."""
         import tiktoken  # char and byte tokenizers don't need it
 
         ids = list(range(len(tokens))) if ids is None else ids
         special = {END_OF_TEXT: len(tokens)} if special is None else special
+        unused = unused or {}
         self.kind, self.pattern, self.tokens, self.ids = kind, pattern, tokens, ids
-        require(all(isinstance(text, str) and text for text in special), 'a special token is empty')
-        every = [*ids, *special.values()]
+        self.unused = unused
+        require(all(isinstance(text, str) and text for text in [*special, *unused]),
+                'a special token is empty')
+        every = [*ids, *special.values(), *unused.values()]
         require(len(ids) == len(tokens) and all(type(id_) is int for id_ in every),
                 'each token needs an id')
         require(len(set(every)) == len(every) and 0 <= min(every)
@@ -206,6 +210,8 @@ class BPETokenizer(Tokenizer):
         self.token_bytes = [b''] * (max(every) + 1)
         for id_, token in zip(ids, tokens):
             self.token_bytes[id_] = token
+        for text, id_ in unused.items():
+            self.token_bytes[id_] = text.encode()
         self.set_special(special)
         self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks,
                                            special_tokens={})
@@ -225,6 +231,8 @@ class BPETokenizer(Tokenizer):
         n = len(self.tokens)
         if self.ids != list(range(n)):
             saved['ids'] = self.ids
+        if self.unused:
+            saved['unused'] = self.unused
         return saved if self.special == {END_OF_TEXT: n} else saved | {'special': self.special}
 
 
@@ -253,13 +261,13 @@ def from_huggingface(folder):
     if not path.exists():
         return None
     try:
-        vocabulary, merges, added = read_json(path), None, {}
         if path == whole:
-            vocabulary, merges, added = read_tokenizer_json(vocabulary)
-        elif (folder / 'merges.txt').exists():
+            return make_byte_level(*read_tokenizer_json(read_json(path)))
+        vocabulary, merges = read_json(path), None
+        if (folder / 'merges.txt').exists():
             lines = read_text(folder / 'merges.txt').splitlines()
             merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
-        return make_byte_level(vocabulary, merges, added)
+        return make_byte_level(vocabulary, merges, read_added_tokens(folder, vocabulary))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, UserError) else repr(error)
         raise UserError(f'{path}: cannot read a byte-level BPE, such as GPT-2\'s, from it: '
@@ -289,9 +297,27 @@ def read_tokenizer_json(saved):
     return model['vocab'], merges, added
 
 
+def read_added_tokens(folder, vocabulary):
+    """{text: id} of the tokens that GPT2Tokenizer would add to vocab.json. Raises UserError."""
+    files = {}
+    for name in ('added_tokens', 'tokenizer_config', 'special_tokens_map'):
+        path = folder / f'{name}.json'
+        files[name] = read_json(path) if path.exists() else {}
+    added, config = dict(files['added_tokens']), files['tokenizer_config']
+    if END_OF_TEXT in vocabulary:
+        added[END_OF_TEXT] = vocabulary[END_OF_TEXT]
+    for id_, token in (config.get('added_tokens_decoder') or {}).items():
+        added[token['content']] = int(id_)
+    require(not config.get('add_prefix_space'), 'tokenizer_config.json: add_prefix_space = True')
+    for name, token in files['special_tokens_map'].items():
+        text = token['content'] if isinstance(token, dict) else token
+        require(not isinstance(text, str) or text in vocabulary or text in added,
+                f'special_tokens_map.json: {name} = {text!r} has no id')
+    return added
+
+
 def make_byte_level(vocabulary, merges, added):
-    """A BPETokenizer of Hugging Face's {text: id}, [(left, right)] or None, {text: id}. What is
-    neither a byte nor the result of a merge is a special token."""
+    """A BPETokenizer of Hugging Face's {text: id}, [(left, right)] or None, {text: id}."""
     byte_of = printable_bytes()
     vocabulary = vocabulary | added
     if merges is None:  # ids were given in the order of the merges
@@ -303,15 +329,30 @@ def make_byte_level(vocabulary, merges, added):
     tokens = [bytes(byte_of[c] for c in text) for text in ordered]
     ids = [vocabulary[text] for text in ordered]
     known = set(ordered)
-    special = {text: id_ for text, id_ in vocabulary.items() if text not in known}
-    for text in special.keys() - added.keys():
+    unused = {text: id_ for text, id_ in vocabulary.items() if text not in known | added.keys()}
+    for text in unused:
         require(re.fullmatch(r'<.+>|\[.+\]', text), f'no merge makes the token {text!r}')
     require(merges or sorted(vocabulary.values()) == list(range(len(vocabulary))),
             'the ids are not 0, 1, 2, ...')
     kind = 'gpt2' if len(tokens) == 50256 else 'bpe'
     if ids == list(range(len(tokens))):
         ids = None
-    return BPETokenizer(kind, GPT2_PATTERN, tokens, ids, special)
+    bytes_of = {text: bytes(byte_of[c] for c in text) for text in ordered}
+    check_merges(tokens, [[bytes_of[left], bytes_of[right]] for left, right in merges or []])
+    return BPETokenizer(kind, GPT2_PATTERN, tokens, ids, added, unused)
+
+
+def check_merges(tokens, merges):
+    """Raise UserError unless merging any two tokens whose bytes together are a token, lowest rank
+    first, as tiktoken does, is the same as these merges."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for pair in merges:
+        parts = [bytes([b]) for b in b''.join(pair)]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+            i = joined.index(min(joined))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        require(parts == pair, f'its merges are not in the order in which a BPE is trained: {pair}')
 
 
 def printable_bytes():

@@ -37,8 +37,8 @@ def write_pairs(documents, tokenizer, name, dataset, block_size=128, packing=Tru
     splits = {'train': [], 'val': []}
     for position, ids, text in kept:
         splits['train' if position > boundary else 'val'].append((ids, text))
-    require(splits['train'], f'{name}: no pair is left to train on, since all have the same '
-                             f'source; give more of them')
+    require(splits['train'], f'{name}: no pair is left to train on: all have the same source, '
+                             f'or val_fraction = {val_fraction} takes all; give more of them')
 
     def pieces():
         for split, pairs in splits.items():

@@ -289,6 +289,38 @@ def test_wandb_continues_the_run_of_a_resumed_run(run, char_data, tmp_path):
     assert first['dir'] == str(tmp_path / 'w')
 
 
+def test_a_damaged_manifest_is_told_from_a_missing_checkpoint(refused, reference_run, tmp_path):
+    out_dir = tmp_path / 'out'
+    shutil.copytree(reference_run, out_dir)
+    for path in out_dir.glob('ckpt_*.json'):
+        path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match='restore ckpt_00000020.json, or delete it'):
+        ckpt.load(out_dir)
+    for path in out_dir.glob('ckpt_*.json'):
+        path.unlink()
+    assert ckpt.load(out_dir / 'ckpt_00000020.pt').step == 20
+
+
+def test_a_run_that_diverges_is_not_said_to_overfit(run, char_data, tmp_path):
+    result = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "o"}',
+                 '--max_iters=4', '--eval_interval=2', '--learning_rate=3')  # fmt: skip
+    assert 'overfits' not in result.stdout and 'checkpoint=best' not in result.stdout
+
+
+@pytest.mark.parametrize('script', ['train.py', 'tools/plan.py', 'tools/sweep.py'])
+def test_help_may_be_cut_off_by_head(clone, script):
+    command = f'PYTHONUNBUFFERED=1 {sys.executable} {script} --help | true'
+    result = subprocess.run(command, shell=True, cwd=clone, capture_output=True, text=True)
+    assert 'Traceback' not in result.stderr
+
+
+def test_interactive_drops_only_the_line_that_is_not_utf8(clone, trained):
+    command = [sys.executable, 'sample.py', f'--out_dir={trained}', '--interactive',
+               '--max_new_tokens=1', '--device=cpu']  # fmt: skip
+    result = subprocess.run(command, cwd=clone, input=b'\xff\nto\nbe\n', capture_output=True)
+    assert result.stdout.count(b'-' * 15) == 2 and b'not UTF-8' in result.stderr
+
+
 # Longer runs and small texts ----------------------------------------------------------------------
 
 

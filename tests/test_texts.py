@@ -296,3 +296,11 @@ def test_truncated_bins_end_a_run_in_a_sentence(tmp_path):
 def test_other_compressed_files_are_refused_with_a_remedy(refused, tmp_path, suffix):
     (tmp_path / f'x.txt{suffix}').write_bytes(b'PK\x03\x04' * 99)
     refused('data/text/prepare.py', f'--input={tmp_path}/x.txt{suffix}', says=('.gz', 'decompress'))
+
+
+def test_a_text_of_separators_only_has_no_bits_per_byte(run, trained, prepare, tmp_path, clone):
+    (tmp_path / 'x.txt').write_text('ab' + END * 40)
+    ids, tok = prepare(tmp_path / 'x.txt', '--tokenizer=byte')
+    assert ids.count(tok.eot) == 40
+    run('train.py', '--dataset=texts', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=2',
+        '--max_iters=1', '--eval_iters=1', '--device=cpu', f'--out_dir={tmp_path}/o')  # fmt: skip

@@ -92,6 +92,44 @@ def test_added_tokens_are_recognized_as_huggingface_does(byte_level):
     assert ours.text_bytes()[ours.encode(sample)[0]] == 0
 
 
+def test_added_tokens_of_a_slow_tokenizer_are_recognized(byte_level):
+    """vocab.json and merges.txt, with the files of tokens that were added later."""
+    chat = '<|im_start|>user\nhi<|im_end|>'
+    for name, content in (
+        ('added_tokens.json', {'<|im_start|>': 400, '<|im_end|>': 401}),
+        ('tokenizer_config.json', {'added_tokens_decoder': {
+            '400': {'content': '<|im_start|>'}, '401': {'content': '<|im_end|>'}}}),
+    ):  # fmt: skip
+        theirs, folder = byte_level(['<|endoftext|>'])
+        theirs.add_special_tokens(['<|im_start|>', '<|im_end|>'])
+        (folder / name).write_text(json.dumps(content))
+        assert tokenizer.from_huggingface(folder).encode(chat) == theirs.encode(chat).ids
+    for name, content in (
+        ('special_tokens_map.json', {'pad_token': '<pad>'}),
+        ('tokenizer_config.json', {'add_prefix_space': True}),
+    ):
+        (folder / name).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=name):
+            tokenizer.from_huggingface(folder)
+
+
+def test_a_token_that_is_only_in_the_vocabulary_is_plain_text_in_a_prompt(byte_level):
+    theirs, folder = byte_level(['<|endoftext|>'])
+    vocab = json.loads((folder / 'vocab.json').read_text())
+    (folder / 'vocab.json').write_text(json.dumps(vocab | {'<|im_start|>': 400}))
+    ours = tokenizer.from_huggingface(folder)
+    assert ours.encode('<|im_start|>x') == theirs.encode('<|im_start|>x').ids
+    assert ours.decode([400]) == '<|im_start|>'
+
+
+def test_merges_in_another_order_are_refused(byte_level):
+    _, folder = byte_level(['<|endoftext|>'])
+    lines = (folder / 'merges.txt').read_text().splitlines()
+    (folder / 'merges.txt').write_text('\n'.join([lines[0], *lines[:0:-1]]))
+    with pytest.raises(UserError, match='merges'):
+        tokenizer.from_huggingface(folder)
+
+
 @pytest.mark.parametrize(
     'theirs',
     [
@@ -300,6 +338,30 @@ def test_tensors_of_another_kind_are_refused(tmp_path, bad):
     }[bad]()
     with pytest.raises(UserError, match='ckpt.pt'):
         ckpt.load(save(state, tmp_path / 'ckpt.pt')).build_model()
+
+
+def test_legacy_files_load_in_every_program(run, tmp_path, char_data, trained):
+    """torch.save wrote no zip files before PyTorch 1.6."""
+    checkpoint = ckpt.load(trained)
+    keys = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'dropout')
+    state = nanogpt_state(model=checkpoint.model)
+    state['config'] = {'dataset': str(char_data)}
+    state['model_args'] = {key: checkpoint.model_config[key] for key in keys}
+    path = tmp_path / 'ckpt.pt'
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    for script in ('sample.py', 'explain.py'):
+        run(script, f'--init_from={path}', '--start=def', f'--out_dir={tmp_path}')
+
+
+def test_a_file_with_a_weight_twice_is_refused(tmp_path):
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    weights = theirs.state_dict()
+    torch.save(weights | {'wte.weight': torch.zeros(50, 16)}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(UserError, match='transformer.wte.weight is there twice'):
+        ckpt.load(tmp_path)
 
 
 def test_overlapping_safetensors_are_refused(tmp_path):

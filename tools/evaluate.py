@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configurator import (
+    Beams,
     Count,
     FilePath,
     LengthPenalty,
@@ -43,7 +44,7 @@ class Config:
     stride: Count | None = None  # of text: tokens from window to window; None: block_size
     show: WholeNumber = 0  # print the first N sources with their targets and answers
     # answers
-    num_beams: Count = 1  # of beam search; 1: greedy
+    num_beams: Beams = 1  # of beam search; 1: greedy
     length_penalty: LengthPenalty = 0.6  # as in sample.py
     # system
     batch_size: Count = 32  # examples per batch

@@ -9,6 +9,7 @@ time. Runs that differ only in their seed share a row: mean and standard deviati
 """
 import hashlib
 import io
+import math
 import os
 import re
 import statistics
@@ -32,6 +33,9 @@ try. Every combination of values is one run; all of them are checked before the 
 Config files are applied before the flags. The exit code is 1 if a run failed."""
 
 
+MAX_RUNS = 10_000
+
+
 def read_command(argv):
     """(out_dir, [(folder, train.py's arguments, config) of each run]). Raises UserError."""
     files = [str(find(word)) for word in argv if not word.startswith('-')]
@@ -44,7 +48,9 @@ def read_command(argv):
             require(equals, f'{word}: write --key=value, or --key=value,value')
             values[key] = text.split(',')
     out_dirs = values.pop('out_dir', [f'sweep-{Path(files[-1]).stem}'])
-    require(len(out_dirs) == 1, 'out_dir: give one folder for the whole sweep')
+    require(len(out_dirs) == 1 and out_dirs[0], 'out_dir: give one folder for the whole sweep')
+    n_runs = math.prod(map(len, values.values()))
+    require(n_runs <= MAX_RUNS, f'{n_runs:,} runs: give at most {MAX_RUNS:,} combinations')
     out_dir = Path(os.path.expanduser(out_dirs[0]))
     runs = []
     for choice in combinations(values):
@@ -73,11 +79,11 @@ def folder_name(choice):
 
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
-    if '--help' in sys.argv or '-h' in sys.argv:
-        _, _, keys = help_text(TrainConfig).partition('[--switch ...]\n')
-        print(f'{__doc__}\n{USAGE}\n{keys}')
-        sys.exit(0)
     with user_errors():
+        if '--help' in sys.argv or '-h' in sys.argv:
+            _, _, keys = help_text(TrainConfig).partition('[--switch ...]\n')
+            print(f'{__doc__}\n{USAGE}\n{keys}')
+            sys.exit(0)
         out_dir, runs = read_command(sys.argv[1:])
 
 from lib.plot import import_pyplot

@@ -35,7 +35,10 @@ class Config:
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
     with user_errors():
-        config, _ = configure(Config)
+        config, given = configure(Config)
+        own = {'tokenizer', 'vocab_size'} & given.keys() if config.init_from else ()
+        require(not own, f'init_from = {config.init_from!r} brings its tokenizer: leave out '
+                         f'{", ".join(sorted(own))}')
 
 from lib.bpe import make_tokenizer
 from lib.files import open_text, printable, regular_file
@@ -91,6 +94,12 @@ def read_tsv(line):
 
 def read_example(example):
     """[source, target, ...] of a record in JSON. Raises UserError."""
+    if isinstance(example, dict):
+        for key in ('system', 'context'):  # said before the first source
+            if isinstance(before := example.get(key), str) and before.strip():
+                rest = {other: value for other, value in example.items() if other != key}
+                source, *others = read_example(rest)
+                return [f'{before}\n\n{source}', *others]
     match example:
         case list(messages) | {'messages': list(messages)} | {'conversations': list(messages)}:
             return read_messages(messages)
@@ -136,6 +145,8 @@ def read_messages(messages):
 
 def read_content(content):
     """The text of a message, which may come in parts. Raises UserError."""
+    if content is None:  # a message that only calls a tool
+        return ''
     if isinstance(content, str):
         return content
     require(isinstance(content, list), 'the content of a message is neither a text nor a list of '

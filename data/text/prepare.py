@@ -33,7 +33,10 @@ class Config:
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
     with user_errors():
-        config, _ = configure(Config)
+        config, given = configure(Config)
+        own = {'tokenizer', 'vocab_size'} & given.keys() if config.init_from else ()
+        require(not own, f'init_from = {config.init_from!r} brings its tokenizer: leave out '
+                         f'{", ".join(sorted(own))}')
 
 from lib.bpe import make_tokenizer
 from lib.text import read_pieces, split_at_end
