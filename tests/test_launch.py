@@ -1,5 +1,6 @@
 """How several processes start and restart: torchrun's variables, disagreements, restarts."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -223,7 +224,7 @@ def test_fingerprint_reads_the_data_once(char_data, monkeypatch):
 @pytest.mark.parametrize(
     'kills',
     [
-        [(1, 12), (0, 32)],
+        [(1, 12), (0, 32), (1, 52)],
         pytest.param([(1, 12), (1, 0), (1, 52)], marks=pytest.mark.slow),
         pytest.param([(0, 12), (0, 0), (1, 0)], marks=pytest.mark.slow),
     ],
@@ -241,18 +242,20 @@ def test_torchrun_restart_resumes_run(ranks, clone, char_data, tmp_path, kills):
         subprocess.Popen(
             [*command, f'--out_dir={out_dir}'], cwd=clone, stdout=file, stderr=file
         ) as agent,
+        contextlib.ExitStack() as cleanup,
     ):
-
+        cleanup.callback(agent.terminate)
         dead = [None]
         for rank, n_steps in kills:
+            end = time.monotonic() + 100
             while worker_pids(agent).get(rank) in dead or len(step_losses(out_dir)) < n_steps:
-                assert agent.poll() is None, output.read_text()
+                assert agent.poll() is None and time.monotonic() < end, output.read_text()
                 time.sleep(0.1)
             if n_steps == 0:
                 time.sleep(3)
             dead += worker_pids(agent).values()
             os.kill(worker_pids(agent)[rank], signal.SIGKILL)
-        agent.wait(timeout=200)
+        agent.wait(timeout=100)
     text = output.read_text()
     assert agent.returncode == 0, text
     assert 'restarted the processes, the run continues' in text
