@@ -21,19 +21,9 @@ from pathlib import Path
 import torch
 
 from configurator import TrainConfig, check_type, describe, key_types, read_model_config
-from lib import bins, formats, tokenizer
+from lib import bins, files, formats, tokenizer
 from lib.distributed import job, print0
 from lib.errors import UserError, first_line, require
-from lib.files import (
-    HashingFile,
-    check_kinds,
-    find,
-    read_json,
-    replace,
-    sha256_of,
-    write_synced,
-    write_text,
-)
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -134,19 +124,19 @@ def save(out_dir, checkpoint, keep_last=2):
         if existing and not damage(path, existing):
             if checkpoint.val_loss is not None:
                 existing |= {'val_loss': checkpoint.val_loss}
-                write_text(manifest_path, json.dumps(existing, indent=1))
+                files.write_text(manifest_path, json.dumps(existing, indent=1))
         else:
             state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)
                      if f.name != 'path'}
-            with HashingFile(temporary) as file:
+            with files.HashingFile(temporary) as file:
                 torch.save(state | {'format': FORMAT}, file)
             manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step,
                         'samples_seen': checkpoint.samples_seen, 'val_loss': checkpoint.val_loss,
                         'bytes': file.bytes, 'sha256': file.sha256.hexdigest(),
                         **checkpoint.environment, 'config': checkpoint.config}
-            write_synced(manifest_temporary, json.dumps(manifest, indent=1))
-            replace(temporary, path)
-            replace(manifest_temporary, manifest_path)
+            files.write_synced(manifest_temporary, json.dumps(manifest, indent=1))
+            files.replace(temporary, path)
+            files.replace(manifest_temporary, manifest_path)
         delete_old(out_dir, checkpoint.step, keep_last)
     except (OSError, RuntimeError) as error:
         for leftover in (temporary, manifest_temporary):
@@ -255,8 +245,8 @@ MANIFEST = {'step': int, 'bytes': int, 'sha256': str, 'val_loss': float | int | 
 def read_manifest(path):
     """(manifest, None), or (None, error), or (None, None) if there is none."""
     try:
-        manifest = read_json(path)
-        check_kinds(manifest, MANIFEST, path)
+        manifest = files.read_json(path)
+        files.check_kinds(manifest, MANIFEST, path)
         # never trust a path in the manifest
         return manifest | {'file': path.with_suffix('.pt').name}, None
     except FileNotFoundError:
@@ -280,7 +270,7 @@ def load(where, which='last', mmap=False, average_last=1):
     last. mmap: read tensors from disk when they are used. average_last: with the mean weights
     of the last N checkpoints (Vaswani et al. 2017, 6.1). Raises UserError.
     """
-    where = Path(where) if formats.is_gpt2(where) else find(where)
+    where = Path(where) if formats.is_gpt2(where) else files.find(where)
     of_run = average_last > 1 or which not in ('last', 'auto')
     require(not of_run or where.is_dir(),
             f'average_last = {average_last}, checkpoint = {which}: only for the folder of a run, '
@@ -395,7 +385,7 @@ def damage(path, manifest):
     if size != manifest['bytes']:
         return f'it has {size:,} bytes instead of {manifest["bytes"]:,}'
     try:
-        return None if sha256_of(path) == manifest['sha256'] else 'its sha256 does not match'
+        return None if files.sha256_of(path) == manifest['sha256'] else 'its sha256 does not match'
     except PermissionError as error:
         return error.strerror
 

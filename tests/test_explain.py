@@ -228,6 +228,7 @@ def is_closed(connection):
         return True
 
 
+@pytest.mark.slow
 def test_serve_answers_while_300_connections_are_half_open(clone, trained):
     with served(clone, f'--out_dir={trained}', '--start=def') as (server, url), \
             contextlib.ExitStack() as stack:

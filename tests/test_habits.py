@@ -37,7 +37,8 @@ RUN = (*TINY, '--max_iters=4', '--eval_interval=2')
     'env',
     [
         {'PYTHONIOENCODING': 'cp1252'},
-        {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'},
+        pytest.param({'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'},
+                     marks=pytest.mark.slow),
     ],
     ids=['cp1252', 'C'],
 )
@@ -304,7 +305,7 @@ def test_a_damaged_manifest_is_told_from_a_missing_checkpoint(refused, reference
 def test_a_run_that_diverges_is_not_said_to_overfit(run, char_data, tmp_path):
     result = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "o"}',
                  '--max_iters=4', '--eval_interval=2', '--learning_rate=3')  # fmt: skip
-    assert 'overfits' not in result.stdout and 'checkpoint=best' not in result.stdout
+    assert 'overfits' not in result.stdout
 
 
 @pytest.mark.parametrize('script', ['train.py', 'tools/plan.py', 'tools/sweep.py'])

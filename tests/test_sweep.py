@@ -99,6 +99,7 @@ def test_sweep_reports_mistakes_before_training(refused, clone, argv, says):
     assert not (clone / 'sweep-quickstart').exists()
 
 
+@pytest.mark.slow
 def test_sweep_with_many_keys_has_short_stable_folder_names(run, char_data, tmp_path):
     write_tiny_config(tmp_path / 'tiny.py', char_data)
     keys = ('gradient_accumulation_steps=1', 'muon_learning_rate=0.02', 'muon_momentum=0.95')
@@ -113,6 +114,7 @@ def test_sweep_with_many_keys_has_short_stable_folder_names(run, char_data, tmp_
     assert run(*command, '--seed=2,1', env=home).stdout.count('already done') == 2
 
 
+@pytest.mark.slow
 def test_sweep_with_failed_runs_finishes_the_others_and_exits_with_1(run, char_data, tmp_path):
     write_tiny_config(tmp_path / 'tiny.py', char_data)
     # in a folder name a slash becomes an underscore

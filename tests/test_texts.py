@@ -103,7 +103,7 @@ def test_split_does_not_cut_through_a_separator():
 
 def test_splits_together_have_the_tokens_of_the_whole_text(prepare, tmp_path, text):
     path, rng = tmp_path / 'x.txt', random.Random(0)
-    for content in (text[:30_000], ODD_TEXTS[1] * 30, *odd_texts(seed=2, n=8)):
+    for content in (text[:30_000], ODD_TEXTS[1] * 30, *odd_texts(seed=2, n=3)):
         content = content * (1 + 2000 // len(content))
         path.write_text(content, encoding='utf-8')
         share = f'--val_fraction={rng.uniform(0.2, 0.8)}'
@@ -146,7 +146,7 @@ def write_huggingface(folder, vocab):
     (folder / 'vocab.json').write_text(json.dumps(vocab))
 
 
-@pytest.mark.parametrize('encoding', ['lf', 'crlf', 'cr', 'bom', 'bom+crlf', 'gz'])
+@pytest.mark.parametrize('encoding', ['crlf', 'bom+crlf', 'gz'])
 def test_line_ends_and_byte_order_marks_do_not_change_a_text(
     run, prepare, tmp_path, encoding, trained, clone
 ):
