@@ -39,6 +39,7 @@ def test_ddp_matches_single_process(ranks, run, char_data, tmp_path):
         assert one == pytest.approx(two, rel=0, abs=ROUNDING['adamw']) and len(one) in (2, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n_processes', [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_losses_do_not_depend_on_split_of_step(

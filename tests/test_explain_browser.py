@@ -340,6 +340,7 @@ def test_explain_page_tour_runs_to_the_end(chromium, page):
         assert tab.locator('#tour').is_hidden()
 
 
+@pytest.mark.slow
 def test_explain_page_saves_figures(chromium, page, tmp_path):
     files = [('why', 'SVG', b'<svg'), ('flow', 'PNG', b'\x89PNG'), ('attention', 'PNG', b'\x89PNG'),
              ('next-token', 'CSV', b'token,id,logit'), ('attention', 'SVG', b'<svg')]

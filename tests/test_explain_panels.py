@@ -17,6 +17,8 @@ from checkpoint import load_model
 from helpers import ROOT, TINY, char_tokenizer, collect, served, tiny, tokens
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.slow
+
 # Extremes -----------------------------------------------------------------------------------------
 
 def test_explain_page_works_without_dropped_arrays(chromium, tmp_path, monkeypatch):

@@ -426,6 +426,7 @@ def test_sampling_options(trained, capsys):
         print(f'{N} combinations of options, {done} sampled', end=' ')
 
 
+@pytest.mark.slow
 def test_train_options_out_of_proportion(refused, tmp_path, char_data):
     """Sizes that cannot fit are refused by arithmetic, at once."""
     for argument in ('--n_layer=1000000', '--depth=200000', '--gradient_accumulation_steps=10**18',

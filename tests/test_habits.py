@@ -33,6 +33,7 @@ RUN = (*TINY, '--max_iters=4', '--eval_interval=2')
 # Terminals ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'env',
     [
@@ -344,6 +345,7 @@ def test_an_extended_run_warms_up_again_and_resumes_exactly(run, char_data, tmp_
     assert_same_run(broken, out)
 
 
+@pytest.mark.slow
 def test_overfitting_is_said_once_and_the_best_checkpoint_can_be_named(run, refused, tmp_path):
     text = ''.join(random.Random(0).choices('abcdefghij \n', k=1500))  # nothing to generalize
     (tmp_path / 'x.txt').write_text(text)

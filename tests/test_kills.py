@@ -231,6 +231,7 @@ print(read, 'documents read')
 """
 
 
+@pytest.mark.slow
 def test_prepare_stream_resumes_without_rereading_documents(clone, text, tmp_path):
     import datasets
 
@@ -271,6 +272,7 @@ def test_prepare_stream_resumes_without_rereading_documents(clone, text, tmp_pat
     assert 'UserError' in result.stderr and 'nowhere: cannot be read' in result.stderr
 
 
+@pytest.mark.slow
 def test_crashtest_survives_one_random_kill(run):
     assert run('tools/crashtest.py', '--kills=1').stdout.endswith('OK\n')
 

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from helpers import TINY
 from lib import bins
 
@@ -60,6 +62,7 @@ def test_prepare_text_builds_dataset_from_file_or_folder(run, refused, clone, tm
     refused('data/text/prepare.py', f'--input={tmp_path}/empty', says='no text')
 
 
+@pytest.mark.slow
 def test_train_prepares_missing_small_dataset(run, clone, tmp_path):
     result = run(
         'train.py', '--dataset=python_stdlib', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1'

@@ -314,6 +314,7 @@ def test_resume_reports_changed_environment(run, out_dir):
     assert 'not be bitwise the same (threads 1 then, 2 now)' in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_resume_is_bitwise_exact_with_two_threads(run, train_args, tmp_path, compile):
     whole, parts, threads = tmp_path / 'whole', tmp_path / 'parts', {'OMP_NUM_THREADS': '2'}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 
 import checkpoint as ckpt
@@ -15,6 +16,7 @@ from lib.generation import beam_search
 from sample import Sample
 
 
+@pytest.mark.slow
 def test_sample_reads_checkpoints_of_running_training(clone, run, train_args, tmp_path):
     options = (
         '--max_iters=1000000',
@@ -152,6 +154,7 @@ def test_sample_beam_search_prints_best_texts_with_scores(run, trained):
     assert shown == text
 
 
+@pytest.mark.slow
 def test_sample_interactive_continues_after_ctrl_c(run, clone, trained):
     typed = '日\n\nde\nde\n'  # an invalid prompt is reported, the next one is continued
     result = run(

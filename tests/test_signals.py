@@ -82,6 +82,7 @@ def test_train_saves_and_stops_after_step_on_signal(
     assert_same_run(tmp_path / 'out', reference_run)
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_stops_immediately(clone, train_args, patched_env, tmp_path):
     with start_train(
         clone, f'--out_dir={tmp_path}/out', *train_args, env=patched_env(SLOW, SECONDS=0.5)
@@ -141,6 +142,7 @@ torch.save = slow_save
 """
 
 
+@pytest.mark.slow
 def test_ddp_ranks_stop_after_same_step_on_signal(
     clone, run, train_args, patched_env, reference_run, tmp_path
 ):
@@ -164,6 +166,7 @@ def test_ddp_ranks_stop_after_same_step_on_signal(
     assert losses == pytest.approx(expected, rel=0, abs=ROUNDING['muon'])
 
 
+@pytest.mark.slow
 def test_ddp_stops_all_ranks_when_one_is_signalled_during_evaluation(
     clone, train_args, patched_env, tmp_path
 ):

@@ -18,6 +18,7 @@ def run_folders(out_dir):
     return sorted(path.name for path in out_dir.iterdir() if path.is_dir())
 
 
+@pytest.mark.slow
 def test_sweep_trains_each_value_and_ranks_them(run, char_data, tmp_path):
     write_tiny_config(tmp_path / 'tiny.py', char_data)
     command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/sweep')
