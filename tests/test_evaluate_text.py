@@ -83,6 +83,7 @@ def test_evaluate_stride_matches_huggingface_guide(run, byte_run, tmp_path, stri
     assert math.log(per_word) == pytest.approx(nats / words, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_loss_matches_train(run, trained, text, tmp_path):
     out = (f'--out_dir={trained}', '--device=cpu', '--dtype=float32')
     printed = run('train.py', '--init_from=resume', '--eval_only', '--eval_iters=-1', *out).stdout

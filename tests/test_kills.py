@@ -54,6 +54,7 @@ KILLS = (
 )
 
 
+@pytest.mark.slow
 def test_resume_continues_from_last_save_after_repeated_sigkill(
     run, train_args, patched_env, reference_run, tmp_path
 ):

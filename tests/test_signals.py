@@ -94,6 +94,7 @@ def test_second_ctrl_c_stops_immediately(clone, train_args, patched_env, tmp_pat
     assert process.returncode == -signal.SIGINT and not list((tmp_path / 'out').glob('ckpt_*'))
 
 
+@pytest.mark.slow
 def test_signal_during_evaluation_defers_it_to_resume(
     clone, run, train_args, patched_env, reference_run, tmp_path
 ):
@@ -194,6 +195,7 @@ def test_train_survives_broken_stdout_pipe(clone, train_args, tmp_path):
     assert process.returncode == 0 and ckpt.load(tmp_path / 'out').step == 20
 
 
+@pytest.mark.slow
 def test_train_locks_out_dir_and_saves_on_closed_terminal(clone, refused, train_args, tmp_path):
     master, slave = os.openpty()
     command = [

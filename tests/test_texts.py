@@ -214,6 +214,7 @@ def test_bpe_of_text_without_blanks_takes_seconds():
     )
 
 
+@pytest.mark.slow
 def test_ids_without_names_are_trained_on(run, clone, tmp_path):
     """nanoGPT's bins with a meta.pkl that has no text for its ids, or names of several letters."""
     import pickle
