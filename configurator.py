@@ -466,14 +466,23 @@ def is_union(type_):
 def describe(type_):
     """A type in words: 'int', 'float or None', 'learned, rope or none'."""
     if typing.get_origin(type_) is Literal or is_union(type_):
-        words = [x if isinstance(x, str) else describe(x) for x in typing.get_args(type_)]
-        *others, last = ', '.join(words).replace(' or ', ', ').split(', ')
+        *others, last = choices_of(type_)
         return f'{", ".join(others)} or {last}' if others else last
     if type_ is types.NoneType:
         return 'None'
     if bound_of(type_):
         return describe(type_.__origin__)
     return str(type_) if typing.get_origin(type_) else type_.__name__
+
+
+def choices_of(type_):
+    """The words of a Literal, and the names of the types in a union."""
+    words = []
+    for option in typing.get_args(type_):
+        nested = typing.get_origin(option) is Literal
+        words += choices_of(option) if nested else [option if isinstance(option, str)
+                                                    else describe(option)]
+    return words
 
 
 SYNONYMS = {  # what other programs call a key

@@ -234,11 +234,12 @@ def find_dataset(name):
 def find_or_prepare(name):
     """find_dataset; prepares a small one that is missing. Raises UserError with the command."""
     folder = find_dataset(name)
-    missing = [split for split in ('train', 'val') if not (folder / f'{split}.bin').exists()]
-    require(len(missing) != 1, f'dataset = {name!r}: there is no {missing and missing[0]}.bin in '
-                               f'{folder}, only the other split: copy it too, or {AGAIN}')
-    if not missing:
+    absent = [split for split in ('train', 'val') if not (folder / f'{split}.bin').exists()]
+    if not absent:
         return folder
+    if len(absent) == 1:
+        raise UserError(f'dataset = {name!r}: there is no {absent[0]}.bin in {folder}, only the '
+                        f'other split: copy it too, or {AGAIN}')
     require(not find(name).is_file(), f'dataset = {name!r} is a file: make a data set of it with: '
                                       f'{command("data/text/prepare.py", input=name)}')
     script = DATA / name / 'prepare.py'

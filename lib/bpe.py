@@ -48,45 +48,61 @@ def train_bpe(texts, vocab_size, max_characters=16 * 2**20):
     """
     require(257 <= vocab_size <= 2**20, f'vocab_size = {vocab_size}: bpe needs at least 257 (256 '
                                         f'bytes and {END_OF_TEXT}) and at most {2**20:,}')
-    counts = count_words(texts, max_characters)
-    frequency = list(counts.values())
-    # all words end to end: the token that begins at each byte, -1 within a token; its neighbors
-    token, word = array('i'), array('i')
-    before, after = array('i'), array('i')
-    for number, text in enumerate(counts):
-        data = text.encode('utf-8')
-        first, end = len(token), len(token) + len(data)
-        token.extend(data)
-        word.extend([number] * len(data))
-        before.extend([-1, *range(first, end - 1)])
-        after.extend([*range(first + 1, end), -1])
-    pairs, places = Counter(), defaultdict(lambda: array('i'))  # how often, and where
-    for i, j in enumerate(after):
-        if j >= 0:
-            pair = token[i], token[j]
-            pairs[pair] += frequency[word[i]]
-            places[pair].append(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]
+    words = Words(count_words(texts, max_characters))
+    heap = [(-count, pair) for pair, count in words.pairs.items()]
     heapq.heapify(heap)
     tokens = [bytes([b]) for b in range(256)]
     bar = tqdm(total=vocab_size - 1, initial=len(tokens), desc='train bpe', unit='token',
                disable=None, leave=False)
     while len(tokens) < vocab_size - 1:
-        while heap and -heap[0][0] != pairs[heap[0][1]]:
+        while heap and -heap[0][0] != words.pairs[heap[0][1]]:
             heapq.heappop(heap)  # outdated: the new count is in the heap too
         if not heap or heap[0][0] == 0:
             bar.close()
             require(False, f'vocab_size = {vocab_size}: the text has pairs for {len(tokens) + 1} '
                            f'tokens only; ask for at most that')
-        left, right = pair = heapq.heappop(heap)[1]
-        new = len(tokens)
+        left, right = heapq.heappop(heap)[1]
+        for pair in words.merge(left, right, len(tokens)):
+            heapq.heappush(heap, (-words.pairs[pair], pair))
         tokens.append(tokens[left] + tokens[right])
+        bar.update()
+    bar.close()
+    return BPETokenizer('bpe', GPT2_PATTERN, tokens)
+
+
+class Words:
+    """Different words end to end, as linked tokens. pairs: how often each pair of neighbors occurs
+    in the text."""
+
+    def __init__(self, counts):
+        """counts: {word: how often}. Tokens are bytes at first."""
+        self.frequency = list(counts.values())
+        # by byte: the token that begins there, -1 within a token; its word; its neighbors' places
+        self.token, self.word = array('i'), array('i')
+        self.before, self.after = array('i'), array('i')
+        for number, text in enumerate(counts):
+            data = text.encode('utf-8')
+            first, end = len(self.token), len(self.token) + len(data)
+            self.token.extend(data)
+            self.word.extend([number] * len(data))
+            self.before.extend([-1, *range(first, end - 1)])
+            self.after.extend([*range(first + 1, end), -1])
+        self.pairs, self.places = Counter(), defaultdict(lambda: array('i'))
+        for i, j in enumerate(self.after):
+            if j >= 0:
+                pair = self.token[i], self.token[j]
+                self.pairs[pair] += self.frequency[self.word[i]]
+                self.places[pair].append(i)
+
+    def merge(self, left, right, new):
+        """Replace the pair by the token new everywhere; returns the pairs whose counts changed."""
+        token, before, after, places = self.token, self.before, self.after, self.places
         changed = Counter()
-        for i in sorted(places.pop(pair)):  # from left to right
+        for i in sorted(places.pop((left, right))):  # from left to right
             j = after[i]
             if token[i] != left or j < 0 or token[j] != right:
                 continue  # an earlier merge has taken one of the two
-            n, h, k = frequency[word[i]], before[i], after[j]
+            n, h, k = self.frequency[self.word[i]], before[i], after[j]
             token[i], token[j], after[i] = new, -1, k
             if h >= 0:
                 changed[token[h], left] -= n
@@ -97,14 +113,12 @@ def train_bpe(texts, vocab_size, max_characters=16 * 2**20):
                 changed[new, token[k]] += n
                 places[new, token[k]].append(i)
                 before[k] = i
-        for p, difference in changed.items():
-            if difference:
-                pairs[p] += difference
-                heapq.heappush(heap, (-pairs[p], p))
-        del pairs[pair]
-        bar.update()
-    bar.close()
-    return BPETokenizer('bpe', GPT2_PATTERN, tokens)
+        changed = {pair: difference for pair, difference in changed.items() if difference}
+        for pair, difference in changed.items():
+            self.pairs[pair] += difference
+        del self.pairs[left, right]
+        changed.pop((left, right), None)
+        return changed
 
 
 def count_words(texts, max_characters):

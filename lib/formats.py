@@ -78,7 +78,7 @@ def tied(weights):
     """Whether the head is the token embedding. What a file says of it may be wrong."""
     wte, head = (weights.get(f'{name}.weight') for name in ('transformer.wte', 'lm_head'))
     if wte is None or head is None:
-        return True  # which is said when they are loaded
+        return True  # load_state_dict reports what is missing
     same_memory = wte.data_ptr() == head.data_ptr() and wte.shape == head.shape
     return same_memory or torch.equal(wte, head)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 import torch
 
-from configurator import GPTConfig, ModelConfig, TrainConfig, check_type, key_types
+from configurator import GPTConfig, ModelConfig, TrainConfig, key_types
 from lib import bins
 from lib.device import device_name, dtype_name
 from lib.distributed import fail, gather, job, print0, require_same, world_size
@@ -61,12 +61,9 @@ def take_saved_config(config, given, checkpoint):
             f'depth = {config.depth} but {checkpoint.path} has depth = {saved.get("depth")}: '
             f'leave it out')
     own = (set(given) - {'init_from'}) | {'out_dir', 'eval_only'}
-    for key, type_ in key_types(type(config)).items():
-        if key in saved and key not in own:
-            try:
-                setattr(config, key, check_type(key, saved[key], type_))
-            except UserError as error:
-                raise UserError(f'{checkpoint.path}: {error}') from None
+    for field in fields(config):
+        if field.name in saved and field.name not in own:
+            setattr(config, field.name, saved[field.name])
     unknown = ', '.join(str(key) for key in saved if not hasattr(config, str(key)))
     if unknown:
         print0(f'note: {checkpoint.path} has keys that are ignored here: {unknown}')

@@ -222,6 +222,15 @@ def assert_same_run(out_dir, reference_run):
     assert names[0] == names[1]
 
 
+def save_overflowing(run, out_dir):
+    """Save a run's last checkpoint with finite weights whose products overflow in fp32."""
+    checkpoint = ckpt.load(run)
+    checkpoint.model['transformer.ln_f.weight'].fill_(3e38)
+    checkpoint.model['lm_head.weight'].mul_(1e3)
+    out_dir.mkdir()
+    ckpt.save(out_dir, checkpoint)
+
+
 def folder_contents(folder):
     """{file name: bytes}, without the lock."""
     paths = [path for path in Path(folder).iterdir() if path.is_file() and path.name != '.lock']

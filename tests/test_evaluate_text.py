@@ -11,6 +11,7 @@ import transformers
 from torch.nn import functional as F
 
 import checkpoint as ckpt
+from helpers import save_overflowing
 
 BLOCK_SIZE = 24
 TEXT = 'The loss of a model\nis the  mean of\tits losses, città by città. ' * 3
@@ -124,11 +125,7 @@ def test_evaluate_names_file_and_line_of_unknown_character(refused, trained, tmp
 
 
 def test_evaluate_refuses_nonfinite_results(refused, byte_run, tmp_path):
-    checkpoint = ckpt.load(byte_run[0])
-    checkpoint.model['transformer.ln_f.weight'].fill_(3e38)  # finite, but its products overflow
-    checkpoint.model['lm_head.weight'].mul_(1e3)
-    (tmp_path / 'out').mkdir()
-    ckpt.save(tmp_path / 'out', checkpoint)
+    save_overflowing(byte_run[0], tmp_path / 'out')
     (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
     (tmp_path / 'lambada.jsonl').write_text('{"text": "a word"}\n')
     out = f'--out_dir={tmp_path}/out'

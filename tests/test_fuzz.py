@@ -9,7 +9,6 @@ import random
 import struct
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -366,7 +365,7 @@ def test_config_files(tmp_path):
 
 
 PATHS = ['', '.', '..', '~', '~nobody', '/', '/dev/null', '\0', 'a\nb', "it's", 'a b', '日本',
-         'x' * 300, 'x/' * 3000, '\udcff', '-', '--x', '*', '/proc/self/mem', '/root/x/y', 'NUL',
+         'x' * 300, 'x/' * 3000, '\udcff', '-', '--x', '*', '/proc/self/mem', '/nowhere/x/y', 'NUL',
          'con.txt', 'FILE:', 'FILE:~', 'a\\b']  # fmt: skip
 
 
@@ -438,4 +437,3 @@ def test_train_options_out_of_proportion(refused, tmp_path, char_data):
         refused('train.py', *options, *extra, argument, f'--dataset={char_data}',
                 f'--out_dir={tmp_path / "o"}', says='=')  # fmt: skip
     assert not (tmp_path / 'o' / 'log.jsonl').exists()
-    assert Path(tmp_path).exists()

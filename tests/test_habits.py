@@ -8,14 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import checkpoint as ckpt
 from configurator import TrainConfig, configure
 from helpers import (
-    ROOT,
     TINY,
     assert_same_run,
     error_line,
@@ -389,4 +387,3 @@ def test_the_start_of_a_run_is_a_few_lines(run, char_data, tmp_path, clone):
 
 def test_errors_are_at_most_a_few_lines_long(run):
     assert len(error_line(run('train.py', f'--n_layer={"9" * 5000}', code=2))) < 200
-    assert Path(ROOT / 'train.py').exists()

@@ -61,7 +61,8 @@ def prepare(run, clone):
 def odd_texts(seed, n):
     """Random texts of characters at which a pre-tokenizer decides."""
     rng = random.Random(seed)
-    atoms = [*"ab1.,'é日🙂", ' ', ' ', '  ', '\n', '\t', "'s", "'ll", '\u00a0', END, '<', '<|end']
+    atoms = [*"ab1.,'é日🙂", ' ', ' ', '  ', '\n', '\t', "'s", "'ll", '\u00a0', END, '<']
+    atoms.append('<|end')  # the beginning of a separator
     return [''.join(rng.choices(atoms, k=rng.randint(1, 80))) for _ in range(n)]
 
 

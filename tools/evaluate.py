@@ -109,7 +109,6 @@ def write_answers(model, tokenizer, turns, config):
     prompts = [encode_turns(source, tokenizer) for source, _ in turns]
     answers = [''] * len(turns)
     bar = tqdm(total=len(turns), disable=None)
-    check_logits(model, prompts[0][-block_size:])
     waiting = sorted(range(len(turns)), key=lambda i: -len(prompts[i]))  # longest first
     while waiting:
         chosen, waiting = waiting[:config.batch_size], waiting[config.batch_size:]
@@ -132,14 +131,6 @@ def write_answers(model, tokenizer, turns, config):
         bar.update(len(chosen) - len(unfinished))
     bar.close()
     return answers
-
-
-@torch.no_grad()
-def check_logits(model, ids):
-    """Raise UserError if the logits after these ids are not finite."""
-    device = model.transformer.wte.weight.device
-    logits, _ = model(torch.tensor([ids], device=device))
-    require(logits.isfinite().all(), f'the logits of the model are not finite: {OVERFLOW}')
 
 
 def generate_answers(model, batch, max_new_tokens, eot, vocab_size, config):

@@ -66,8 +66,6 @@ def read_documents(path, left_out=None):
     for where, record in records:
         try:
             parts = [part.strip() for part in read_record(record)]
-            if not all(parts):
-                raise (UserError if read_record is read_tsv else Unusable)('a side is empty')
         except Unusable as error:
             if left_out is not None:
                 left_out.append(f'{where}: {error}')
@@ -89,17 +87,24 @@ def read_tsv(line):
     columns = line.split('\t')
     require(len(columns) > 1, 'there is no tab between a source and a target (JSON is read from '
                               'files whose names end in .jsonl or .json)')
+    require(all(column.strip() for column in columns[:2]), 'a side is empty')
     return columns[:2]
 
 
 def read_example(example):
-    """[source, target, ...] of a record in JSON. Raises UserError."""
-    if isinstance(example, dict):
-        for key in ('system', 'context'):  # said before the first source
-            if isinstance(before := example.get(key), str) and before.strip():
-                rest = {other: value for other, value in example.items() if other != key}
-                source, *others = read_example(rest)
-                return [f'{before}\n\n{source}', *others]
+    """[source, target, ...] of a record in JSON. Raises UserError, Unusable."""
+    parts = read_sides(example)
+    for key in ('context', 'system'):  # they come before the first source
+        before = example.get(key) if isinstance(example, dict) else None
+        if isinstance(before, str) and before.strip():
+            parts = [f'{before}\n\n{parts[0]}', *parts[1:]]
+    if not all(part.strip() for part in parts):
+        raise Unusable('a side is empty')
+    return parts
+
+
+def read_sides(example):
+    """The same without context and system."""
     match example:
         case list(messages) | {'messages': list(messages)} | {'conversations': list(messages)}:
             return read_messages(messages)
