@@ -102,15 +102,24 @@ def test_split_does_not_cut_through_a_separator():
     assert [(p.split, p.text) for p in pieces] == [('train', 'a' * 85 + END), ('val', 'b' * 5)]
 
 
-def test_splits_together_have_the_tokens_of_the_whole_text(prepare, tmp_path, text):
-    path, rng = tmp_path / 'x.txt', random.Random(0)
-    for content in (text[:30_000], ODD_TEXTS[1] * 30, *odd_texts(seed=2, n=3)):
-        content = content * (1 + 2000 // len(content))
-        path.write_text(content, encoding='utf-8')
-        share = f'--val_fraction={rng.uniform(0.2, 0.8)}'
-        ids, tok = prepare(path, '--tokenizer=bpe', '--vocab_size=257', share)
-        assert ids == tok.encode(content.replace('\r', '\n')), (content[:80], share)
-        assert 0.1 < len(tok.decode(ids)) / len(content) < 1.1
+def test_splits_together_have_the_tokens_of_the_whole_text(bpe, text, openai):
+    """The boundary of the splits is not within a word."""
+    rng = random.Random(0)
+    for content in [text[:3000], *ODD_TEXTS, *odd_texts(seed=2, n=50)]:
+        expected = openai.encode(content, allowed_special='all')
+        for share in [rng.uniform(0.05, 0.95) for _ in range(8)]:
+            size = len(content.encode())
+            pieces = texts.split_at_end([(content, False)], size, share, cuts_anywhere=False)
+            ids = [id_ for piece in pieces for id_ in bpe.encode(piece.text)]
+            assert ids == expected, (content[:80], share)
+
+
+def test_prepare_does_not_cut_a_word_in_two(prepare, tmp_path, text):
+    (tmp_path / 'x.txt').write_text(text[:30_000], encoding='utf-8')
+    for share in (0.1, 0.11, 0.12, 0.13):
+        arguments = ('--tokenizer=bpe', '--vocab_size=500', f'--val_fraction={share}')
+        ids, tok = prepare(tmp_path / 'x.txt', *arguments)
+        assert ids == tok.encode(text[:30_000])
 
 
 @pytest.mark.parametrize('kind', ['gpt2-like', 'char', 'byte', 'bpe'])
