@@ -101,6 +101,7 @@ def test_compile_falls_back_to_eager_on_error(monkeypatch, capsys):
     assert capsys.readouterr().out == ''
 
 
+@pytest.mark.slow
 def test_compile_preserves_loss():
     torch.manual_seed(0)
     model = GPT(
