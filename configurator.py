@@ -91,6 +91,8 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self):
         check_bounds(self)
+        require(self.n_head <= self.n_embd,
+                f'n_head = {self.n_head}: give at most n_embd = {self.n_embd}, and a divisor of it')
         require(self.n_embd % self.n_head == 0,
                 f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: '
                 f'try n_embd = {math.ceil(self.n_embd / self.n_head) * self.n_head}')

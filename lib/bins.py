@@ -157,7 +157,8 @@ class Shard:
         """may_have_header: of llm.c. Raises UserError if the file is missing or cut off."""
         self.path, self.dtype, self.offset = path, dtype, 0
         with os_errors(path, AGAIN):
-            self.fd = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0)
+                              | getattr(os, 'O_NONBLOCK', 0))  # a pipe would wait
             size = os.fstat(self.fd).st_size
             magic, *_ = np.frombuffer(self.read_bytes(0, 4).ljust(4), '<i4').tolist()
         if may_have_header and magic in LLM_C and size >= LLM_C_HEADER:
@@ -187,10 +188,11 @@ class Shard:
         return np.frombuffer(data, self.dtype)
 
     def read_bytes(self, position, n):
-        if hasattr(os, 'pread'):
-            return os.pread(self.fd, n, position)
-        os.lseek(self.fd, position, os.SEEK_SET)  # Windows
-        return os.read(self.fd, n)
+        with os_errors(f'{self.path}: cannot be read'):
+            if hasattr(os, 'pread'):
+                return os.pread(self.fd, n, position)
+            os.lseek(self.fd, position, os.SEEK_SET)  # Windows
+            return os.read(self.fd, n)
 
     def __del__(self):
         if hasattr(self, 'fd'):

@@ -36,7 +36,9 @@ def init_processes(backend):
     backends = {'auto': None, 'gloo': 'gloo', 'nccl': 'cpu:gloo,cuda:nccl'}
     store = None  # rank 0 starts one
     try:
-        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        if n == 1:  # nobody to meet
+            store = dist.HashStore()
+        elif os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
             store = agent_store(host, port, number, n)
         dist.init_process_group(backends[backend], store=store, rank=number, world_size=n)
     except (RuntimeError, ValueError) as error:

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# what is wrong with a file or a disk, not with the program
+BAD_FILE = (*DISK_FULL, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+            errno.ELOOP, errno.ENXIO, errno.EIO, errno.ESTALE)
 
 
 class UserError(ValueError):
@@ -57,34 +60,32 @@ def exit_with(message):
 @contextlib.contextmanager
 def user_errors():
     """Wrap entry points in this: a UserError becomes one line on stderr and exit code 2. So does a
-    full disk, which can hit any write. Every other exception keeps its traceback."""
+    full or failing disk, or a folder in place of a file, which can hit any read and write. Every
+    other exception keeps its traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         if getattr(sys, name) is None:  # the shell closed it: train.py >&-
             setattr(sys, name, open(os.devnull, mode))
     # a character that the terminal or PYTHONIOENCODING lacks ends no program
     sys.stdout.reconfigure(errors='replace')
-    show_traceback = sys.excepthook
-
-    def excepthook(kind, *rest):  # Ctrl-C while modules are imported, after this context has ended
-        if kind is KeyboardInterrupt:
-            print('stopped', file=sys.stderr)
-        else:
-            show_traceback(kind, *rest)
-
-    sys.excepthook = excepthook
     # exit through `finally` blocks, which delete half-written files
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if hasattr(signal, 'SIGUSR1'):  # "save now": ignored until train.py has something to save
         signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         yield
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            # Ctrl-C ends the imports that follow at once: torch's can hang in a KeyboardInterrupt
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except UserError as error:
         exit_with(error)
     except BrokenPipeError:  # sample.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        known = error.errno in (BAD_FILE if error.filename else DISK_FULL)
+        if not known:
             raise
         exit_with(f'{error.filename or "output"}: {error.strerror}')
     except KeyboardInterrupt:

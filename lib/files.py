@@ -1,5 +1,6 @@
 """Files: how they are found, read, and written whole or not at all; a lock per folder."""
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -7,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import stat
 import tempfile
 import zlib
 from pathlib import Path
@@ -135,9 +137,11 @@ def parse_json(text, surrogates=False):
 def read_json(path):
     """The value in a JSON file. Raises UserError, FileNotFoundError if it is missing."""
     try:
-        size = os.stat(path).st_size
-        if size > MAX_JSON_BYTES:
-            raise ValueError(f'it has {size:,} bytes, more than {MAX_JSON_BYTES:,}')
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError('it is a folder or a pipe')
+        if status.st_size > MAX_JSON_BYTES:
+            raise ValueError(f'it has {status.st_size:,} bytes, more than {MAX_JSON_BYTES:,}')
         return parse_json(read_text(path), surrogates=True)
     except FileNotFoundError:
         raise
@@ -173,9 +177,13 @@ def create(path, buffering=-1):
 
 
 def open_own(path, mode):
-    """open() that does not follow a symbolic link at the end of path."""
-    no_follow = getattr(os, 'O_NOFOLLOW', 0)  # Windows lacks it
-    return open(path, mode, 0, opener=lambda p, flags: os.open(p, flags | no_follow, 0o666))
+    """open() of a regular file: neither through a symbolic link nor of a pipe, which could wait."""
+    more = getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)  # Windows lacks them
+    file = open(path, mode, 0, opener=lambda p, flags: os.open(p, flags | more, 0o666))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.ENXIO, 'not a regular file', str(path))
+    return file
 
 
 def lock(folder, what):

@@ -24,6 +24,9 @@ def check(config):
     if low is not None and config.decay_lr and known:
         require(low <= config.learning_rate,
                 f'min_lr = {low}: give at least 0 and at most learning_rate')
+    require(not known or config.weight_decay * config.learning_rate < 1,
+            f'weight_decay = {config.weight_decay}: its product with learning_rate = '
+            f'{config.learning_rate} is the share of each weight that a step takes away: give less')
     require(config.out_dir and config.init_from and config.dataset,
             'out_dir, init_from or dataset is empty: name a folder')
 

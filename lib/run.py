@@ -125,7 +125,7 @@ def read_log(out_dir):
 def log_lines(out_dir):
     """[(text, {'step': number, ...})] of log.jsonl. The last line may be cut off."""
     path = Path(out_dir) / 'log.jsonl'
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = []
     for text in path.read_text(encoding='utf-8', errors='replace').splitlines():

@@ -79,7 +79,7 @@ def serve(page, render, render_error, port, policy):
             if not self.server.start_answer(self.connection):
                 return
             path, _, query = self.path.partition('?')
-            host = self.headers.get('Host', '').rsplit(':', 1)[0]
+            host = self.headers.get('Host', '').rsplit(':', 1)[0].lower()
             if path != '/' or host not in ('127.0.0.1', 'localhost'):  # against DNS rebinding
                 self.send_error(404)
                 return
@@ -96,8 +96,11 @@ def serve(page, render, render_error, port, policy):
             self.send_header('Content-Type', 'text/html; charset=utf-8')
             self.send_header('Content-Length', str(len(body)))
             self.end_headers()
+            body = body if self.command == 'GET' else b''
             for start in range(0, len(body), 2**16):  # the timeout is for each write
                 self.wfile.write(body[start:start + 2**16])
+
+        do_HEAD = do_GET
 
         def end_headers(self):
             for name, value in HEADERS.items():

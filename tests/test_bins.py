@@ -1,7 +1,9 @@
 """Datasets on disk: round trips, validation, and batches as a pure function of the seed."""
 
+import errno
 import hashlib
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -208,7 +210,7 @@ def test_windows_cover_split_exactly_once(tmp_path, n_tokens):
     np.testing.assert_array_equal(some, data.evaluation_windows(3))
 
 
-def break_folder(folder, damage):
+def break_folder(folder, damage, monkeypatch):
     if damage == 'missing':
         (folder / 'val.bin').unlink()
     elif damage == 'empty':
@@ -227,6 +229,21 @@ def break_folder(folder, damage):
         (folder / 'meta.json').write_text('{"format": 1}')
     elif damage == 'format':
         (folder / 'meta.json').write_text('{"format": 99}')
+    elif damage in ('train.bin', 'meta.json'):  # a pipe in its place
+        (folder / damage).unlink()
+        os.mkfifo(folder / damage)
+    elif damage == 'folder':
+        (folder / 'val.bin').unlink()
+        (folder / 'val.bin').mkdir()
+    elif damage == 'disk':
+        real = os.pread
+
+        def failing(fd, n, position):
+            if position:
+                raise OSError(errno.EIO, 'Input/output error')
+            return real(fd, n, position)
+
+        monkeypatch.setattr(os, 'pread', failing)
 
 
 BROKEN = {
@@ -238,15 +255,21 @@ BROKEN = {
     'other': 'tokens where meta.json says',
     'meta': 'meta.json',
     'format': 'format 99',
+    'train.bin': 'train.bin: cannot be read',
+    'meta.json': 'meta.json: not JSON: it is a folder or a pipe',
+    'folder': 'val.bin: cannot be read: Is a directory',
+    'disk': 'train.bin: cannot be read: Input/output error',
 }
 
 
 @pytest.mark.parametrize('damage, message', BROKEN.items())
-def test_open_dataset_reports_broken_files(tmp_path, text, damage, message):
+def test_open_dataset_reports_broken_files(tmp_path, text, damage, message, monkeypatch):
     write_text(tmp_path, text)
-    break_folder(tmp_path, damage)
+    break_folder(tmp_path, damage, monkeypatch)
     with pytest.raises(UserError, match=re.escape(message)):
-        bins.open_dataset(tmp_path, 64).fingerprint()
+        data = bins.open_dataset(tmp_path, 64)
+        data.fingerprint()
+        data.train.batch(100, 4, 0)
 
 
 def test_bins_report_split_shorter_than_block_size(tmp_path):

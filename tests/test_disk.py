@@ -1,8 +1,11 @@
 """Full disks and folders that cannot be written."""
 
+import os
 import resource
 import subprocess
 import sys
+
+import pytest
 
 import checkpoint as ckpt
 from helpers import assert_same_run, error_line, folder_contents
@@ -67,3 +70,27 @@ def test_train_reports_unwritable_out_dir(refused, train_args):
         *train_args,
         says=("out_dir = '/sys/plaingpt'", 'choose another'),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo])
+def test_train_reports_folders_and_pipes_in_place_of_its_files(clone, out_dir, make):
+    names = ('log.jsonl', 'status.tmp', 'config.py.tmp', 'ckpt_00000024.pt.tmp', 'ckpt_00000024.pt',
+             'ckpt_00000020.json', 'log.jsonl.tmp')  # fmt: skip
+    for name in names:
+        path = out_dir / name
+        kept = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        make(path)
+        command = ('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=22')
+        result = subprocess.run([sys.executable, *command], cwd=clone, text=True, timeout=60,
+                                capture_output=True)  # fmt: skip
+        assert result.returncode in (0, 2) and 'Traceback' not in result.stderr
+        if result.returncode:
+            assert name in error_line(result)
+        if path.is_dir():
+            path.rmdir()
+        elif not path.is_file():
+            path.unlink(missing_ok=True)
+        if kept is not None and not path.exists():
+            path.write_bytes(kept)

@@ -205,6 +205,12 @@ def test_serve_renders_new_texts_and_rejects_foreign_hosts(clone, trained):
         assert get(url + '../config.py')[0] == 404
         for host in ('[', '', 'evil.example:80'):
             assert get(url, Host=host)[0] == 404
+        assert get(url, Host='LOCALHOST:80')[0] == 200
+        with contextlib.closing(http.client.HTTPConnection(url.split('/')[2])) as connection:
+            connection.request('HEAD', '/')
+            answer = connection.getresponse()
+            assert answer.status == 200 and answer.read() == b''
+            assert int(answer.headers['Content-Length']) > 10_000
 
         def request_page():
             with contextlib.suppress(OSError, http.client.HTTPException):

@@ -69,12 +69,19 @@ def test_train_refuses_malformed_variables(refused, char_data, tmp_path, variabl
     assert not (tmp_path / 'out').exists()
 
 
+def test_one_process_needs_no_network(run, char_data, tmp_path, variables):
+    """Variables that an earlier job has left behind."""
+    env = variables | {'MASTER_ADDR': 'no.such.host', 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+    run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *TINY, '--max_iters=1',
+        env=env)  # fmt: skip
+
+
 def test_train_reports_port_in_use(refused, char_data, variables):
     with socket.socket() as other:
         other.bind(('127.0.0.1', 0))
         other.listen()
         port = other.getsockname()[1]
-        env = variables | {'MASTER_PORT': str(port)}
+        env = variables | {'WORLD_SIZE': '2', 'MASTER_PORT': str(port)}
         refused('train.py', f'--dataset={char_data}', env=env, says=f'MASTER_PORT = {port}: ')
 
 

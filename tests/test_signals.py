@@ -32,6 +32,15 @@ def test_ctrl_c_stops_eval_only_immediately(clone, trained):
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize('seconds', [0.3, 0.6])
+def test_ctrl_c_during_imports_stops_immediately(clone, train_args, tmp_path, seconds):
+    with start_train(clone, f'--out_dir={tmp_path}/out', *train_args) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert 'Traceback' not in process.stdout.read()
+    assert process.returncode in (130, -signal.SIGINT)
+
+
 def test_train_survives_closed_streams_and_early_sigusr1(
     clone, train_args, reference_run, tmp_path
 ):

@@ -93,6 +93,7 @@ def test_sweep_trains_each_combination_once_and_ranks_them(run, char_data, tmp_p
         (('config/quickstart.py', '--batch_size=4,0'), 'batch_size = 0: give at least 1'),
         (('--n_layer=2,4',), 'name a config file'),
         (('config/quickstart.py', '--n_layer', '4'), 'write --key=value'),
+        (('config/quickstart.py', '--dataset=nowhere'), "dataset = 'nowhere'"),
     ],
 )
 def test_sweep_reports_mistakes_before_training(refused, clone, argv, says):
@@ -122,7 +123,10 @@ def test_sweep_with_failed_runs_finishes_the_others_and_exits_with_1(run, char_d
     (tmp_path / 'a').mkdir()
     for name in ('a/b', 'a_b'):
         (tmp_path / name).symlink_to(char_data)
-    datasets = ','.join(f'{tmp_path}/{name}' for name in ('nowhere', 'a/b', 'a_b'))
+    (tmp_path / 'broken').mkdir()
+    for split in ('train', 'val'):
+        (tmp_path / 'broken' / f'{split}.bin').write_bytes(b'odd')
+    datasets = ','.join(f'{tmp_path}/{name}' for name in ('broken', 'a/b', 'a_b'))
     command = ('tools/sweep.py', tmp_path / 'tiny.py', '--max_iters=2')
     result = run(*command, f'--out_dir={tmp_path}/sweep', f'--dataset={datasets}', code=1)
     assert '1 of 3 runs failed: ' in result.stdout and 'already done' not in result.stdout
@@ -131,7 +135,7 @@ def test_sweep_with_failed_runs_finishes_the_others_and_exits_with_1(run, char_d
     assert table.strip() in result.stdout
     assert len(table.splitlines()) == 4 and f'{tmp_path}/a/b ' in table
 
-    command = (*command, f'--dataset={tmp_path}/nowhere', f'--out_dir={tmp_path}/none')
+    command = (*command, f'--dataset={tmp_path}/broken', f'--out_dir={tmp_path}/none')
     result = run(*command, code=1)
     assert f'{tmp_path}/none: no run has finished' in result.stdout
     assert 'Traceback' not in result.stderr
@@ -144,3 +148,13 @@ def test_sweep_help_lists_the_keys_of_train(run):
         (line,) = [line for line in train.splitlines() if line.startswith(f'  --{key}=')]
         assert line in output.splitlines()
     assert '[--switch ...]' not in output  # which a sweep does not take
+
+
+@pytest.mark.slow
+def test_sweep_of_another_config_does_not_take_runs_for_its_own(run, refused, char_data, tmp_path):
+    write_tiny_config(tmp_path / 'tiny.py', char_data)
+    command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/sweep', '--seed=1,2')
+    run(*command)
+    with open(tmp_path / 'tiny.py', 'a') as file:
+        file.write('learning_rate = 1e-2\n')
+    refused(*command, says=('seed=1 holds a run with other values of learning_rate', '--out_dir'))

@@ -11,14 +11,16 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import Count, NonNegative, Positive, Share, TrainConfig
+from configurator import Bound, Count, NonNegative, Positive, TrainConfig
 from lib.errors import require, user_errors
 from lib.recipe import read_train_config
+
+Utilization = Annotated[float, Bound(lambda x: 0.001 <= x <= 1, 'at least 0.001, at most 1')]
 
 
 class GPU(NamedTuple):
@@ -54,7 +56,7 @@ class Config(TrainConfig):
     gpus: Count = 8  # one process each
     gpus_per_machine: Count = 8  # connected by NVLink or PCIe
     network: Positive = 50.0  # GB/s per GPU between machines, in one direction: 400 Gbit/s
-    mfu: Share = 0.4  # expected model FLOPs utilization, for time and cost
+    mfu: Utilization = 0.4  # expected model FLOPs utilization, for time and cost
     price: NonNegative = 2.5  # dollars per GPU hour
     vocab_size: Count | None = None  # None: the data set's, or GPT-2's if it is not prepared
 

@@ -86,6 +86,7 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
             sys.exit(0)
         out_dir, runs = read_command(sys.argv[1:])
 
+from lib.bins import find_or_prepare
 from lib.plot import import_pyplot
 from lib.run import read_log
 
@@ -178,8 +179,24 @@ def train(folder, arguments):
     return subprocess.run(command).returncode
 
 
+def check_runs(runs):
+    """Raise UserError before the first run if a data set is missing, or if a folder holds a run
+    with other keys: of another config file, or of this one before it was edited."""
+    for name in dict.fromkeys(config.dataset for *_, config in runs):
+        find_or_prepare(name)
+    for folder, _, config in runs:
+        result = read_result(folder)
+        saved = result['config'] if result else {}
+        # None: derived from other keys
+        changed = [key for key, value in asdict(config).items() if value is not None
+                   and key not in ('out_dir', 'init_from') and saved.get(key, value) != value]
+        require(not changed, f'{folder} holds a run with other values of {", ".join(changed)}: '
+                             f'choose another --out_dir, or move the folder away')
+
+
 def main(out_dir, runs):
     """Returns the exit code."""
+    check_runs(runs)
     failed = []
     for i, (folder, arguments, config) in enumerate(runs):
         progress = f'{i + 1}/{len(runs)} {folder.name}'
