@@ -152,7 +152,7 @@ class TrainConfig(ModelConfig):
     # data
     dataset: FilePath = 'openwebtext'  # a folder in data/, or a path, with train.bin and val.bin
     gradient_accumulation_steps: Size = 5 * 8  # micro-batches per step, over all processes
-    batch_size: Size = 12  # sequences per micro-batch
+    batch_size: Size | Literal['auto'] = 12  # sequences per micro-batch; auto: what fits a GPU
     doc_mask: bool = False  # attention and n-grams do not cross <|endoftext|>
     # optimizer
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # Muon trains only the blocks' matrices
@@ -180,12 +180,13 @@ class TrainConfig(ModelConfig):
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # float16 uses a GradScaler
     compile: bool | Literal['auto'] = 'auto'  # torch.compile; auto: on CUDA
-    deterministic: bool = True  # bitwise reproducible; False: may be faster on some GPUs
+    deterministic: bool | Literal['auto'] = 'auto'  # bitwise reproducible; auto: not on CUDA
     backend: Literal['auto', 'nccl', 'gloo'] = 'auto'  # for torchrun; auto: nccl on CUDA
     parallel: Literal['auto', 'ddp', 'fsdp'] = 'auto'  # for torchrun; auto: ddp if a copy fits
     deterministic_sum: bool = False  # same bits for 1, 2, 4, ... processes; no overlap
     peak_flops: Positive | None = None  # of your device, for MFU; None: from a table
     bias: bool = False  # nanoGPT's default for training
+    auto_batch_size = False  # not a key: batch_size was auto (lib/recipe.py)
 
 
 def key_types(cls):

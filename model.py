@@ -12,12 +12,13 @@ import math
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from configurator import GPTConfig
 from lib import formats, generation
 from lib.linear import Linear, make_embedding
-from lib.loss import chunked_cross_entropy, needs_chunks, softcap
+from lib.loss import MAX_LOGITS, chunked_cross_entropy, needs_chunks, softcap
 from lib.ngram import NgramEmbedding
 from lib.pairs import document_numbers, source_parts
 from optimizer import adamw
@@ -49,12 +50,14 @@ def apply_rotary(x, cos, sin):
 def sdpa(q, k, v, mask=None, dropout=0.0):
     """softmax(QK^T / sqrt(hs)) V by PyTorch's fused kernels (flash attention on CUDA).
 
-    q: (B, nh, T, hs); k, v: (B, nkv, S, hs) -> (B, nh, T, hs). mask: True where a query sees a key;
-    None: causal if T > 1, no mask if T = 1 (decoding with a cache).
+    q: (B, nh, T, hs); k, v: (B, nkv, S, hs) -> (B, nh, T, hs). mask: True where a query sees a key,
+    or a BlockMask; None: causal if T > 1, no mask if T = 1 (decoding with a cache).
     """
-    causal = mask is None and q.size(2) > 1
+    gqa = k.size(1) != q.size(1)
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                          is_causal=causal, enable_gqa=k.size(1) != q.size(1))
+                                          is_causal=mask is None and q.size(2) > 1, enable_gqa=gqa)
 
 
 def math_attention(q, k, v, mask=None, dropout=0.0):
@@ -164,12 +167,18 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.post_norm = config.norm_position == 'post'
+        self.activation_checkpointing = config.activation_checkpointing
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary=None, mask=None, cache=None):
+    def forward(self, *args):
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.add_layers, *args, use_reentrant=False)
+        return self.add_layers(*args)
+
+    def add_layers(self, x, rotary=None, mask=None, cache=None):
         if self.post_norm:
             x = self.ln_1(x + self.attn(x, rotary, mask, cache))
             return self.ln_2(x + self.mlp(x))
@@ -191,6 +200,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.max_logits = MAX_LOGITS  # train.py sets it to what fits the GPU
+        self.decoders = {}  # compiled decoding steps (lib/generation.py)
         with torch.device('meta'):  # no default init: to_empty allocates, init_weight fills
             parts = {'wte': make_embedding(config.vocab_size, config.n_embd)}
             if config.ngram > 1:
@@ -265,8 +276,14 @@ class GPT(nn.Module):
         angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
         return angles.cos(), angles.sin()
 
+    def uses_flex_attention(self, tokens):
+        """Whether masks of documents are block masks (Dong et al. 2024), which skip what no query
+        sees: compiled on CUDA, where SDPA with a mask is slow. There is no dropout for it."""
+        return (tokens.is_cuda and torch.compiler.is_compiling() and self.config.dropout == 0
+                and self.config.attention == 'sdpa')
+
     def attention_mask(self, tokens, columns, mask=None):
-        """True where a query sees a key, (B or 1, 1, T, S), or None for plain causality.
+        """True where a query sees a key, (B or 1, 1, T, S) or a BlockMask; None: plain causality.
 
         tokens: (B, S), -1 = padding or not read yet. columns: (T,), the queries. mask: the cache's.
         Attention stays within a document (eot_token), and is bidirectional
@@ -275,14 +292,24 @@ class GPT(nn.Module):
         eot, turns = self.config.eot_token, self.config.turns
         if eot is None:
             return mask
+        document = document_numbers(tokens, eot, turns)  # (B, S)
+        if self.config.prefix_lm:
+            is_source, part = source_parts(tokens, eot)  # (B, S)
+        if mask is None and self.uses_flex_attention(tokens):
+            def visible(b, head, query, key):
+                sees = query >= key
+                if self.config.prefix_lm:
+                    sees = sees | (is_source[b, query] & (part[b, query] == part[b, key]))
+                return sees & (document[b, query] == document[b, key])
+
+            B, T = tokens.shape
+            return create_block_mask(visible, B, None, T, T, device=tokens.device)
         column = torch.arange(tokens.size(1), device=tokens.device)
         if mask is None:
             mask = column <= columns[:, None]  # (T, S)
         if self.config.prefix_lm:
-            is_source, part = source_parts(tokens, eot)  # (B, S)
             same_source = is_source[:, columns, None] & (part[:, columns, None] == part[:, None])
             mask = mask | (same_source & (column <= columns[-1]))[:, None]
-        document = document_numbers(tokens, eot, turns)  # (B, S)
         return mask & (document[:, columns, None] == document[:, None])[:, None]  # (B, 1, T, S)
 
     def forward(self, idx, targets=None, cache=None, return_logits=True):
@@ -301,18 +328,16 @@ class GPT(nn.Module):
             x = x + part  # (B, T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, rotary, mask, cache)
+            x = block(x, rotary, mask, cache)
         x = self.transformer.ln_f(x)
 
         if targets is None:
             return self.to_logits(x[:, -1:]), None
         smoothing = self.config.label_smoothing if self.training else 0.0
-        if not return_logits and needs_chunks(targets.numel(), self.config.vocab_size):
+        V, at_once = self.config.vocab_size, self.max_logits
+        if not return_logits and needs_chunks(targets.numel(), V, x.device, at_once):
             loss = chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
-                                         self.config.logit_softcap, smoothing)
+                                         self.config.logit_softcap, smoothing, at_once)
             return None, loss
         logits = self.to_logits(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,

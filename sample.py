@@ -63,6 +63,8 @@ def check(config):
     check_bounds(config)
     require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
     require(config.start != [], 'start is an empty list: give at least one prompt')
+    require(config.num_beams == 1 or not config.compile,
+            'compile = True: beam search does not compile; leave it out')
     require('' not in config.stop,
             f'stop = {config.stop}: an empty text matches at once; give others')
 
@@ -78,7 +80,7 @@ import time
 
 import checkpoint as ckpt
 from lib.device import dtype_name, pick_device, pick_dtype
-from lib.generation import beam_search, generate_tokens
+from lib.generation import beam_search, generate_tokens, require_drawn
 from lib.linear import quantize
 from lib.memory import require_sampling_fits
 from lib.tokenizer import encode_prompt, encode_turns, read_prompt
@@ -177,7 +179,9 @@ def write(model, tokenizer, shown, prompts, config):
         compile=config.compile)
     try:
         for next_token in steps:
-            for i, token in enumerate(next_token.tolist()):
+            next_token = next_token.tolist()
+            require_drawn(next_token)
+            for i, token in enumerate(next_token):
                 new = texts[i].add(token)
                 written[i] += new
                 if i == 0 and new:
@@ -268,7 +272,7 @@ def compiles(model, n):
     """Whether the decode step compiles for n sequences; prints why not."""
     print('compiling the decode step: this can take a few minutes', file=sys.stderr)
     try:
-        model.generate([[0]] * n, 2, compile=True)
+        model.generate([[0]] * n, 4, compile=True)  # the second step records a CUDA graph
         return True
     except Exception as error:  # no compiler on the machine, ...
         print(f'torch.compile failed, going on without it: '
@@ -280,6 +284,8 @@ def main(config):
     device, start = pick_device(config.device), config.start
     starts = [read_prompt(text) for text in (start if isinstance(start, list) else [start])]
     checkpoint = ckpt.load_for(config)
+    require(config.quantize != 'int8' or device.type == 'cpu' or config.compile,
+            f'quantize = int8: uncompiled it is slower than bf16 on {device}: add --compile')
     dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()

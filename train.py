@@ -27,6 +27,7 @@ from lib import device as devices
 from lib.distributed import fail, gather, main_process_first, print0, rank, world_size
 from lib.evaluation import evaluate_run
 from lib.files import command, find
+from lib.loss import max_logits
 from lib.run import Run, StepLog
 from model import GPT, GPTConfig
 from optimizer import lr_multiplier, make_optimizer, state_bytes
@@ -174,8 +175,7 @@ class Trainer:
                     break
                 self.train_step()
                 self.stop, self.saves_requested = run.signals.exchange()
-                if (self.step - 1) % config.log_interval == 0:
-                    self.log.flush()
+                self.log.flush_if_due(self.step)
                 run.saver.check()
         with main_process_first():  # torchrun ends all processes when one fails: wait for the save
             run.saver.wait()
@@ -193,31 +193,41 @@ class Trainer:
         if self.optimizer:
             resume.load_optimizer(self.optimizer, self.scaler, checkpoint)
 
-    def wrap(self, parallel):
-        """Wrap in DDP, compile, find a micro-batch that fits into memory."""
+    def wrap(self, parallel, compiled):
+        """Wrap in DDP, compile, find a micro-batch that fits into memory. compiled: whether
+        torch.compile works; FSDP's blocks are compiled already."""
         config, raw_model = self.config, self.raw_model
         half = self.dtype != torch.float32
         sizes = memory.Sizes(raw_model.config, self.device)
-        parts = memory.step_bytes(sizes, config, half, parallel, world_size())
+        gpu_memory = devices.total_memory(self.device)
+        raw_model.max_logits = max_logits(gpu_memory)
+        parts = memory.step_bytes(sizes, config, half, parallel, world_size(), gpu_memory)
         print0(memory.describe_memory(parts, self.device))
         if self.device.type == 'cpu':  # on a GPU the micro-batch is cut until it fits
             memory.require_memory(sum(parts.values()), self.device, 'a step', 'lower --batch_size '
                                   'and raise --gradient_accumulation_steps by as much')
         ddp = parallel == 'ddp' and not config.deterministic_sum
         if ddp:  # before compiling, so that reduction overlaps with backward
-            self.model = distributed.wrap_ddp(raw_model, self.device)
+            self.model = distributed.wrap_ddp(raw_model, self.device, compiled)
         self.sync = distributed.GradientSync(self.model)
 
-        def dry_run(model, last=parallel == 'fsdp'):  # FSDP holds on to unreduced gradients
-            self.sync.begin(last)
-            # as in a step: the second micro-batch adds to existing gradients
-            for _ in range(min(distributed.micro_batches_per_process(config), 2)):
+        def dry_run(model, last=False):
+            """A step that changes nothing but takes the memory of one."""
+            # the second micro-batch adds to existing gradients
+            n = min(distributed.micro_batches_per_process(config), 2)
+            for micro_step in range(n):
+                self.sync.begin(last and micro_step == n - 1)
                 x, y = self.data.train.batch(0, config.batch_size, config.seed)
                 loss = self.loss_of(model, *devices.to_device(x, y, self.device))
                 self.scaler.scale(loss).backward()
+            self.optimizer.step_if_finite(torch.zeros((), dtype=torch.bool, device=self.device))
             self.optimizer.zero_grad(set_to_none=True)
 
-        self.model = devices.compile_and_fit(self.model, config, self.device, dry_run)
+        if config.auto_batch_size:
+            devices.grow_batch(self.model, config, self.device, dry_run)
+        if compiled and parallel != 'fsdp':
+            self.model = torch.compile(self.model, dynamic=False)
+        devices.shrink_batch(self.model, config, self.device, dry_run, compiled)
         self.accumulation = distributed.micro_batches_per_process(config)
         if ddp:
             # DDP rebuilds its buckets after the first reduction: now, so that a resumed run sums
@@ -265,8 +275,9 @@ def open_data(run, config, given, checkpoint):
     return data, model_config
 
 
-def build_model(config, checkpoint, data, model_config, device, dtype):
-    """(model on the device, 'ddp', 'fsdp' or None): new, or with the checkpoint's weights."""
+def build_model(config, checkpoint, data, model_config, device, dtype, compiled):
+    """(model on the device, 'ddp', 'fsdp' or None): new, or with the checkpoint's weights.
+    compiled: compile the blocks of FSDP."""
     if checkpoint is None:
         gpt_config = GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size)
         memory.require_model_fits(gpt_config, device, world_size(), training=not config.eval_only)
@@ -291,7 +302,7 @@ def build_model(config, checkpoint, data, model_config, device, dtype):
         if config.sample_every_eval:
             print0('note: no process has the whole model, so sample_every_eval prints no samples; '
                    'sample.py does')
-        distributed.wrap_fsdp(model, device, dtype)
+        distributed.wrap_fsdp(model, device, dtype, compiled)
     if config.deterministic_sum and world_size() & (world_size() - 1):
         fail(f'deterministic_sum = True: give 1, 2, 4, 8, ... processes, not {world_size()}')
     torch.manual_seed(config.seed)
@@ -317,6 +328,9 @@ def describe(run, config, given, model, device, dtype, T, step):
            f'{devices.dtype_name(dtype)}, {processes}; {tokens:,} tokens per step')
     if config.eval_only:
         return
+    if device.type == 'cuda' and not torch.are_deterministic_algorithms_enabled():
+        print0('note: sums on CUDA may differ in their last bits from run to run; '
+               '--deterministic repeats a run bit by bit, and costs speed')
     if config.decay_lr and config.warmup_iters >= config.max_iters > 0:
         print0(f'note: warmup_iters = {config.warmup_iters} does not end within max_iters = '
                f'{config.max_iters}: the learning rate stays below learning_rate; try '
@@ -348,12 +362,16 @@ def main(config, given):
     with Run(config) as run:
         checkpoint = load_checkpoint(run, config, given)
         device = devices.start_device(config.device, config.deterministic)
+        if config.auto_batch_size and device.type != 'cuda':
+            fail(f'batch_size = auto: finds out what fits a GPU; on {device} give a number')
         distributed.micro_batches_per_process(config)  # raises if it is not an int
         memory.require_batch_fits(config)
         data, model_config = open_data(run, config, given, checkpoint)
         dtype = devices.pick_dtype(config.dtype, device, model_config['n_embd'])
         distributed.require_same({'device': device.type, 'dtype': devices.dtype_name(dtype)})
-        model, parallel = build_model(config, checkpoint, data, model_config, device, dtype)
+        compiled = not config.eval_only and devices.can_compile(config.compile, device)
+        model, parallel = build_model(config, checkpoint, data, model_config, device, dtype,
+                                      compiled)
         trainer = Trainer(config, run, data, model, device, dtype)
         if run.resuming:
             trainer.resume(checkpoint, given)
@@ -363,7 +381,7 @@ def main(config, given):
             run.claim()
             resume.check_disk(run, 4 * model.get_num_params(False) + state_bytes(model, config))
         if not config.eval_only:
-            trainer.wrap(parallel)
+            trainer.wrap(parallel, compiled)
         saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save)
         run.start(trainer.step, saver)
         trainer.loop()

@@ -1,12 +1,21 @@
 """Which device, which dtype, compiled or not: the choices behind 'auto'."""
 import contextlib
+import math
 import os
 import re
+from fractions import Fraction
 
 import torch
 import torch.distributed as dist
 
-from lib.distributed import any_process, env_int, fail, print0
+from lib.distributed import (
+    any_process,
+    env_int,
+    fail,
+    gather,
+    micro_batches_per_process,
+    print0,
+)
 from lib.errors import UserError, first_line, require
 
 # dense FLOP/s of bf16 (V100, T4: fp16) matrix products, from NVIDIA's data sheets
@@ -41,9 +50,11 @@ def pick_device(name):
 
 
 def start_device(name, deterministic):
-    """torch.device of this process, set up; of several processes each has a GPU of its own. Raises
-    UserError."""
+    """torch.device of this process, set up; of several processes each has a GPU of its own.
+    deterministic: True, False, or 'auto': on a CPU. Raises UserError."""
     device = pick_device(name)
+    if deterministic == 'auto':
+        deterministic = device.type != 'cuda'
     if device.type == 'cuda' and dist.is_initialized():
         n = torch.cuda.device_count()
         if n > 1 or 'LOCAL_RANK' in os.environ:  # unless each process sees its own GPU only
@@ -132,57 +143,96 @@ def peak_flops(device, dtype):
     return next((p for model, p in PEAK_FLOPS.items() if re.search(rf'\b{model}\b', name)), None)
 
 
-def compile_and_fit(model, config, device, dry_run):
-    """The model, compiled if asked for, after dry_run(model). As long as the micro-batch is too
-    large for any process, cut it into several: the step keeps its samples.
+def can_compile(choice, device):
+    """Whether to use torch.compile, True, False, or 'auto': on CUDA. All processes agree: if a tiny
+    function fails to compile in one, it prints why and none compiles."""
+    if not (choice is True or choice == 'auto' and device.type == 'cuda'):
+        return False
+    print0('compiling the model: this takes up to a minute')
+    torch.use_deterministic_algorithms(  # tell Inductor too
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
+    reason = None
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler on the machine, an unsupported platform, ...
+        reason = error
+    return not compile_failed(reason)
 
-    Raises UserError if one sequence is too large.
-    """
-    while True:
-        try:
-            fitting = compile_model(model, config.compile, device, dry_run)
-        except torch.OutOfMemoryError:
-            fitting = None
-        if not any_process(fitting is None):
-            return fitting
+
+def compile_failed(error):
+    """Whether torch.compile failed in any process, with an error or None in this one. Then all of
+    them go on without it."""
+    reason = error and f'{type(error).__name__}: {first_line(error)[:150]}'
+    reasons = [text for text in gather(reason) if text]
+    if reasons:
+        print0(f'torch.compile failed, going on without it: {reasons[0]}')
+        torch.compiler.set_stance('force_eager')
+    return bool(reasons)
+
+
+def fits(model, dry_run, compiled=False):
+    """Whether dry_run(model) has enough memory in all processes. compiled: where compiling fails,
+    try without."""
+    error, out_of_memory = None, False
+    try:
+        dry_run(model)
+    except torch.OutOfMemoryError:
+        out_of_memory = True
+    except UserError:
+        raise
+    except Exception as e:
+        if not compiled:
+            raise
+        error = e
+    if compiled and compile_failed(error):
+        return fits(model, dry_run)
+    return not any_process(out_of_memory)
+
+
+def resize_batch(config, factor):
+    """Multiply batch_size by a Fraction; the samples of a step and of an evaluation stay."""
+    config.batch_size = int(config.batch_size * factor)
+    config.gradient_accumulation_steps = int(config.gradient_accumulation_steps / factor)
+    if config.eval_iters > 0:
+        config.eval_iters = math.ceil(config.eval_iters / factor)
+
+
+def grow_batch(model, config, device, dry_run):
+    """--batch_size=auto: double it, as long as that divides a process's micro-batches and fits."""
+    while micro_batches_per_process(config) % 2 == 0:
+        resize_batch(config, Fraction(2))
+        with torch.compiler.set_stance('force_eager'):  # which takes more memory
+            fitting = fits(model, dry_run)
+        free_memory(device)
+        if not fitting:
+            resize_batch(config, Fraction(1, 2))
+            break
+    print0(f'batch_size = {config.batch_size}, gradient_accumulation_steps = '
+           f'{config.gradient_accumulation_steps}')
+
+
+def shrink_batch(model, config, device, dry_run, compiled):
+    """dry_run(model). As long as the micro-batch is too large for any process, cut it into several:
+    the step keeps its samples. Raises UserError if one sequence is too large."""
+    while not fits(model, dry_run, compiled):
         size = config.batch_size
         if size == 1:
             fail('out of memory with a single sequence: lower --block_size or the size of the '
                  'model, or give --activation_checkpointing')
         parts = next(n for n in range(2, size + 1) if size % n == 0)
-        config.batch_size //= parts
-        config.gradient_accumulation_steps *= parts
-        config.eval_iters *= parts if config.eval_iters > 0 else 1
+        resize_batch(config, Fraction(1, parts))
         print0(f'out of memory with batch_size = {size}: going on with {config.batch_size}, and '
                f'{parts} times as many gradient_accumulation_steps; the samples of a step stay the '
                f'same (--activation_checkpointing saves memory too)')
         torch.compiler.reset()
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()
+        free_memory(device)
 
 
-def compile_model(model, choice, device, dry_run):
-    """torch.compile(model) if choice is True, or 'auto' on CUDA, after dry_run(model).
-
-    Compilation happens in dry_run, a forward and backward pass. If it fails, one line says why and
-    the plain model is returned.
-    """
-    if choice is True or choice == 'auto' and device.type == 'cuda':
-        print0('compiling the model: this takes up to a minute')
-        try:
-            torch.use_deterministic_algorithms(  # tell Inductor too
-                torch.are_deterministic_algorithms_enabled(),
-                warn_only=torch.is_deterministic_algorithms_warn_only_enabled())
-            compiled = torch.compile(model, dynamic=False)
-            dry_run(compiled)
-            return compiled
-        except (torch.OutOfMemoryError, UserError):
-            raise
-        except Exception as error:  # no compiler on the machine, an unsupported platform, ...
-            print0(f'torch.compile failed, going on without it: '
-                   f'{type(error).__name__}: {first_line(error)[:150]}')
-    dry_run(model)
-    return model
+def free_memory(device):
+    """Give the memory of a failed attempt back to other processes and other sizes."""
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
 
 
 def total_memory(device):

@@ -191,11 +191,12 @@ def choose_parallel(parallel, n_params, memory):
     return 'fsdp' if memory and 4 * 4 * n_params > memory / 2 else 'ddp'
 
 
-def wrap_fsdp(model, device, dtype):
-    """Shard parameters, gradients and optimizer state (Zhao et al. 2023), in place.
+def wrap_fsdp(model, device, dtype, compile):
+    """Shard parameters, gradients and optimizer state (Zhao et al. 2023), in place, in torchtitan's
+    order: compile each block, shard each block, then the rest.
 
-    A block's attention and MLP are gathered in dtype while they run, gradients are reduced in
-    fp32; norms, embeddings and head stay in fp32.
+    A block is gathered in dtype while it runs, its gradients are reduced in fp32; embeddings, head
+    and the last norm stay in fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh  # slow, like the next one
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -204,11 +205,20 @@ def wrap_fsdp(model, device, dtype):
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in model.transformer.h:
-        fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        if compile:
+            block.compile(dynamic=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)
 
 
-def wrap_ddp(model, device):
+def wrap_ddp(model, device, compiled):
+    config = model.config
+    if compiled and (config.activation_checkpointing or config.eot_token is not None):
+        # torch.compile splits its graph where a bucket of gradients is full, but not one with
+        # recomputed blocks: it gives nan there (PyTorch 2.13), or fails with flex attention
+        import torch._dynamo  # slow
+
+        torch._dynamo.config.optimize_ddp = False
     ids = [device.index] if device.type == 'cuda' else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -271,7 +281,8 @@ def shard_like(tensor, like):
 
 
 class GradientSync:
-    """Sums gradients over the micro-batches of a step, and over processes in the last backward."""
+    """Sums gradients over the micro-batches of a step, and over processes: DDP in the last
+    backward, FSDP in each, so that no GPU ever holds all gradients."""
 
     def __init__(self, model):
         """model: wrapped by DDP or FSDP, or of a single process."""
@@ -281,8 +292,6 @@ class GradientSync:
         """Before each forward. last: of the step's micro-batches in this process."""
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
-        elif hasattr(self.model, 'set_requires_gradient_sync'):  # FSDP2
-            self.model.set_requires_gradient_sync(last)
 
     def scale(self, fraction):
         """The factor on the mean loss of a micro-batch with this fraction of the step's targets."""

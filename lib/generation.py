@@ -15,7 +15,7 @@ class KVCache:
 
     Prompts of unequal length are padded on the left: the first padding[b] columns of row b are not
     part of the text. static: static shapes for torch.compile; a query sees the whole buffer through
-    a mask.
+    a mask, and `copy_from` fills the same buffers again, which a CUDA graph relies on.
     """
 
     def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None,
@@ -27,6 +27,8 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = torch.full((batch_size, size), -1, device=device)  # for n-grams and documents
         self.padding = padding  # (B,) or None
+        if static and padding is None:
+            self.padding = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.size, self.static = size, static
         self.length = 0  # columns filled
         self.filled = torch.zeros(1, dtype=torch.long, device=device)  # same, if static
@@ -44,9 +46,21 @@ class KVCache:
         new.padding = None if self.padding is None else self.padding[index]
         return new
 
+    def copy_from(self, other, index):
+        """Of a static cache: take the rows index of another one, which is not static."""
+        n = other.length
+        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
+            mine[..., :n, :] = theirs[:, index, :, :n]
+            mine[..., n:, :] = 0  # not NaN
+        self.tokens.fill_(-1)[:, :n] = other.tokens[index, :n]
+        self.padding.zero_()
+        if other.padding is not None:
+            self.padding.copy_(other.padding[index])
+        self.filled.fill_(n)
+
     def mark_static_addresses(self):
         """Let a CUDA graph write into the buffers."""
-        for buffer in (self.k, self.v, self.tokens, self.filled):
+        for buffer in (self.k, self.v, self.tokens, self.padding, self.filled):
             torch._dynamo.mark_static_address(buffer)
 
     def extend(self, idx):
@@ -152,6 +166,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop_to
                 break
     batch = torch.stack(steps, dim=1).tolist() if steps else [[] for _ in idx]
     for b, new in enumerate(batch):
+        require_drawn(new)
         stop = next((i + 1 for i, token in enumerate(new) if token in stop_tokens), None)
         batch[b] = new[:stop]
     if not isinstance(idx, torch.Tensor):
@@ -166,7 +181,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, stop_to
 def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, top_p=None,
                     min_p=None, repetition_penalty=1.0, seed=None, slide=1, use_cache=True,
                     vocab_size=None, compile=False):
-    """Yield the next token of every sequence, (B,), max_new_tokens times.
+    """Yield the next token of every sequence, (B,), max_new_tokens times; -1 where the logits are
+    not finite (require_drawn).
 
     temperature 0 is greedy; top_k, top_p, min_p, repetition_penalty as in filter_logits. seed: of a
     generator for these draws; None: the global one. vocab_size: ids from here on (padding) are
@@ -193,9 +209,9 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
     unique = {}  # prompt -> its number
     number = [unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts]
     readers = [number.index(n) for n in unique.values()]  # one row per different prompt
-    step = torch.compile(model, dynamic=False, mode='reduce-overhead') if compile else model
     was_training = model.training
     model.eval()
+    step, static = compiled_decoder(model, len(tokens)) if compile else (model, None)
     cache, first = None, max(0, longest - block_size)  # the window is tokens[:, first:end]
     try:
         for end in range(longest, longest + max_new_tokens):
@@ -203,28 +219,43 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
                 cache, first = None, end - (block_size - slide + 1)
             if cache is None or not use_cache:
                 share = end == longest and len(readers) < len(prompts)
-                part = readers if share else slice(None)
+                part, rows = (readers, number) if share else (slice(None), slice(None))
                 padded = first < longest - shortest
                 padding = (start[part] - first).clamp(min=0) if padded else None
-                size = block_size if compile else min(block_size, longest + max_new_tokens - first)
+                size = end - first if compile else min(block_size, longest + max_new_tokens - first)
                 cache = KVCache(model.config, len(tokens[part]), size, device, cache_dtype(model),
-                                padding, static=compile)
-                logits, _ = model(tokens[part, first:end], cache=cache)
-                if share:
-                    logits, cache = logits[number], cache.select(number)
+                                padding)
+                logits = model(tokens[part, first:end], cache=cache)[0][rows]
                 if compile:
-                    cache.mark_static_addresses()
+                    static.copy_from(cache, rows)
+                    cache = static
+                elif share:
+                    cache = cache.select(number)
             else:
                 logits, _ = step(tokens[:, end - 1:end], cache=cache)
             next_token = sample_next_token(
                 logits[:, -1, :vocab_size], temperature, top_k, top_p, min_p, repetition_penalty,
                 None if seen is None else seen[:, :vocab_size], generator)  # (B,)
-            tokens[:, end] = next_token
+            tokens[:, end] = next_token.clamp(min=0)
             if seen is not None:
-                seen.scatter_(1, next_token[:, None], True)
+                seen.scatter_(1, tokens[:, end:end + 1], True)
             yield next_token
     finally:
         model.train(was_training)
+
+
+def compiled_decoder(model, batch_size):
+    """(compiled model, static cache) of a batch size. They are made once and kept in the model: a
+    new cache would need a new CUDA graph."""
+    weight = model.transformer.wte.weight
+    key = batch_size, weight.device, cache_dtype(model), model.config.block_size
+    if key not in model.decoders:
+        cache = KVCache(model.config, batch_size, model.config.block_size, weight.device,
+                        cache_dtype(model), static=True)
+        step = torch.compile(model, dynamic=False, mode='reduce-overhead')
+        cache.mark_static_addresses()
+        model.decoders[key] = step, cache
+    return model.decoders[key]
 
 
 def seen_tokens(model, prompts, device):
@@ -267,29 +298,33 @@ def filter_logits(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
     return logits
 
 
-def require_finite(logits):
-    """Raise UserError unless the largest logits (B, V) of all rows are finite."""
-    require(logits.amax(-1).isfinite().all(),
+def require_drawn(tokens):
+    """Raise UserError if one of the tokens, a list, is -1."""
+    require(-1 not in tokens,
             'the logits are not finite: the weights have diverged, or overflow in this dtype: try '
             '--dtype=float32 or another checkpoint')
 
 
 def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
                       repetition_penalty=1.0, seen=None, generator=None):
-    """Draw one token per row of logits (B, V) -> (B,); temperature 0 is greedy. Raises UserError if
-    the logits are not finite."""
-    require_finite(logits)
+    """Draw one token per row of logits (B, V) -> (B,), -1 if they are not finite; temperature 0 is
+    greedy. No host sync."""
+    finite = logits.amax(-1).isfinite()
     if temperature == 0:
-        return filter_logits(logits, repetition_penalty=repetition_penalty, seen=seen).argmax(-1)
+        logits = filter_logits(logits, repetition_penalty=repetition_penalty, seen=seen)
+        return logits.argmax(-1).where(finite, -1)
     logits = filter_logits(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen)
     probs = logits.softmax(dim=-1)
     if logits.device.type != 'cpu':
-        return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(1)
-    # multinomial draws a random number per vocabulary entry, which on a CPU costs as much as a
-    # layer. Draw one per row instead and invert the cumulative distribution.
+        # torch.multinomial without its checks, which end the process on CUDA: the first of
+        # exponential races (gpt-fast)
+        races = probs / torch.empty_like(probs).exponential_(generator=generator)
+        return races.argmax(-1).where(finite, -1)
+    # that takes a random number per vocabulary entry, which on a CPU costs as much as a layer.
+    # Draw one per row instead and invert the cumulative distribution.
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
     u = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * cdf[:, -1:]
-    return torch.searchsorted(cdf, u, right=True).squeeze(1)
+    return torch.searchsorted(cdf, u, right=True).squeeze(1).where(finite, -1)
 
 
 @torch.no_grad()
@@ -315,33 +350,37 @@ def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, 
     was_training = model.training
     model.eval()
     try:
+        padding = start if len(set(map(len, prompts))) > 1 else None
         cache = KVCache(model.config, B, longest + max_new_tokens, device, cache_dtype(model),
-                        start if start.any() else None)
+                        padding)
         logits = model(tokens, cache=cache)[0][:, -1, :V].repeat_interleave(K, 0)  # (B K, V)
         cache = cache.select(torch.arange(B, device=device).repeat_interleave(K))
         spare = None
         scores = logits.new_full((B, K), -math.inf)  # log p of each beam
         scores[:, 0] = 0.0  # all beams are the prompt: let one of them count
-        written = tokens.new_zeros(B, K, 0)
+        n_found = torch.zeros(B, 1, dtype=torch.long, device=device)
+        written = [[[]] * K for _ in prompts]  # ids of each beam
         results = [[] for _ in prompts]
         for length in range(1, max_new_tokens + 1):
-            require_finite(logits)
+            finite = logits.amax(-1).isfinite().view(B, K).all(1, keepdim=True)
             logp = logits.log_softmax(-1).view(B, K, V)
             scores, best = (scores[..., None] + logp).flatten(1).topk(K)  # (B, K)
-            beam, token = best // V, best % V
-            parent = written.gather(1, beam[..., None].expand_as(written))
-            written = torch.cat((parent, token[..., None]), dim=2)
+            beam, token = best // V, (best % V).where(finite, -1)
+            scores = scores.masked_fill(beams >= K - n_found, -math.inf)
             ended = torch.isin(token, stops) | (length == max_new_tokens)
-            places = torch.tensor([K - len(result) for result in results], device=device)[:, None]
-            scores = scores.masked_fill(beams >= places, -math.inf)
-            found = (ended & scores.isfinite()).nonzero(as_tuple=True)  # one sync for all prompts
+            found, goes_on = ended & scores.isfinite(), ~ended & scores.isfinite()
+            n_found = n_found + found.sum(1, keepdim=True)
+            columns = (beam, token, scores, found, goes_on)
+            step = torch.stack([x.double() for x in columns], dim=-1).tolist()  # the only host sync
             penalty = ((5 + length) / 6) ** length_penalty
-            endings = written[found].tolist()
-            for b, ids, score in zip(found[0].tolist(), endings, scores[found].tolist()):
-                results[b].append((ids, score / penalty))
-            scores = scores.masked_fill(ended, -math.inf)
-            if length == max_new_tokens or not scores.isfinite().any():
+            for b, rows in enumerate(step):
+                require_drawn([new for _, new, *_ in rows])
+                written[b] = [[*written[b][int(parent)], int(new)] for parent, new, *_ in rows]
+                results[b] += [(ids, score / penalty) for ids, (_, _, score, is_found, _)
+                               in zip(written[b], rows) if is_found]
+            if not any(row[-1] for rows in step for row in rows):
                 break
+            scores = scores.masked_fill(ended, -math.inf)
             index = (torch.arange(B, device=device)[:, None] * K + beam).flatten()
             # two caches take turns: allocating a new one per step costs page faults
             cache, spare = cache.select(index, spare), cache

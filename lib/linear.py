@@ -23,7 +23,8 @@ class Linear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A Linear with int8 weights, for sampling: half the bytes of bf16 to read per token.
+    """A Linear with int8 weights, for sampling: half the bytes of bf16 to read per token. On a GPU
+    only if it is compiled: then the conversion is part of the product's kernel (gpt-fast).
 
     weight = int8 * scale, one scale per output. On a CPU the kernels round the inputs to int8 too,
     with one scale per call, so a sequence depends slightly on its batch.
@@ -35,7 +36,7 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         self.packed, self.bias = None, linear.bias
         if weight.device.type != 'cpu':
-            self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
+            self.register_buffer('int8', (weight / scale[:, None]).round().to(torch.int8))
             self.register_buffer('scale', scale)  # (out,), fp32
             return
         # without VNNI, sums of products may overflow 16 bits
@@ -51,8 +52,15 @@ class Int8Linear(nn.Module):
             quantized_linear = torch.ops.quantized.linear_dynamic
             y = quantized_linear(x.float(), self.packed, self.reduce_range).type_as(x)
         else:
-            y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).type_as(x)
+            y = (F.linear(x, self.int8.to(x.dtype)) * self.scale).type_as(x)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def weight(self):
+        """int8 * scale, (out, in), in fp32."""
+        if self.packed is not None:
+            return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+        return self.int8 * self.scale[:, None]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 MAX_LOGITS = 2**24  # logits that exist at once: 64 MB in fp32
-PAD_VOCAB_TO = {'cuda': 64}  # tensor cores want full tiles: nanoGPT pads 50257 to 50304 for that
+PAD_VOCAB_TO = {'cuda': 128}  # tensor cores want full tiles: nanoGPT pads 50257 to 50304 for that
 
 
 def softcap(logits, cap):
@@ -13,9 +13,15 @@ def softcap(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def needs_chunks(n_tokens, vocab_size):
-    """Whether the logits of so many tokens are too many to exist at once."""
-    return n_tokens * vocab_size > MAX_LOGITS
+def max_logits(gpu_memory):
+    """How many logits exist at once, at 10 bytes each: in a sixteenth of a GPU's memory. None: not
+    a GPU."""
+    return MAX_LOGITS if gpu_memory is None else gpu_memory // 160
+
+
+def needs_chunks(n_tokens, vocab_size, device, at_once):
+    """Whether the logits of so many tokens are too many to exist at once, or need padding."""
+    return n_tokens * vocab_size > at_once or vocab_size % PAD_VOCAB_TO.get(device.type, 1) > 0
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -27,9 +33,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, cap, smoothing, dtype, needs_grad):
+    def forward(ctx, x, weight, targets, cap, smoothing, at_once, dtype, needs_grad):
         V = len(weight)
-        n_chunks = math.ceil(len(x) * V / MAX_LOGITS)
+        n_chunks = math.ceil(len(x) * V / at_once)
         # a CPU adds bf16 to fp32 through a temporary copy: keep that small
         dw_rows = 2**12 if x.device.type == 'cpu' else V
         w = weight.to(dtype)
@@ -75,14 +81,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, n = ctx.saved_tensors
-        return dx * (grad / n), dw.mul_(grad / n), None, None, None, None, None
+        return dx * (grad / n), dw.mul_(grad / n), None, None, None, None, None, None
 
 
-def chunked_cross_entropy(x, weight, targets, cap=0.0, smoothing=0.0):
+def chunked_cross_entropy(x, weight, targets, cap=0.0, smoothing=0.0, at_once=MAX_LOGITS):
     """Mean loss in nats of hidden states x (N, C) through the head weight (V, C). targets: (N,), -1
-    = ignored. cap: softcap. smoothing: label smoothing."""
+    = ignored. cap: softcap. smoothing: label smoothing. at_once: logits of a chunk."""
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return ChunkedCrossEntropy.apply(x, weight, targets, cap, smoothing, dtype,
+    return ChunkedCrossEntropy.apply(x, weight, targets, cap, smoothing, at_once, dtype,
                                      torch.is_grad_enabled())

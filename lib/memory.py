@@ -8,7 +8,7 @@ import torch
 
 from lib.device import math_attention_is_faster, total_memory
 from lib.errors import require
-from lib.loss import MAX_LOGITS
+from lib.loss import max_logits
 from model import GPT
 from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, state_bytes
 
@@ -126,7 +126,7 @@ def activation_bytes(sizes, batch_size, half=False):
     return batch_size * c.block_size * (blocks + (4 + n) * C) + weights
 
 
-def step_bytes(sizes, config, half, parallel=None, world_size=1):
+def step_bytes(sizes, config, half, parallel=None, world_size=1, gpu_memory=None):
     """{part: bytes} at the peak of a step in each process. parallel: 'ddp', 'fsdp' or None."""
     n, size = sizes.n_params(), 2 if half else 4
     weights, gradients = 4 * n, 4 * n
@@ -139,8 +139,9 @@ def step_bytes(sizes, config, half, parallel=None, world_size=1):
     # per logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
     per_logit = 8 + 2 * half
     logits = tokens * sizes.config.vocab_size * per_logit
-    if logits > MAX_LOGITS * per_logit:  # in chunks, and the gradient of the head
-        logits = MAX_LOGITS * per_logit + (4 + 2 * half) * sizes.one.lm_head.weight.numel()
+    at_once = max_logits(gpu_memory)
+    if logits > at_once * per_logit:  # in chunks, and the gradient of the head
+        logits = at_once * per_logit + (4 + 2 * half) * sizes.one.lm_head.weight.numel()
     accumulating = config.gradient_accumulation_steps > world_size
     if parallel == 'ddp' and accumulating:
         gradients *= 2  # the sums, and the buckets in which they are reduced
@@ -151,8 +152,7 @@ def step_bytes(sizes, config, half, parallel=None, world_size=1):
         rest = n - in_blocks
         weights = weights // world_size + 4 * rest + 2 * size * block
         state = state // world_size
-        if not accumulating:  # else they are summed whole, and reduced at the end
-            gradients = gradients // world_size + 4 * rest + 4 * block
+        gradients = gradients // world_size + 4 * rest + 4 * block
         if half:
             activations -= 2 * in_blocks  # the copies in 16 bits are the gathered weights
     # Muon holds about five copies of the matrices it orthogonalizes together, after backward

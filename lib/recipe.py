@@ -1,5 +1,6 @@
 """train.py's keys, completed and checked: the --depth dial, and rules that involve several keys."""
 import math
+import sys
 
 from configurator import TrainConfig, check_bounds, configure
 from lib.errors import require
@@ -7,7 +8,15 @@ from lib.errors import require
 
 def read_train_config(argv=None, cls=TrainConfig):
     """(config, given) of a command line of train.py, completed and checked. Raises UserError."""
-    config, given = configure(cls, argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if '--batch_size' in argv[:-1]:
+        i = argv.index('--batch_size')
+        argv[i:i + 2] = [f'--batch_size={argv[i + 1]}']
+    words = [word for word in argv if word != '--batch_size=auto']  # auto grows what it is without
+    config, given = configure(cls, words)
+    config.auto_batch_size = words != argv or config.batch_size == 'auto'
+    if config.batch_size == 'auto':  # in a config file
+        config.batch_size = cls.batch_size
     turn_dial(config, given)
     check(config)
     averages = config.eval_only and config.init_from == 'resume'
@@ -24,9 +33,6 @@ def check(config):
     if low is not None and config.decay_lr and known:
         require(low <= config.learning_rate,
                 f'min_lr = {low}: give at least 0 and at most learning_rate')
-    require(not known or config.weight_decay * config.learning_rate < 1,
-            f'weight_decay = {config.weight_decay}: its product with learning_rate = '
-            f'{config.learning_rate} is the share of each weight that a step takes away: give less')
     require(config.out_dir and config.init_from and config.dataset,
             'out_dir, init_from or dataset is empty: name a folder')
 

@@ -206,9 +206,25 @@ def report_wandb(error):
     print0(f'wandb failed, going on without it: {type(error).__name__}: {first_line(error)}')
 
 
+class HostCopy:
+    """A tensor on its way to main memory; on a GPU the copy waits for nothing and nobody for it."""
+
+    def __init__(self, tensor):
+        is_cuda = tensor.device.type == 'cuda'
+        self.tensor, self.copied = tensor.to('cpu', non_blocking=is_cuda), None
+        if is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def tolist(self):
+        """Its numbers, as soon as they are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tensor.tolist()
+
+
 class StepLog(contextlib.AbstractContextManager):
-    """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout). A step's
-    numbers stay on the device until `flush`, which waits for it."""
+    """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout)."""
 
     def __init__(self, config, log, model, device, dtype, tokens_per_sample, step):
         """log: a Log on the main process, else None. step: the first one to come."""
@@ -219,6 +235,7 @@ class StepLog(contextlib.AbstractContextManager):
         self.peak_flops = config.peak_flops or peak_flops(device, dtype)
         self.fp16 = dtype == torch.float16
         self.pending = []  # (step, its first sample, lr, tensor of loss, gradient norm and losses)
+        self.lag = int(device.type == 'cuda')  # steps
         self.skips = 0  # consecutive steps that were not finite
         self.bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step',
                         dynamic_ncols=True, disable=None if log else True)
@@ -231,20 +248,27 @@ class StepLog(contextlib.AbstractContextManager):
         self.time, self.step = time.perf_counter(), step
 
     def add(self, step, first_sample, lr, values):
-        self.pending.append((step, first_sample, lr, values))
+        self.pending.append((step, first_sample, lr, HostCopy(values)))
         self.bar.update()
 
-    def flush(self):
-        """Sync with the device and log all steps since the last call. Raises UserError if one was
+    def flush_if_due(self, step):
+        """flush(), every log_interval steps. A GPU is still at work on the last step: its numbers
+        come next time."""
+        if (step - 1 - self.lag) % self.config.log_interval == 0:
+            self.flush(self.lag)
+
+    def flush(self, launched=0):
+        """Log all steps since the last call, but the last `launched`. Raises UserError if one was
         not finite and is not to be skipped; its update was a no-op."""
-        if not self.pending:
+        ended = self.pending[:len(self.pending) - launched]
+        if not ended:
             return
-        all_values = torch.stack([values for *_, values in self.pending]).tolist()
-        done = self.pending[-1][0] + 1
+        self.pending = self.pending[len(ended):]
+        done = ended[-1][0] + 1
+        all_values = [values.tolist() for *_, values in ended]
         seconds = time.perf_counter() - self.time
         speed = (done - self.step) * self.tokens_per_step / seconds
-        for pending, (loss, grad_norm, *losses) in zip(self.pending, all_values):
-            step, first_sample, lr, _ = pending
+        for (step, first_sample, lr, _), (loss, grad_norm, *losses) in zip(ended, all_values):
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             self.skips = 0 if finite else self.skips + 1
             if not finite:
@@ -256,7 +280,6 @@ class StepLog(contextlib.AbstractContextManager):
                 self.log.write(line if finite else line | {'skipped': True})
                 self.show(step, loss, lr, speed)
                 self.reset_clock(done)
-        self.pending.clear()
 
     def show(self, step, loss, lr, speed):
         text = f'loss {loss:.4f}, {speed:,.0f} tokens/s'

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from configurator import TrainConfig
 from lib import device
 from lib.errors import UserError
+from lib.recipe import read_train_config
 from model import GPT, GPTConfig
 
 
@@ -79,26 +81,84 @@ def test_peak_flops_are_looked_up_by_gpu_name(monkeypatch, name, peak):
     assert device.peak_flops(torch.device('cpu'), torch.bfloat16) is None
 
 
-def test_compile_falls_back_to_eager_on_error(monkeypatch, capsys):
-    model, tried = torch.nn.Linear(2, 2), []
+@pytest.fixture
+def stance():
+    """Undo torch.compiler.set_stance('force_eager')."""
+    yield
+    torch.compiler.set_stance('default')
+
+
+def test_compile_falls_back_to_eager_on_error(monkeypatch, capsys, stance):
     cpu, failed = torch.device('cpu'), 'torch.compile failed, going on without it'
 
     def broken(*args, **kwargs):
         raise RuntimeError('no C++ compiler\nlong trace')
 
     monkeypatch.setattr(torch, 'compile', broken)
-    assert device.compile_model(model, True, cpu, tried.append) is model
-    assert tried == [model]
+    assert not device.can_compile('auto', cpu) and not device.can_compile(False, cpu)
+    assert capsys.readouterr().out == ''
+    assert not device.can_compile(True, cpu)
     assert capsys.readouterr().out.splitlines()[-1] == f'{failed}: RuntimeError: no C++ compiler'
 
-    def failing(*args, **kwargs):
+    tried = []
+
+    def dry_run(model):  # of a model that Inductor cannot compile
+        tried.append(model)
+        if len(tried) == 1:
+            raise AssertionError
+
+    assert device.fits('model', dry_run, compiled=True) and tried == ['model', 'model']
+    assert capsys.readouterr().out.splitlines()[-1] == f'{failed}: AssertionError: AssertionError'
+
+    def bug(model):
         raise AssertionError
 
-    monkeypatch.setattr(torch, 'compile', failing)
-    assert device.compile_model(model, True, cpu, lambda m: None) is model
-    assert capsys.readouterr().out.splitlines()[-1] == f'{failed}: AssertionError: AssertionError'
-    assert device.compile_model(model, 'auto', cpu, lambda m: None) is model
-    assert capsys.readouterr().out == ''
+    with pytest.raises(AssertionError):  # of the model itself
+        device.fits('model', bug, compiled=True)
+
+
+def out_of_memory_above(config, limit, tried):
+    def dry_run(model):
+        tried.append(config.batch_size)
+        if config.batch_size > limit:
+            raise torch.OutOfMemoryError
+
+    return dry_run
+
+
+@pytest.mark.parametrize('limit, batch_size, accumulation',
+                         [(50, 48, 10), (12, 12, 40), (999, 96, 5)])
+def test_auto_batch_size_doubles_while_it_fits(limit, batch_size, accumulation):
+    config, tried = TrainConfig(batch_size=12, gradient_accumulation_steps=40, eval_iters=20), []
+    device.grow_batch(None, config, torch.device('cpu'), out_of_memory_above(config, limit, tried))
+    assert config.batch_size == batch_size
+    assert config.gradient_accumulation_steps == accumulation
+    assert config.eval_iters * config.batch_size >= 20 * 12  # as many samples
+    assert tried == [size for size in (24, 48, 96) if size <= 2 * batch_size]
+
+
+def test_batch_that_does_not_fit_is_cut():
+    config, tried = TrainConfig(batch_size=12, gradient_accumulation_steps=40, eval_iters=20), []
+    dry_run = out_of_memory_above(config, 4, tried)
+    device.shrink_batch(None, config, torch.device('cpu'), dry_run, False)
+    assert tried == [12, 6, 3] and config.gradient_accumulation_steps == 160
+    assert config.eval_iters == 80
+    with pytest.raises(UserError, match='out of memory with a single sequence'):
+        dry_run = out_of_memory_above(config, 0, tried)
+        device.shrink_batch(None, config, torch.device('cpu'), dry_run, False)
+
+
+@pytest.mark.parametrize('argv', [['--batch_size=auto'], ['--batch_size', 'auto']])
+def test_auto_batch_size_starts_from_the_config(argv, tmp_path, refused, char_data):
+    (tmp_path / 'x.py').write_text('batch_size = 7\n')
+    config, given = read_train_config([str(tmp_path / 'x.py'), *argv])
+    assert config.batch_size == 7 and config.auto_batch_size and 'batch_size' in given
+    assert not read_train_config([str(tmp_path / 'x.py')])[0].auto_batch_size
+    (tmp_path / 'x.py').write_text("batch_size = 'auto'\n")
+    config, _ = read_train_config([str(tmp_path / 'x.py')])
+    assert config.batch_size == 12 and config.auto_batch_size
+    refused('train.py', *argv, '--device=cpu', f'--dataset={char_data}',
+            f'--out_dir={tmp_path}/out', says='batch_size = auto: finds out what fits a GPU')
 
 
 @pytest.mark.slow
@@ -116,11 +176,8 @@ def test_compile_preserves_loss():
         )
     )
     idx, steps = torch.randint(11, (2, 8)), []
-    compiled = device.compile_model(
-        model,
-        True,
-        torch.device('cpu'),
-        lambda m: steps.append(m(idx, idx)[1].backward()),
-    )
-    assert compiled is not model and len(steps) == 1
+    assert device.can_compile(True, torch.device('cpu'))
+    compiled = torch.compile(model, dynamic=False)
+    assert device.fits(compiled, lambda m: steps.append(m(idx, idx)[1].backward()), compiled=True)
+    assert len(steps) == 1
     torch.testing.assert_close(compiled(idx, idx)[1], model(idx, idx)[1])

@@ -18,7 +18,7 @@ def test_chunked_loss_matches_plain_loss_and_gradients(monkeypatch, multiple):
         results = []
         monkeypatch.setattr('lib.loss.PAD_VOCAB_TO', {'cpu': multiple})
         for at_once, flags in ((2**25, {}), (7 * 40, {'return_logits': False})):
-            monkeypatch.setattr('lib.loss.MAX_LOGITS', at_once)
+            model.max_logits = at_once
             loss = model(idx, targets, **flags)[1]
             model.zero_grad()
             (3 * loss).backward()
@@ -39,9 +39,9 @@ def test_chunked_loss_matches_plain_loss_and_gradients(monkeypatch, multiple):
         monkeypatch.undo()
 
 
-def test_chunked_loss_never_materializes_all_logits(monkeypatch):
-    monkeypatch.setattr('lib.loss.MAX_LOGITS', 2**16)
+def test_chunked_loss_never_materializes_all_logits():
     model = tiny(vocab_size=1000)
+    model.max_logits = 2**16
     largest = 0
 
     class Largest(TorchDispatchMode):

@@ -165,8 +165,8 @@ def test_plan_muon_and_fsdp_match_hand_calculation(run):
     rest = 1000 * 256 + 5 * 256  # tied embedding and head; gains
     total = in_muon + rest
     assert f'{4 * (7 * total - 2 * in_muon) / 3.35e12 * 1e3:,.3g} ms' in lines['update, DDP']
-    # weights for two micro-batches, gradients, Muon's updates
-    sent = (2 * (4 * in_muon + 4 * rest) + 4 * total + 4 * in_muon) / 2
+    # weights and gradients of two micro-batches, Muon's updates
+    sent = (2 * (4 * in_muon + 4 * rest + 4 * total) + 4 * in_muon) / 2
     assert f'{sent / 450e9 * 1e3:,.3g} ms' in lines['communication, FSDP']
 
 

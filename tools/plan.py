@@ -133,7 +133,7 @@ def tokens_per_step(config):
 
 def print_memory(config, sizes, gpu):
     """Peak memory of a step on each GPU, for DDP and for FSDP."""
-    parts = {how: step_bytes(sizes, config, half=True, parallel=how, world_size=config.gpus)
+    parts = {how: step_bytes(sizes, config, True, how, config.gpus, int(gpu.memory))
              for how in STRATEGIES}
     names = ['weights', 'gradients', 'optimizer', 'activations', 'activations, then gradients',
              'backward', 'logits', "Muon's update"]
@@ -183,10 +183,11 @@ def estimate_step(config, sizes, gpu, micro_batches):
     # AdamW reads 4 numbers and writes 3 per parameter, Muon reads 3 and writes 2
     update = 4 * (7 * total - 2 * in_muon) / gpu.bandwidth
     update = {'ddp': update, 'fsdp': update / n}
-    # per micro-batch: blocks in 16 bits, for forward and again for backward; the rest in fp32
-    gathered = micro_batches * (2 * 2 * in_blocks + 4 * (total - in_blocks))
+    # per micro-batch: blocks in 16 bits, for forward and again for backward; the rest and all
+    # gradients in fp32
+    per_micro_batch = 2 * 2 * in_blocks + 4 * (total - in_blocks) + 4 * total
     bytes_sent = {'ddp': (n - 1) / n * 2 * 4 * total,
-                  'fsdp': (n - 1) / n * (gathered + 4 * total + 4 * in_muon)}
+                  'fsdp': (n - 1) / n * (micro_batches * per_micro_batch + 4 * in_muon)}
     lower_bound = {how: max(compute, bytes_sent[how] / link) + muon + update[how]
                    for how in STRATEGIES}
     return StepTime(compute, muon, update, bytes_sent, link, lower_bound)
@@ -205,7 +206,7 @@ def print_step(config, gpu, step):
          f'{gigabytes(sent["ddp"])} at {step.link / 1e9:,.0f} GB/s: 2 (n - 1) / n of the gradients '
          f'(ring all-reduce: Patarasuk & Yuan 2009)'),
         ('communication, FSDP', seconds(sent['fsdp'] / step.link),
-         f'{gigabytes(sent["fsdp"])}: weights twice per micro-batch, gradients once '
+         f'{gigabytes(sent["fsdp"])}: weights twice and gradients once per micro-batch '
          f'(Rajbhandari et al. 2020)'),
         ('total, DDP', seconds(step.total['ddp']),
          f'{tokens / step.total["ddp"]:,.0f} tokens/s; communication overlaps with compute'),
