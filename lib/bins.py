@@ -302,7 +302,7 @@ def read_meta(folder):
         require(meta['dtype'] in ('uint16', 'uint32'),
                 f'dtype = {meta["dtype"][:40]!r} is neither uint16 nor uint32')
         if meta.setdefault('pairs', None) is not None:
-            check_fields(Pairs(**meta['pairs']), 'pairs')
+            check_fields(Pairs(**meta['pairs']))
         return meta
     except FileNotFoundError:
         return None
