@@ -41,8 +41,9 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
                          f'{", ".join(sorted(own))}')
 
 from lib.bpe import make_tokenizer
-from lib.files import open_text, printable, regular_file
+from lib.files import open_text, printable
 from lib.records import read_records
+from lib.text import regular_file
 from lib.write import dataset_folder
 from lib.write_pairs import write_pairs
 

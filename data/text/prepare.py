@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from configurator import FilePath, ValFraction, configure
 from lib.errors import UserError, first_line, plural, require, user_errors
-from lib.files import find, printable, regular_file
+from lib.files import find, printable
 
 
 @dataclass
@@ -39,7 +39,7 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
                          f'{", ".join(sorted(own))}')
 
 from lib.bpe import make_tokenizer
-from lib.text import read_pieces, split_at_end
+from lib.text import read_pieces, regular_file, split_at_end
 from lib.tokenizer import END_OF_TEXT
 from lib.write import dataset_folder, write_dataset
 
