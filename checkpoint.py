@@ -23,7 +23,7 @@ import torch
 from configurator import TrainConfig, check_type, describe, key_types, read_model_config
 from lib import bins, files, formats, tokenizer
 from lib.distributed import job, print0
-from lib.errors import UserError, first_line, require
+from lib.errors import UserError, plural, reason_of, require
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -67,8 +67,8 @@ class Checkpoint:
         config = GPTConfig(**self.model_config | override)
         layers = {name.split('.')[2] for name in self.model if name.startswith('transformer.h.')}
         require(len(layers) == config.n_layer,
-                f'{self.path}: the weights do not fit the model: they have {len(layers)} layers, '
-                f'n_layer = {config.n_layer}')
+                f'{self.path}: the weights do not fit the model: they have '
+                f'{plural(len(layers), "layer")}, n_layer = {config.n_layer}')
         with torch.device('meta'):  # no memory for weights that are replaced
             model = GPT(config)
         try:
@@ -252,8 +252,7 @@ def read_manifest(path):
     except FileNotFoundError:
         return None, None
     except UserError as error:
-        reason = first_line(error).removeprefix(f'{path}: ')
-        return None, f'not a manifest ({reason[:80]})'
+        return None, f'not a manifest ({reason_of(error, path)[:80]})'
 
 
 def written_by_this_job(out_dir):
@@ -271,11 +270,13 @@ def load(where, which='last', mmap=False, average_last=1):
     of the last N checkpoints (Vaswani et al. 2017, 6.1). Raises UserError.
     """
     where = Path(where) if formats.is_gpt2(where) else files.find(where)
-    of_run = average_last > 1 or which not in ('last', 'auto')
-    require(not of_run or where.is_dir(),
+    huggingface = formats.is_gpt2(where) or (where / 'config.json').exists()
+    nanogpt = (where / 'ckpt.pt').exists() and not manifests(where)
+    require(where.is_dir() and not huggingface and not nanogpt
+            or average_last == 1 and which in ('last', 'auto'),
             f'average_last = {average_last}, checkpoint = {which}: only for the folder of a run, '
-            f'not for {where}')
-    if formats.is_gpt2(where) or (where / 'config.json').exists():
+            f'not for {where}: leave them out')
+    if huggingface:
         config, weights, folder = formats.load_gpt2(where)
         return Checkpoint(config, weights, path=str(folder))
     require(where.suffix != '.json', f'{where} is a manifest: name the .pt file next to it')
@@ -339,8 +340,9 @@ def load_run(folder, which, mmap, average_last):
             return mean_of(whole)
     require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or '
                    f'start over in another --out_dir')
-    raise UserError(f'average_last = {average_last}: {folder} has {len(whole)} whole checkpoints; '
-                    f'a run keeps as many as its --keep_last')
+    raise UserError(f'average_last = {average_last}: {folder} has '
+                    f'{plural(len(whole), "whole checkpoint")}; a run keeps as many as its '
+                    f'--keep_last')
 
 
 def init_from(path):
@@ -381,13 +383,14 @@ def damage(path, manifest):
         if not path.with_suffix('.json').exists():
             raise FileNotFoundError(path)  # both are gone: deleted, not damaged
         return 'the file is missing'
-    size = path.stat().st_size
-    if size != manifest['bytes']:
-        return f'it has {size:,} bytes instead of {manifest["bytes"]:,}'
     try:
+        files.check_lfs(path)
+        size = path.stat().st_size
+        if size != manifest['bytes']:
+            return f'it has {plural(size, "byte")} instead of {manifest["bytes"]:,}'
         return None if files.sha256_of(path) == manifest['sha256'] else 'its sha256 does not match'
-    except PermissionError as error:
-        return error.strerror
+    except (PermissionError, UserError) as error:
+        return reason_of(error, path)
 
 
 def load_file(path, mmap=False):
@@ -396,11 +399,8 @@ def load_file(path, mmap=False):
     if 'model_args' in state:
         try:
             values = formats.convert_nanogpt(state, path)
-        except UserError as error:
-            raise UserError(f'{path}: {error}') from None
         except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            # values of other types
-            raise UserError(f'{path}: not a whole checkpoint: {error!r}') from None
+            raise UserError(f'{path}: not a whole checkpoint: {reason_of(error)}') from None
         return Checkpoint(**values, path=str(path))
     names = [f.name for f in fields(Checkpoint) if f.name != 'path']
     missing = {'format', *names} - state.keys()

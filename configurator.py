@@ -48,6 +48,7 @@ Positive = Annotated[float, Bound(lambda x: x > 0, 'more than 0')]
 NonNegative = Annotated[float, Bound(lambda x: x >= 0, '0 or more')]
 Fraction = Annotated[float, Bound(lambda x: 0 <= x < 1, 'at least 0 and less than 1')]
 Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'more than 0, at most 1')]
+ValFraction = Annotated[float, Bound(lambda x: 0 < x < 1, 'a share between 0 and 1')]
 CountOrAll = Annotated[int, Bound(lambda x: x >= 1 or x == -1, 'at least 1, or -1')]
 Which = Literal['auto', 'last', 'best'] | WholeNumber
 Softcap = Annotated[float, Bound(lambda x: x == 0 or 0.1 <= x <= 1e6, '0 (off), or 0.1 to 1e6')]
@@ -218,7 +219,7 @@ def configure(cls, argv=None):
 
     Returns (config, given): {key: its config file, or None for a flag}, in the order in which they
     were last set. --help prints the keys and exits. Raises UserError on an unknown key, a bad value
-    or file.
+    or file, a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
@@ -230,6 +231,7 @@ def configure(cls, argv=None):
         flag = word.startswith('-')
         new = read_flag(word, words, types_) if flag else read_config_file(word, cls)
         for key, value in new.items():
+            check_bound(key, value, types_[key])
             given.pop(key, None)  # re-insert: order matters for --depth
             given[key] = None if flag else word
             values[key] = value
@@ -310,13 +312,10 @@ def fits(key, value, types_):
         return False
 
 
-def check_fields(values, path):
-    """Raise UserError unless each field of a dataclass read from path has its type and bounds."""
+def check_fields(values):
+    """Raise UserError unless each field of a dataclass has its type and bounds."""
     for key, type_ in key_types(type(values)).items():
-        try:
-            typed(key, getattr(values, key), type_)
-        except UserError as error:
-            raise UserError(f'{path}: {error}') from None
+        typed(key, getattr(values, key), type_)
 
 
 def parse_config_file(path, as_input=''):
@@ -435,7 +434,10 @@ def check_type(key, value, type_):
         elif option is FilePath and isinstance(value, str) and '\0' not in value:
             path = os.path.expanduser(value)
             require(not path.startswith('~'), f'{key} = {shorten(value)}: there is no such user')
-            require(is_file_name(path), f'{key} = {shorten(value)} cannot be the name of a file')
+            try:
+                os.fsencode(path)
+            except UnicodeEncodeError:
+                raise UserError(f'{key} = {shorten(value)} cannot be the name of a file') from None
             return path
         elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
@@ -445,14 +447,6 @@ def check_type(key, value, type_):
             return float(value)
     hint = nearest(value, choices) if isinstance(value, str) and choices else ''
     raise UserError(f'{key} = {shorten(value)}: expected {describe(type_)}{hint}')
-
-
-def is_file_name(path):
-    try:
-        os.fsencode(path)
-        return True
-    except UnicodeEncodeError:
-        return False
 
 
 def is_number(value):

@@ -10,8 +10,8 @@ The page opens from disk and loads nothing from the network.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from configurator import Bound, FilePath, Text, Which, check_bounds, configure
-from lib.errors import UserError, os_errors, require, user_errors
+from configurator import Bound, FilePath, Text, Which, configure
+from lib.errors import UserError, os_errors, plural, require, user_errors
 
 Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 
@@ -32,7 +32,6 @@ class Config:
 
 def check(config):
     """Validate the config. Raises UserError."""
-    check_bounds(config)
     require(config.start, 'start is empty: give a text, --start="Once upon a time" '
                           'or --start=FILE:path')
     require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
@@ -501,7 +500,7 @@ def main(config):
     cropped = f'the last {max_tokens} of ' if len(ids) > max_tokens else ''
     ckpt.warn(f'{checkpoint.path}: step {checkpoint.step}, '
               f'{model.get_num_params(False):,} parameters; '
-              f'analyzing {cropped}{len(ids)} tokens')
+              f'analyzing {cropped}{plural(len(ids), "token")}')
     if not config.serve:
         with os_errors(f'{path}: cannot write there'):  # before the work, not after it
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from lib.errors import require
+from lib.errors import plural, require
 
 
 @dataclass
@@ -354,7 +354,7 @@ def repeated_tokens(vocab_size, length, batch, eot=None):
     tokens = torch.arange(vocab_size)
     if eot is not None:
         tokens = tokens[tokens != eot]
-    require(length <= len(tokens), f'length = {length} is more than the {len(tokens)} tokens')
+    require(length <= len(tokens), f'length = {length} is more than {plural(len(tokens), "token")}')
     generator = torch.Generator().manual_seed(0)
     rows = [tokens[torch.randperm(len(tokens), generator=generator)[:length]]
             for _ in range(batch)]

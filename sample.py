@@ -17,10 +17,9 @@ from configurator import (
     Text,
     Which,
     WholeNumber,
-    check_bounds,
     configure,
 )
-from lib.errors import UserError, first_line, require, user_errors
+from lib.errors import UserError, first_line, plural, require, user_errors
 
 Penalty = Annotated[float, Bound(lambda x: 0.01 <= x <= 100, '0.01 to 100; 1 is off')]
 Temperature = Annotated[float, Bound(lambda x: x >= 0, '0 (greedy) or more')]
@@ -60,7 +59,6 @@ class Config:
 
 def check(config):
     """Validate the config. Raises UserError."""
-    check_bounds(config)
     require(config.init_from and config.out_dir, 'init_from or out_dir is empty: name a folder')
     require(config.start != [], 'start is an empty list: give at least one prompt')
     require(config.num_beams == 1 or not config.compile,
@@ -198,7 +196,7 @@ def write(model, tokenizer, shown, prompts, config):
         print('-' * 15)
     sys.stdout.flush()
     n_tokens = sum(text.n_tokens for text in texts)
-    print(f'{n_tokens} tokens in {seconds:.2f} s ({n_tokens / seconds:.1f} tokens/s)',
+    print(f'{plural(n_tokens, "token")} in {seconds:.2f} s ({n_tokens / seconds:.1f} tokens/s)',
           file=sys.stderr)
     return written[0]
 

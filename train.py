@@ -6,7 +6,7 @@
 
 The keys are in configurator.py. Read from main, at the end of this file.
 """
-from lib.errors import user_errors
+from lib.errors import plural, user_errors
 from lib.recipe import check, read_train_config
 
 if __name__ == '__main__':  # so that --help and typos do not wait for the slow imports
@@ -340,7 +340,7 @@ def describe(run, config, given, model, device, dtype, T, step):
         print0(f'note: lr_decay_iters = {config.lr_decay_iters} is not more than warmup_iters = '
                f'{config.warmup_iters}: after warmup the learning rate drops to min_lr in one step')
     if run.resuming and step >= config.max_iters:
-        print0(f'note: the run has done {step} steps, max_iters = {config.max_iters} is reached: '
+        print0(f'note: the run is at step {step}, max_iters = {config.max_iters} is reached: '
                f'give a larger --max_iters to go on')
 
 
@@ -387,7 +387,8 @@ def main(config, given):
         trainer.loop()
         run.finish(trainer.stop)
         if trainer.stop:
-            print0(f'stopped by {signal.Signals(trainer.stop).name} after {trainer.step} steps; go '
+            print0(f'stopped by {signal.Signals(trainer.stop).name} after '
+                   f'{plural(trainer.step, "step")}; go '
                    f'on with: {command("train.py", init_from="resume", out_dir=config.out_dir)}')
         elif not config.eval_only:
             print0(farewell(config, trainer, data))

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import check_fields, nearest
-from lib.errors import UserError, os_errors, require
-from lib.files import check_kinds, command, find, read_json
+from lib.errors import UserError, os_errors, plural, reason_of, require
+from lib.files import check_kinds, check_lfs, command, find, read_json
 from lib.pairs import Pairs, split_documents
 from lib.tokenizer import CharTokenizer, IdTokenizer, Tokenizer, gpt2
 
@@ -56,13 +56,13 @@ class TokenBin:
                                                    f'where meta.json says {n_tokens}; {AGAIN}')
         if pairs:
             require(self.n_tokens % block_size == 0,
-                    f'{self.path} has {self.n_tokens} tokens, not a multiple of its row length '
-                    f'{block_size}; {AGAIN}')
+                    f'{self.path} has {plural(self.n_tokens, "token")}, not a multiple of its row '
+                    f'length {block_size}; {AGAIN}')
             self.n_windows = self.n_tokens // block_size
         else:
             require(self.n_tokens > block_size,
-                    f'{self.path} has {self.n_tokens} tokens: block_size = {block_size} needs at '
-                    f'least {block_size + 1}; lower --block_size or prepare more text')
+                    f'{self.path} has {plural(self.n_tokens, "token")}: block_size = {block_size} '
+                    f'needs at least {block_size + 1}; lower --block_size or prepare more text')
             self.n_windows = -(-(self.n_tokens - 1) // block_size)  # the last may be shorter
 
     @property
@@ -157,6 +157,7 @@ class Shard:
         """may_have_header: of llm.c. Raises UserError if the file is missing or cut off."""
         self.path, self.dtype, self.offset = path, dtype, 0
         with os_errors(path, AGAIN):
+            check_lfs(path)
             self.fd = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0)
                               | getattr(os, 'O_NONBLOCK', 0))  # a pipe would wait
             size = os.fstat(self.fd).st_size
@@ -169,10 +170,15 @@ class Shard:
             require(version == 1 and n_tokens * 2 == size - LLM_C_HEADER,
                     f'{path}: its header (version {version}) says {n_tokens} tokens, it has '
                     f'{(size - LLM_C_HEADER) / 2:g}; {AGAIN}')
+        elif may_have_header:
+            ids = np.frombuffer(self.read_bytes(0, min(size, 2**13) // 4 * 4), '<u2')
+            require(len(ids) < 32 or ids[1::2].max() >= 4 or ids[::2].max() < 4,
+                    f'{path}: its ids look like uint32, every second uint16 is below 4; without '
+                    f'meta.json they are read as uint16: {AGAIN}, or save them as np.uint16')
         n_bytes = size - self.offset
         require(n_bytes > 0 and n_bytes % dtype.itemsize == 0,
-                f'{path}: its size, {size} bytes, is not a multiple of {dtype.itemsize}, or is 0: '
-                f'it is cut off; {AGAIN}')
+                f'{path}: its size, {plural(size, "byte")}, is not a multiple of {dtype.itemsize}, '
+                f'or is 0: it is cut off; {AGAIN}')
         self.n_tokens = n_bytes // dtype.itemsize
 
     def __len__(self):
@@ -304,13 +310,12 @@ def read_meta(folder):
         require(meta['dtype'] in ('uint16', 'uint32'),
                 f'dtype = {meta["dtype"][:40]!r} is neither uint16 nor uint32')
         if meta.setdefault('pairs', None) is not None:
-            check_fields(Pairs(**meta['pairs']), 'pairs')
+            check_fields(Pairs(**meta['pairs']))
         return meta
     except FileNotFoundError:
         return None
     except (UserError, TypeError) as error:
-        reason = str(error).removeprefix(f'{path}: ')
-        raise UserError(f'{path}: {reason}; {AGAIN}') from None
+        raise UserError(f'{path}: {reason_of(error, path)}; {AGAIN}') from None
 
 
 def open_tokenizer(folder):
@@ -333,34 +338,35 @@ class PlainUnpickler(pickle.Unpickler):
         raise UserError(f'refused: this pickle would run {module}.{name}')
 
 
-RESAVE_META = """\
+RESAVE_META = """if you trust it, save it again as plain values: \
 python -c "import pickle; m = pickle.load(open('{path}', 'rb')); \
 pickle.dump({{'vocab_size': int(m['vocab_size']), 'itos': {{int(i): str(s) for i, s in \
-m.get('itos', {{}}).items()}}}}, open('{path}', 'wb'))\""""
+m.get('itos', {{}}).items()}}, 'stoi': {{str(s): int(i) for s, i in m.get('stoi', \
+{{}}).items()}}}}, open('{path}', 'wb'))\""""
 
 
 def read_nanogpt_meta(path):
     """nanoGPT's meta.pkl -> CharTokenizer; IdTokenizer if not every id has one character. Raises
     UserError."""
+    check_lfs(path)
     try:
         with open(path, 'rb') as file:
             meta = PlainUnpickler(file).load()
-        vocab_size, names = meta['vocab_size'], meta.get('itos', {})
+        vocab_size, stoi = meta['vocab_size'], meta.get('stoi') or {}
+        names = meta.get('itos') or {i: name for name, i in stoi.items()}
         names = names if isinstance(names, dict) else dict(enumerate(names))
         names = {int(i): name for i, name in names.items()}
         require(type(vocab_size) is int and 0 < vocab_size <= 2**24,
                 f'vocab_size = {str(vocab_size)[:40]}')
+        for name, i in stoi.items():
+            require(names.get(i) == name, f'stoi has {name!r}: {i}, itos {i}: {names.get(i)!r}')
         names = [names.get(i) for i in range(vocab_size)]
         if all(isinstance(name, str) and len(name) == 1 for name in names):
             return CharTokenizer(''.join(names))
         return IdTokenizer(names)
-    except UserError as error:
-        remedy = AGAIN
-        if 'would run' in str(error):
-            remedy = f'if you trust it, save it again as plain values: {RESAVE_META}'
-        raise UserError(f'{path}: {error}; {remedy.format(path=path)}') from None
     except Exception as error:  # unpickling garbage raises anything
-        raise UserError(f'{path}: not nanoGPT\'s meta.pkl ({error!r:.200}); {AGAIN}') from None
+        remedy = RESAVE_META.format(path=path) if 'would run' in str(error) else AGAIN
+        raise UserError(f'{path}: {reason_of(error)}; {remedy}') from None
 
 
 def mix(x):

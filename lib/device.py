@@ -16,7 +16,7 @@ from lib.distributed import (
     micro_batches_per_process,
     print0,
 )
-from lib.errors import UserError, first_line, require
+from lib.errors import UserError, first_line, plural, require
 
 # dense FLOP/s of bf16 (V100, T4: fp16) matrix products, from NVIDIA's data sheets
 PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12,
@@ -43,7 +43,7 @@ def pick_device(name):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         device = torch.device('cuda', device.index or 0)
         require(count > device.index,
-                f'device = {name!r}: PyTorch sees {count} CUDA devices here; {remedy}')
+                f'device = {name!r}: PyTorch sees {plural(count, "CUDA device")} here; {remedy}')
     require(device.type != 'mps' or torch.backends.mps.is_available(),
             f'device = {name!r}: PyTorch sees no Apple GPU here; {remedy}')
     return device

@@ -28,6 +28,19 @@ def first_line(error):
     return next(iter(str(error).strip().splitlines()), '') or type(error).__name__
 
 
+def reason_of(error, path=''):
+    """Why a file cannot be read: our own sentence, without its path, or words for Python's."""
+    if isinstance(error, UserError | OSError):
+        return (getattr(error, 'strerror', None) or str(error)).removeprefix(f'{path}: ')
+    missing = isinstance(error, KeyError)
+    return f'{error} is missing' if missing else 'it is damaged, or a value has the wrong type'
+
+
+def plural(n, noun):
+    """'1 file', '1,234 files'"""
+    return f'{n:,} {noun}{"s" * (n != 1)}'
+
+
 def shorten(value):
     """repr(value), at most about 60 characters of it."""
     try:

@@ -7,13 +7,11 @@ import io
 import json
 import os
 import shlex
-import shutil
 import stat
-import tempfile
 import zlib
 from pathlib import Path
 
-from lib.errors import UserError, first_line, os_errors, require, shorten
+from lib.errors import UserError, first_line, require, shorten
 
 try:
     import fcntl
@@ -22,6 +20,7 @@ except ImportError:  # Windows: no lock
 
 ROOT = Path(__file__).parents[1]
 MAX_JSON_BYTES = 2**28
+LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 
 # Finding -----------------------------------------------------------------------------------------
 
@@ -72,8 +71,18 @@ def open_text(path):
         raise UserError(f'{path}: {error.strerror or error}') from None
 
 
+def check_lfs(path):
+    """Raise UserError if Git LFS has left a pointer in the place of a file."""
+    if os.path.isfile(path):  # a pipe can be read only once
+        with open(path, 'rb') as file:
+            require(file.read(len(LFS_POINTER)) != LFS_POINTER,
+                    f'{path}: this is a Git LFS pointer, not the file: run git lfs pull in its '
+                    f'folder')
+
+
 def open_binary(path):
     """An open file with the content of a file, decompressed if its name ends in .gz."""
+    check_lfs(path)
     name = str(path).lower()
     require(not name.endswith(('.zst', '.xz', '.bz2', '.zip')),
             f'{path}: of compressed files only .gz is read: decompress it, or pipe the text, '
@@ -94,28 +103,6 @@ def first_invalid_byte(path):
     return position
 
 
-@contextlib.contextmanager
-def regular_file(path):
-    """The path of a file with the content of what a user has given as --input: a pipe, which can be
-    read only once (-: standard input), is copied into a temporary file. Raises UserError."""
-    found = Path('/dev/stdin') if path == '-' else find(path)
-    require(os.path.exists(found), f'--input={path}: there is no such file')
-    require(not found.is_dir(), f'--input={path} is a folder: name a file')
-    if found.is_file():
-        yield found
-        return
-    stdin = str(found) in ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
-    require(stdin or not found.is_char_device(), f'--input={path} is a device: name a file')
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / f'input{found.suffix}'
-        with os_errors(found), open(found, 'rb') as source, open(copy, 'wb') as target:
-            shutil.copyfileobj(source, target)
-        try:
-            yield copy
-        except UserError as error:
-            raise UserError(str(error).replace(str(copy), f'--input={path}')) from None
-
-
 def read_text(path):
     """The text of a file, as open_text reads it. Raises UserError."""
     with open_text(path) as file:
@@ -127,11 +114,15 @@ def parse_json(text, surrogates=False):
     unless surrogates are allowed, which stand for bytes in the names of files."""
     try:
         value = json.loads(text)
-        if not surrogates and '\\ud' in text.lower():
-            json.dumps(value, ensure_ascii=False).encode('utf-8')
-        return value
+        return check_characters(value) if not surrogates and '\\ud' in text.lower() else value
     except RecursionError:
         raise ValueError('it is nested too deeply') from None
+
+
+def check_characters(value):
+    """The same value. Raises ValueError if a text in it has half a character, such as \\ud83d."""
+    json.dumps(value, ensure_ascii=False).encode('utf-8')
+    return value
 
 
 def read_json(path):
@@ -140,15 +131,13 @@ def read_json(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError('it is a folder or a pipe')
-        if status.st_size > MAX_JSON_BYTES:
-            raise ValueError(f'it has {status.st_size:,} bytes, more than {MAX_JSON_BYTES:,}')
+        require(status.st_size <= MAX_JSON_BYTES,
+                f'{path}: {status.st_size:,} bytes are too many for JSON')
         return parse_json(read_text(path), surrogates=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):
         raise
     except OSError as error:
         raise UserError(f'{path}: {error.strerror or error}') from None
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(f'{path}: not JSON: {first_line(error)[:200]}') from None
 

@@ -2,8 +2,8 @@
 
 Nothing loaded can run code: torch.load with weights_only, safetensors, JSON.
 """
+import math
 import os
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 
 from configurator import check_type, read_model_config
 from lib.download import download
-from lib.errors import UserError, first_line, require
-from lib.files import parse_json, read_json
+from lib.errors import UserError, plural, reason_of, require, shorten
+from lib.files import check_lfs, parse_json, read_json
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
           'F64': torch.float64, 'BOOL': torch.bool, 'U8': torch.uint8, 'I8': torch.int8,
           'I16': torch.int16, 'I32': torch.int32, 'I64': torch.int64}
+MASKS = ('.attn.bias', '.attn.masked_bias')  # causal masks of older files
 
 
 def is_gpt2(where):
@@ -50,18 +51,18 @@ def load_huggingface(folder):
     try:
         model_config = convert_huggingface_config(read_json(folder / 'config.json'))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f'{error} is missing' if isinstance(error, KeyError) else error
-        raise UserError(f'{folder / "config.json"}: {reason}') from None
-    if (folder / 'model.safetensors').exists():
-        tensors = read_safetensors(folder / 'model.safetensors')
-    else:
+        path = folder / 'config.json'
+        raise UserError(f'{path}: {reason_of(error, path)}') from None
+    path = folder / 'model.safetensors'
+    if not path.exists():
         path = folder / 'pytorch_model.bin'
         require(path.exists(), f'{folder}: there is no model.safetensors or pytorch_model.bin')
-        tensors = read_pytorch_bin(path)
+    tensors = read_safetensors(path) if path.suffix == '.safetensors' else load_torch(path)
+    check_weights(tensors, path)
     weights = {}
     for name, tensor in tensors.items():
         name = name.removeprefix('transformer.')
-        if name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks
+        if name.endswith(MASKS):
             continue
         if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) and tensor.dim() == 2:
             tensor = tensor.t().contiguous()  # GPT-2's Conv1D keeps (in, out), Linear (out, in)
@@ -121,44 +122,35 @@ def convert_huggingface_config(config):
                                        'tie_weights': config.get('tie_word_embeddings', True)})
 
 
-def read_pytorch_bin(path):
-    """{name: tensor} of a file that torch.save wrote. Raises UserError."""
-    try:
-        check_archive(path)
-        tensors = torch.load(path, map_location='cpu', weights_only=True)
-        check_tensors(tensors)
-        return tensors
-    except Exception as error:  # a foreign file can raise anything
-        raise UserError(f'{path}: refused, it does not hold plain tensors only: '
-                        f'{first_line(error)[:120]}') from None
-
-
 def read_safetensors(path):
-    """{name: tensor}: 8 bytes with the length of a JSON header, the header, the tensors
-    (huggingface/safetensors, README, "Format"). Raises UserError."""
+    """{name: tensor}: 8 bytes with the length of a JSON header, the header, the tensors, without a
+    gap (huggingface/safetensors, README, "Format"). Raises UserError."""
     try:
+        check_lfs(path)
         size = path.stat().st_size
         with open(path, 'rb') as file:
             length = int.from_bytes(file.read(8), 'little')
             require(0 < length <= min(size - 8, 10**8), 'its header is cut off')
             header = parse_json(file.read(length).decode('utf-8'))
-        require(isinstance(header, dict), 'its header is not a table')
-        spans = [entry['data_offsets'] for name, entry in header.items() if name != '__metadata__']
-        require(sum(end - start for start, end in spans) <= size - 8 - length,
-                'its tensors overlap')
+        header.pop('__metadata__', None)
         data = torch.from_numpy(np.memmap(path, np.uint8, mode='c'))[8 + length:]
-        tensors = {}
-        for name, entry in header.items():
-            if name == '__metadata__':
-                continue
-            start, end = entry['data_offsets']
-            require(0 <= start <= end <= len(data), f'{name} lies beyond the end of the file')
-            tensor = data[start:end].clone().view(DTYPES[entry['dtype']])
-            tensors[name] = tensor.view(entry['shape'])
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
+            dtype, shape, (start, stop) = entry['dtype'], entry['shape'], entry['data_offsets']
+            require(dtype in DTYPES,
+                    f'{name} has dtype = {shorten(dtype)}; known are {", ".join(DTYPES)}')
+            require(start == end <= stop <= len(data),
+                    f'{name} has data_offsets = {shorten([start, stop])} after {end} of {len(data)}'
+                    f' bytes: tensors overlap, leave a gap or are cut off')
+            require(len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in shape)
+                    and math.prod(shape) * DTYPES[dtype].itemsize == stop - start,
+                    f'{name} has shape = {shorten(shape)} but {plural(stop - start, "byte")}')
+            tensors[name] = data[start:stop].clone().view(DTYPES[dtype]).view(shape)
+            end = stop
+        require(end == len(data), f'after the last tensor: {plural(len(data) - end, "byte")}')
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        reason = repr(error) if isinstance(error, KeyError) else error
-        raise UserError(f'{path}: not a whole safetensors file: {reason}') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f'{path}: not a whole safetensors file: {reason_of(error, path)}') from None
 
 
 def check_archive(path):
@@ -172,46 +164,48 @@ def check_archive(path):
             f'{path}: refused: its entries are compressed or overlap, as torch.save does not do')
 
 
-def check_tensors(tensors):
-    """Raise UserError unless these are dense tensors of numbers, not larger than their data."""
-    for name, tensor in tensors.items():
+def check_weights(weights, path):
+    """Raise UserError unless this is {name: dense floating-point tensor}, none of them larger than
+    its data. A causal mask may have another dtype."""
+    require(isinstance(weights, dict), f'{path}: there are no weights of a GPT in it; name another')
+    for name, tensor in weights.items():
+        where = f'{path}: {shorten(name)}'
+        require(isinstance(name, str), f'{where} is not the name of a weight')
         dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        require(dense and tensor.device.type == 'cpu' and not tensor.is_quantized
-                and not tensor.is_complex(), f'{name} is not a dense tensor of real numbers')
+        require(dense and tensor.device.type == 'cpu', f'{where} is not a dense tensor')
+        require(tensor.is_floating_point() or name.endswith(MASKS),
+                f'{where} has dtype = {tensor.dtype}: weights are floating-point numbers')
         size = tensor.numel() * tensor.element_size()
-        require(size <= tensor.untyped_storage().nbytes(), f'{name} is larger than its data')
+        require(size <= tensor.untyped_storage().nbytes(), f'{where} is larger than its data')
 
 
-def read_checkpoint_file(path, mmap=False):
-    """The dict in a .pt file of plainGPT or nanoGPT. Raises UserError on anything but tensors and
-    plain values, FileNotFoundError if it is missing."""
+def load_torch(path, mmap=False):
+    """Tensors and plain values that torch.save wrote. Raises UserError, FileNotFoundError."""
     try:
+        check_lfs(path)
         check_archive(path)
         # PyTorch maps zip files only, with names in UTF-8
         mmap = mmap and str(path).isprintable() and zipfile.is_zipfile(path)
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except (FileNotFoundError, UserError):
         raise
-    except pickle.UnpicklingError as error:
-        named = re.search(r'GLOBAL (\S+)', str(error))
-        reason = f'it would run {named[1]}' if named else 'it is not a checkpoint'
-        resave = (f'python -c "import torch; c = torch.load(\'{path}\', weights_only=False); '
-                  f'torch.save({{k: c[k] for k in (\'model\', \'model_args\')}}, \'{path}\')"')
-        remedy = f'; if you trust it, save its weights again: {resave}' if named else ''
-        raise UserError(f'{path}: refused: {reason}{remedy}') from None
     except Exception as error:  # a truncated or foreign file can raise anything
         if not Path(path).exists():  # deleted while it was read
             raise FileNotFoundError(path) from None
-        raise UserError(f'{path}: not a whole checkpoint of plainGPT or nanoGPT '
-                        f'({type(error).__name__}); name another') from None
+        reason = getattr(error, 'strerror', None) or 'it is cut off, or torch.save did not write it'
+        if named := re.search(r'GLOBAL (\S+)', str(error)):
+            reason = (f'it would run {named[1]}; if you trust it, save its weights again: python '
+                      f'-c "import torch; c = torch.load(\'{path}\', weights_only=False); '
+                      f'torch.save({{k: v for k, v in c.items() if torch.is_tensor(v) or k in '
+                      f'(\'model\', \'model_args\')}}, \'{path}\')"')
+        raise UserError(f'{path}: refused: {reason}') from None
+
+
+def read_checkpoint_file(path, mmap=False):
+    """The dict in a .pt file of plainGPT or nanoGPT. Raises UserError, FileNotFoundError."""
+    state = load_torch(path, mmap)
     weights = state.get('model') if isinstance(state, dict) else None
-    plain = isinstance(weights, dict) and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
-    require(plain, f'{path}: not a checkpoint of plainGPT or nanoGPT; name another')
-    try:
-        check_tensors(weights)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from None
+    check_weights(weights, path)
     prefixes = r'^(_orig_mod\.|module\.)+'  # of torch.compile and DDP
     return state | {'model': {re.sub(prefixes, '', k): v for k, v in weights.items()}}
 
@@ -228,6 +222,6 @@ def convert_nanogpt(state, path):
     best = float(state.get('best_val_loss', 1e9))
     best = best if best < 1e8 else None  # 1e9 stands for none
     return {'model_config': {'bias': True} | state['model_args'] | {'activation': 'gelu'},
-            'model': {k: v for k, v in state['model'].items() if not k.endswith('.attn.bias')},
+            'model': {k: v for k, v in state['model'].items() if not k.endswith(MASKS)},
             'step': step, 'samples_seen': samples, 'val_loss': best, 'best_val_loss': best,
             'config': config | {'init_from': str(path)}, 'optimizer': state.get('optimizer')}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lib.device import math_attention_is_faster, total_memory
-from lib.errors import require
+from lib.errors import plural, require
 from lib.loss import max_logits
 from model import GPT
 from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, state_bytes
@@ -89,7 +89,7 @@ def require_sampling_fits(model, n_sequences, longest, max_new_tokens, n_beams=1
     caches = 1 if n_beams == 1 else 2 * n_beams
     per_sequence = caches * (size * per_token + 8 * c.vocab_size) + 8 * (longest + max_new_tokens)
     require_memory(n_sequences * per_sequence, weight.device,
-                   f'writing {n_sequences:,} texts of {max_new_tokens:,} tokens at a time',
+                   f'writing {plural(n_sequences, "text")} of {max_new_tokens:,} tokens at a time',
                    'lower --num_samples, --num_beams or --max_new_tokens')
 
 

@@ -61,7 +61,6 @@ def turn_dial(config, given):
             if key not in after:
                 setattr(config, key, value)
 
-    check_bounds(config)
     imply(n_layer=config.depth, n_embd=64 * config.depth)
     imply(n_head=max(1, config.n_embd // 64), position='rope', norm='rmsnorm', activation='relu2',
           qk_norm=True, zero_init=True, tie_weights=False)

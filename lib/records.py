@@ -2,15 +2,16 @@
 import json
 
 from lib.errors import UserError, first_line
-from lib.files import parse_json, read_text
+from lib.files import check_characters, parse_json, read_text
 
 
 def read_records(path):
     """Yield (where, value) for each line that is not blank, or for each item if the whole file is
     an array. where: 'line 3', 'item 3'. Raises UserError that names the file and the place."""
-    for where, text in split_records(path):
+    records, parse = split_records(path)
+    for where, record in records:
         try:
-            value = parse_json(text)
+            value = parse(record)
         except ValueError as error:
             raise UserError(f'{path} {where}: not JSON: {first_line(error)[:200]}; mend or delete '
                             f'the {where.split()[0]}') from None
@@ -18,21 +19,21 @@ def read_records(path):
 
 
 def split_records(path):
-    """[(where, its JSON)]"""
+    """([(where, JSON)], its parser), or ([(where, value)], its check)"""
     text = read_text(path)
     lines = [(f'line {n}', line) for n, line in enumerate(text.split('\n'), 1) if line.strip()]
     if not text.lstrip().startswith('['):
-        return lines
+        return lines, parse_json
     try:
         array = json.loads(text)
-        items = [(f'item {n}', json.dumps(item)) for n, item in enumerate(array, 1)]
     except (ValueError, RecursionError) as error:
         reason = getattr(error, 'msg', first_line(error))
         if reason == 'Extra data':  # each line is a list
-            return lines
+            return lines, parse_json
         raise UserError(f'{path} line {getattr(error, "lineno", 1)}: not JSON: {reason}; mend the '
                         f'line') from None
-    return [('line 1', text)] if is_chat(array) else items
+    items = [array] if is_chat(array) else array
+    return [(f'item {n}', item) for n, item in enumerate(items, 1)], check_characters
 
 
 def is_chat(value):

@@ -10,7 +10,7 @@ from configurator import GPTConfig, ModelConfig, TrainConfig, key_types
 from lib import bins
 from lib.device import device_name, dtype_name
 from lib.distributed import fail, gather, job, print0, require_same, world_size
-from lib.errors import UserError, require
+from lib.errors import UserError, reason_of, require
 from lib.files import command
 from optimizer import EXTENDED_PEAK, lr_multiplier
 
@@ -179,8 +179,8 @@ def load_optimizer(optimizer, scaler, checkpoint):
         if checkpoint.scaler and not scaler.state_dict().keys() <= checkpoint.scaler.keys():
             raise ValueError('the state of its gradient scaler is incomplete')
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # of the file
-        error = error if isinstance(error, ValueError) else repr(error)[:200]
-        raise UserError(f'{path}: its optimizer state does not fit: {error}; start another run '
+        reason = str(error) if isinstance(error, ValueError) else reason_of(error)
+        raise UserError(f'{path}: its optimizer state does not fit: {reason}; start another run '
                         f'from these weights with --init_from={path}') from None
     if checkpoint.scaler:
         scaler.load_state_dict(checkpoint.scaler)

@@ -1,15 +1,42 @@
 """Where prepare scripts get text: files in pieces, tiny Shakespeare, Hugging Face's hub."""
+import contextlib
 import hashlib
+import os
 import re
+import shutil
+import tempfile
+from pathlib import Path
 
 from lib.bpe import make_tokenizer
 from lib.download import download
-from lib.errors import UserError, first_line, require
+from lib.errors import UserError, first_line, os_errors, require
 from lib.files import find, open_text, read_text
 from lib.tokenizer import END_OF_TEXT, GPT2_PATTERN, gpt2
 from lib.write import Piece, write_dataset
 
 PIECE_CHARACTERS = 2**20  # each piece of a file is tokenized by one thread
+
+
+@contextlib.contextmanager
+def regular_file(path):
+    """The path of a file with the content of what a user has given as --input: a pipe, which can be
+    read only once (-: standard input), is copied into a temporary file. Raises UserError."""
+    found = Path('/dev/stdin') if path == '-' else find(path)
+    require(os.path.exists(found), f'--input={path}: there is no such file')
+    require(not found.is_dir(), f'--input={path} is a folder: name a file')
+    if found.is_file():
+        yield found
+        return
+    stdin = str(found) in ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
+    require(stdin or not found.is_char_device(), f'--input={path} is a device: name a file')
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / f'input{found.suffix}'
+        with os_errors(found), open(found, 'rb') as source, open(copy, 'wb') as target:
+            shutil.copyfileobj(source, target)
+        try:
+            yield copy
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), f'--input={path}')) from None
 
 
 def read_pieces(path, size=PIECE_CHARACTERS, cuts_anywhere=False):

@@ -1,20 +1,20 @@
 """Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE trained by lib/bpe.py.
 
-All have encode, decode, vocab_size, save and load. A tokenizer is saved whole, as JSON: it travels
-inside bins and checkpoints and needs no network to be read again.
+All have encode, decode, vocab_size and to_dict. A tokenizer is saved whole: it travels inside bins
+and checkpoints and needs no network to be read again.
 
 One rule for `<|endoftext|>` in a text: where the tokenizer has this token, it ends a document, in
 data, prompts and evaluations alike. In a side of a pair or a message of a chat it is plain text.
 """
 import base64
-import json
+import itertools
 import re
 from pathlib import Path
 
 import numpy as np
 
-from lib.errors import UserError, first_line, require
-from lib.files import find, read_json, read_text, write_text
+from lib.errors import UserError, plural, reason_of, require
+from lib.files import find, read_json, read_text
 from lib.pairs import join_turns
 
 END_OF_TEXT = '<|endoftext|>'
@@ -71,16 +71,6 @@ class Tokenizer:
         """ids -> text; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
-    def save(self, path):
-        write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False))
-
-    @staticmethod
-    def load(path):
-        try:
-            return Tokenizer.from_dict(read_json(path))
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: cannot read a tokenizer from it: {error}') from None
-
     @staticmethod
     def from_dict(saved):
         """The inverse of to_dict. Raises UserError if it is not one."""
@@ -97,7 +87,7 @@ class Tokenizer:
                     tokens = [base64.b64decode(token, validate=True) for token in tokens]
                     return BPETokenizer(kind, pattern, tokens, **options)
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f'not a saved tokenizer: {first_line(error)[:200]}') from None
+            raise UserError(f'not a saved tokenizer: {reason_of(error)[:200]}') from None
         raise UserError(f'not a saved tokenizer: {str(saved)[:60]!r}; '
                         f'kinds are char, byte, ids, gpt2 and bpe')
 
@@ -123,8 +113,8 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             position = int((ids < 0).argmax())
             raise UserError(f'character {text[position]!r} at position {position} is not one of '
-                            f'the {len(self.characters)} characters that this tokenizer knows; '
-                            f'a byte or bpe tokenizer can encode any text')
+                            f'the {plural(len(self.characters), "character")} that this tokenizer '
+                            f'knows; a byte or bpe tokenizer can encode any text')
         return ids.astype(np.uint32)
 
     def to_dict(self):
@@ -269,9 +259,8 @@ def from_huggingface(folder):
             merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
         return make_byte_level(vocabulary, merges, read_added_tokens(folder, vocabulary))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error) if isinstance(error, UserError) else repr(error)
         raise UserError(f'{path}: cannot read a byte-level BPE, such as GPT-2\'s, from it: '
-                        f'{reason[:300]}') from None
+                        f'{reason_of(error, path)[:300]}') from None
 
 
 def read_tokenizer_json(saved):
@@ -283,18 +272,14 @@ def read_tokenizer_json(saved):
     like_gpt2 = before.get('type') == 'ByteLevel' and before.get('use_regex', True)
     require(like_gpt2 and not before.get('add_prefix_space', True),
             f'pre_tokenizer = {str(before)[:80]} is not GPT-2\'s')
-    after = (saved.get('post_processor') or {}).get('type', 'ByteLevel')
-    require(not saved.get('normalizer') and after == 'ByteLevel',
-            f'a normalizer, or post_processor = {after}, changes the text or its ids')
+    for key, supported in (('normalizer', None), ('post_processor', 'ByteLevel'),
+                           ('decoder', 'ByteLevel')):
+        kind = (saved.get(key) or {}).get('type', supported)
+        require(kind == supported, f'its {key}, {kind}, changes the text or its ids')
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
         require(not model.get(key), f'{key} = {model.get(key)!r}')
-    added = {}
-    for token in saved.get('added_tokens') or []:
-        require(not (token.get('lstrip') or token.get('rstrip') or token.get('single_word')),
-                f'the added token {token["content"]!r} takes blanks with it')
-        added[token['content']] = token['id']
     merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
-    return model['vocab'], merges, added
+    return model['vocab'], merges, check_added(saved.get('added_tokens') or [], model['vocab'])
 
 
 def read_added_tokens(folder, vocabulary):
@@ -306,13 +291,31 @@ def read_added_tokens(folder, vocabulary):
     added, config = dict(files['added_tokens']), files['tokenizer_config']
     if END_OF_TEXT in vocabulary:
         added[END_OF_TEXT] = vocabulary[END_OF_TEXT]
-    for id_, token in (config.get('added_tokens_decoder') or {}).items():
-        added[token['content']] = int(id_)
+    decoder = (config.get('added_tokens_decoder') or {}).items()
+    added |= check_added([token | {'id': int(id_)} for id_, token in decoder], vocabulary | added)
     require(not config.get('add_prefix_space'), 'tokenizer_config.json: add_prefix_space = True')
     for name, token in files['special_tokens_map'].items():
         text = token['content'] if isinstance(token, dict) else token
         require(not isinstance(text, str) or text in vocabulary or text in added,
                 f'special_tokens_map.json: {name} = {text!r} has no id')
+    return added
+
+
+def check_added(tokens, vocabulary):
+    """{text: id} of added tokens [{'content': text, 'id': id, ...}]. Raises UserError unless they
+    are found as Hugging Face does: all that are not normalized, then the others in the rest."""
+    added, normalized = {}, {}
+    for token in tokens:
+        text, id_ = token['content'], token['id']
+        require(not (token.get('lstrip') or token.get('rstrip') or token.get('single_word')),
+                f'the added token {text!r} takes blanks with it')
+        require(id_ == vocabulary.get(text, id_) == added.get(text, id_),
+                f'the added token {text!r} has two ids')
+        added[text], normalized[text] = id_, bool(token.get('normalized'))
+    for a, b in itertools.permutations(added, 2):
+        overlap = normalized[a] != normalized[b] and any(
+            a.startswith(b, i) or b.startswith(a[i:]) for i in range(len(a)))
+        require(not overlap, f'the added tokens {a!r} and {b!r} overlap, but one is normalized')
     return added
 
 
@@ -326,7 +329,10 @@ def make_byte_level(vocabulary, merges, added):
         single = [text for text in sorted(vocabulary, key=vocabulary.get) if text in byte_of]
         ordered = list(dict.fromkeys([*single, *(left + right for left, right in merges)]))
     ordered = [text for text in ordered if text not in added]
-    tokens = [bytes(byte_of[c] for c in text) for text in ordered]
+    for text in ordered:
+        require(set(text) <= byte_of.keys(), f'the token {text!r} has characters of no byte')
+    bytes_of = {text: bytes(byte_of[c] for c in text) for text in ordered}
+    tokens = list(bytes_of.values())
     ids = [vocabulary[text] for text in ordered]
     known = set(ordered)
     unused = {text: id_ for text, id_ in vocabulary.items() if text not in known | added.keys()}
@@ -337,7 +343,6 @@ def make_byte_level(vocabulary, merges, added):
     kind = 'gpt2' if len(tokens) == 50256 else 'bpe'
     if ids == list(range(len(tokens))):
         ids = None
-    bytes_of = {text: bytes(byte_of[c] for c in text) for text in ordered}
     check_merges(tokens, [[bytes_of[left], bytes_of[right]] for left, right in merges or []])
     return BPETokenizer(kind, GPT2_PATTERN, tokens, ids, added, unused)
 

@@ -4,7 +4,7 @@ import hashlib
 import numpy as np
 from tqdm import tqdm
 
-from lib.errors import require
+from lib.errors import plural, require
 from lib.pairs import Pairs, join_turns
 from lib.write import Piece, dataset_folder, write_dataset
 
@@ -51,15 +51,16 @@ def write_pairs(documents, tokenizer, name, dataset, block_size=128, packing=Tru
     size = sum(len(text.encode('utf-8')) for _, _, text in kept)
     layout = Pairs(block_size, turns, packing, mask_prompt)
     write_dataset(dataset_folder(dataset), pieces(), tokenizer, name, size, pairs=layout)
-    print(f'{len(splits["train"]):,} pairs to train on, {len(splits["val"]):,} for validation')
+    print(f'{plural(len(splits["train"]), "pair")} to train on, {len(splits["val"]):,} for '
+          f'validation')
 
 
 def report_lengths(lengths, too_long, kept, name, block_size):
     """Print how long the pairs are, and which do not fit. Raises UserError if none does."""
     median, most, longest = (int(np.quantile(lengths, share, method='higher'))
                              for share in (0.5, 0.95, 1))
-    print(f'{len(lengths):,} pairs: half of them have up to {median} tokens, 95% up to {most}, the '
-          f'longest has {longest}')
+    print(f'{plural(len(lengths), "pair")}: half of them have up to {plural(median, "token")}, 95% '
+          f'up to {most}, the longest has {longest}')
     if not too_long:
         return
     places = ', '.join(too_long[:10]) + (', ...' if len(too_long) > 10 else '')

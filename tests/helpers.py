@@ -250,6 +250,19 @@ class Evil:
         return open, (self.path, 'w')
 
 
+SHAPE = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'vocab_size': 300}
+
+
+def nanogpt_state(config=None, **change):
+    """The content of nanoGPT's ckpt.pt for a small random model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE | {'activation': 'gelu'} | (config or {})))
+    args = SHAPE | {'bias': True, 'dropout': 0.0}
+    state = {'model': model.state_dict(), 'model_args': args, 'iter_num': 3, 'best_val_loss': 2.0,
+             'config': {'dataset': 'x', 'batch_size': 4}}  # fmt: skip
+    return state | change
+
+
 def write_nanogpt_dataset(folder, text):
     """train.bin, val.bin and meta.pkl as nanoGPT's data/shakespeare_char/prepare.py writes them."""
     chars = sorted(set(text))

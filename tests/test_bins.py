@@ -308,6 +308,43 @@ def test_open_dataset_never_runs_pickled_code(tmp_path, text, payload):
     assert not (tmp_path / 'ran').exists()
 
 
+def test_a_meta_pkl_that_contradicts_itself_is_refused(tmp_path):
+    write_nanogpt_dataset(tmp_path, 'abcdefgh' * 400)
+    path = tmp_path / 'meta.pkl'
+    meta = pickle.loads(path.read_bytes())
+    swapped = meta['stoi'] | {'a': 1, 'b': 0}
+    path.write_bytes(pickle.dumps(meta | {'stoi': swapped}))
+    with pytest.raises(UserError, match="meta.pkl: stoi has 'a': 1, itos 1: 'b'; prepare"):
+        bins.open_dataset(tmp_path, 16)
+    for change in ({'stoi': meta['stoi'] | {'z': 8}}, {'itos': ['b', 'a', *'cdefgh']}):
+        path.write_bytes(pickle.dumps(meta | change))
+        with pytest.raises(UserError, match='meta.pkl: stoi has'):
+            bins.open_dataset(tmp_path, 16)
+    for change in ({'itos': list('abcdefgh')}, {'itos': {}}, {'stoi': {}}):  # one of them will do
+        path.write_bytes(pickle.dumps(meta | change))
+        assert bins.open_dataset(tmp_path, 16).tokenizer.characters == 'abcdefgh'
+    size = {'vocab_size': 8}
+    for value in ({'itos': {}}, 3, size | {'itos': 3}, size | {'stoi': {'a': []}}):
+        path.write_bytes(pickle.dumps(value))
+        with pytest.raises(UserError, match='meta.pkl: .*prepare') as error:
+            bins.open_dataset(tmp_path, 16)
+        assert not re.search('Error|object|type:', str(error.value))
+
+
+@pytest.mark.parametrize('dtype', ['<u4', '<i8'])
+def test_wide_ids_without_meta_json_are_refused(tmp_path, dtype):
+    """nanoGPT's bins are uint16: of wider ones every second number is an upper half, and small."""
+    write_nanogpt_dataset(tmp_path, 'to be or not to be, that is ' * 40)
+    ids = np.fromfile(tmp_path / 'train.bin', '<u2')
+    for wide in (ids.astype(dtype), ids.astype(dtype) + 2**17):
+        wide.tofile(tmp_path / 'train.bin')
+        with pytest.raises(UserError, match='train.bin: its ids look like uint32.*np.uint16'):
+            bins.open_dataset(tmp_path, 16)
+    for narrow in (ids, ids % 4, ids[:20], np.zeros(900), np.arange(900) % 4, np.full(900, 7)):
+        narrow.astype('<u2').tofile(tmp_path / 'train.bin')  # 4 characters: DNA
+        assert bins.open_dataset(tmp_path, 16).train.n_tokens == len(narrow)
+
+
 def test_bins_are_sharded_above_size_limit(tmp_path, text, monkeypatch):
     monkeypatch.setattr(write, 'SHARD_BYTES', 2 * 1001)
     text = text[:9999]

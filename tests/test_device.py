@@ -33,7 +33,7 @@ def test_pick_device_reports_missing_device(monkeypatch):
     mock_cuda(monkeypatch, count=1)
     assert device.pick_device('cuda:0').index == 0
     for name, message in (
-        ('cuda:1', '1 CUDA devices'),
+        ('cuda:1', '1 CUDA device here'),
         ('mps', 'no Apple GPU'),
         ('gpu', 'give auto'),
         ('xpu', 'give auto'),

@@ -21,7 +21,7 @@ from helpers import TINY, deep_equal
 from lib import bins, recipe, resume, tokenizer, write
 from lib.bpe import train_bpe, train_char
 from lib.errors import UserError
-from lib.files import find
+from lib.files import find, read_json
 from lib.run import read_log
 from lib.text import split_at_end
 from model import GPT, GPTConfig
@@ -126,7 +126,7 @@ def test_saved_tokenizers(tmp_path, kind):
     path, text = tmp_path / 't.json', '0 2' if kind == 'ids' else TEXT
 
     def read():
-        tok = tokenizer.Tokenizer.load(path)
+        tok = tokenizer.Tokenizer.from_dict(read_json(path))
         return tok.encode(text), tok.decode(tok.encode(text)), tok.vocab_size
 
     # another name of an id, or of none, is another tokenizer
@@ -377,7 +377,6 @@ def test_paths(tmp_path, monkeypatch):
         'dataset': lambda path: bins.open_dataset(bins.find_dataset(path), 16),
         'prompt': lambda path: tokenizer.read_prompt(f'FILE:{path}'),
         'config': lambda path: configure(TrainConfig, [path] if path else ['--out_dir']),
-        'tokenizer': tokenizer.Tokenizer.load,
         'find': find,
     }
     for name, read in readers.items():

@@ -24,7 +24,8 @@ def test_prepare_text_builds_dataset_from_file_or_folder(run, refused, clone, tm
         400,
         '--dataset=mine',
     )
-    assert '1 files are not UTF-8 text' in result.stdout
+    assert 'left out: 1 file, the first one: ' in result.stdout
+    assert 'not UTF-8 text' in result.stdout
     assert 'train.bin' in result.stdout
     data = bins.open_dataset(clone / 'data' / 'mine', 32)
     everything = data.tokenizer.decode(

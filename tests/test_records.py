@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -41,6 +42,17 @@ EXAMPLES = [
     ),
     ({'messages': chat(parts('a'), parts('b ', 'c'))}, ['a', 'b c']),
     ({'messages': chat('à 日本', '😀')}, ['à 日本', '😀']),
+    ({'instruction': 'c', 'output': 'd', 'history': [['a', 'b']]}, ['a', 'b', 'c', 'd']),
+    ({'prompt': 'c', 'response': 'd', 'history': [], 'tools': '[]', 'id': 3}, ['c', 'd']),
+    (
+        {'instruction': 'c', 'input': 'x', 'output': 'd', 'history': [['a', 'b']], 'system': 's'},
+        ['s\n\na', 'b', 'c\n\nx', 'd'],
+    ),
+    (
+        {'messages': [{'role': 'user', 'content': 'a'},
+                      {'role': 'assistant', 'content': 'b', 'tool_calls': None}]},
+        ['a', 'b'],
+    ),
 ]
 
 
@@ -131,7 +143,12 @@ MESSAGES = '{"messages": [{"role": "user", "content": "a"}, %s]}'
         (['[1, 2]'], 'json', 'item 1: give an object'),
         (['[]'], 'json', 'there is no pair in it'),
         (['"a\\tb"'], 'jsonl', 'line 1: give an object'),
-        (['{"prompt": "a", "response": "b"}'], 'txt', 'in .jsonl or .json'),
+        (['a b', '{"prompt": "a", "response": "b"}'], 'txt', 'line 1: there is no tab'),
+        (['{"prompt": "a", "response": "b"}', 'x'], 'txt', 'line 2: not JSON'),
+        (['{"prompt": "a", "response": "b", "history": [["a"]]}'], 'json', 'list of pairs'),
+        (['{"prompt": "a", "response": "b", "history": 3}'], 'json', 'list of pairs'),
+        (['{"prompt": "a", "response": "b", "history": [["a", 3]]}'], 'json', 'list of pairs'),
+        (['{"prompt": "a", "response": "b", "history": "ab"}'], 'json', 'list of pairs'),
         (['{"instruction": "a", "input": 3, "output": "b"}'], 'jsonl', 'input is not a text'),
         ([MESSAGES % '{"role": "assistant", "content": 3}'], 'jsonl', 'neither a text nor'),
         (
@@ -186,3 +203,64 @@ def test_pairs_report_invalid_line(refused, clone, tmp_path, lines, suffix, says
     options = ('--tokenizer=byte', '--block_size=20', '--dataset=bad')
     refused('data/pairs/prepare.py', f'--input={path}', *options, says=(str(path), says))
     assert not (clone / 'data' / 'bad' / 'train.bin').exists()
+
+
+def test_what_is_not_text_is_left_out_and_said(run, clone, tmp_path):
+    """Calls of tools, their results and images: the rest of such a chat would teach to guess."""
+    call = {'role': 'assistant', 'content': 'b', 'tool_calls': [{'id': 1}]}
+    lines = [
+        {'messages': [*chat('a'), call]},
+        {'messages': [*chat('a'), call | {'content': None}]},
+        *({'messages': [*chat('a', 'b'), {'role': role, 'content': 'c'}, *chat('d', 'e')]}
+          for role in ('tool', 'function', 'ipython')),
+        human('a', 'b') | {'tools': '[{"name": "x"}]'},
+        {'instruction': 'a', 'output': 'b', 'images': ['x.png']},
+    ]  # fmt: skip
+    good = [{'prompt': f'a{i}', 'response': 'b'} for i in range(60)]
+    path = tmp_path / 'x.jsonl'
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines + good))
+    result = run('data/pairs/prepare.py', f'--input={path}', '--tokenizer=byte', '--dataset=tools')
+    assert 'left out: 7 of 67 examples (line 1: it has tool_calls, which cannot' in result.stdout
+    left_out = []
+    assert len(list(read_documents(path, left_out))) == 60
+    assert [reason.split(': ')[1].split(' ')[0:3] for reason in left_out] == [
+        ['it', 'has', 'tool_calls,'], ['it', 'has', 'tool_calls,'], ['role', "'tool'", 'is'],
+        ['role', "'function'", 'is'], ['role', "'ipython'", 'is'], ['it', 'has', 'tools,'],
+        ['it', 'has', 'images,'],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', ['lines', 'array', 'pretty', 'tsv', 'brackets'])
+def test_json_is_recognized_in_a_pipe(run, clone, tmp_path, kind):
+    pairs = [(f'[a{i}', f'b{i}]') for i in range(40)]
+    examples = [{'prompt': a, 'response': b} for a, b in pairs]
+    text = {
+        'lines': '\n' + ''.join(json.dumps(example) + '\n' for example in examples),
+        'array': json.dumps(examples),
+        'pretty': json.dumps(examples, indent=1),
+        'tsv': ''.join(f'{a[1:]}\t{b}\n' for a, b in pairs),
+        'brackets': ''.join(f'{a}\t{b}\n' for a, b in pairs),
+    }[kind]
+    (tmp_path / 'x').write_text(text)
+    options = ('--tokenizer=byte', '--dataset=piped')
+    with open(tmp_path / 'x') as stdin:
+        run('data/pairs/prepare.py', '--input=-', *options, stdin=stdin)
+    found = [d for split in ('train', 'val') for _, d in read_bins(clone / 'data/piped', split)]
+    assert sorted(found) == sorted([a[1:] if kind == 'tsv' else a, b] for a, b in pairs)
+
+
+def test_a_single_one_is_not_said_in_the_plural(run, clone, tmp_path):
+    examples = [{'prompt': a, 'response': b} for a, b in (('a', ''), ('a', 'b'), ('c', 'b'))]
+    (tmp_path / 'x.json').write_text(json.dumps(examples))
+    options = ('--tokenizer=byte', '--val_fraction=0.5', '--dataset=one')
+    pairs = run('data/pairs/prepare.py', f'--input={tmp_path / "x.json"}', *options).stdout
+    assert 'left out: 1 of 3 examples' in pairs and '1 pair to train on' in pairs
+    folder = tmp_path / 'notes'
+    folder.mkdir()
+    (folder / 'a.txt').write_text('to be or not to be ' * 9)
+    (folder / 'b.bin').write_bytes(bytes(9))
+    options = ('--tokenizer=char', '--dataset=one')
+    text = run('data/text/prepare.py', f'--input={folder}', *options).stdout
+    assert 'left out: 1 file, the first one: ' in text
+    for output in (pairs, text):
+        assert not re.search(r'\b1 \w+s\b', output), output

@@ -1,6 +1,8 @@
 """Weights and tokenizers as other programs leave them: right, or refused in a sentence."""
 
+import itertools
 import json
+import random
 import struct
 import zipfile
 
@@ -11,22 +13,10 @@ import torch
 import transformers
 
 import checkpoint as ckpt
-from helpers import TINY, error_line, save_overflowing
+from helpers import SHAPE, TINY, error_line, nanogpt_state, save_overflowing
 from lib import formats, tokenizer
 from lib.errors import UserError
 from model import GPT, GPTConfig
-
-SHAPE = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16, 'vocab_size': 300}
-
-
-def nanogpt_state(config=None, **change):
-    """The content of nanoGPT's ckpt.pt for a small random model."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE | {'activation': 'gelu'} | (config or {})))
-    args = SHAPE | {'bias': True, 'dropout': 0.0}
-    state = {'model': model.state_dict(), 'model_args': args, 'iter_num': 3, 'best_val_loss': 2.0,
-             'config': {'dataset': 'x', 'batch_size': 4}}  # fmt: skip
-    return state | change
 
 
 def save(state, path):
@@ -112,6 +102,35 @@ def test_added_tokens_of_a_slow_tokenizer_are_recognized(byte_level):
             tokenizer.from_huggingface(folder)
 
 
+def test_added_tokens_that_overlap_are_found_as_huggingface_does_or_refused(byte_level):
+    """Theirs looks for all tokens that are not normalized first, then for the others in the rest.
+    """
+    base, folder = byte_level(['<|endoftext|>'])
+    base, rng, counts = base._tokenizer.to_str(), random.Random(0), {True: 0, False: 0}
+    texts = [''.join(text) for n in (2, 3, 4) for text in itertools.product('~^', repeat=n)]
+    for _ in range(60):
+        theirs = hf.Tokenizer.from_str(base)
+        theirs.add_tokens([
+            hf.AddedToken(text, normalized=rng.random() < 0.5) for text in rng.sample(texts, 3)
+        ])
+        theirs.save(str(folder / 'tokenizer.json'))
+        try:
+            ours = tokenizer.from_huggingface(folder)
+        except UserError as error:
+            assert 'overlap, but one is normalized' in str(error)
+            counts[False] += 1
+            continue
+        counts[True] += 1
+        for sample in (''.join(rng.choices('~^', k=12)) for _ in range(40)):
+            assert ours.encode(sample) == theirs.encode(sample).ids, theirs.to_str()[:999]
+    assert min(counts.values()) > 9, counts
+    saved = json.loads(base)
+    saved['added_tokens'] += [dict(saved['added_tokens'][0], content='Ġthe', id=400)]
+    (folder / 'tokenizer.json').write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="the added token 'Ġthe' has two ids"):
+        tokenizer.from_huggingface(folder)
+
+
 def test_a_token_that_is_only_in_the_vocabulary_is_plain_text_in_a_prompt(byte_level):
     theirs, folder = byte_level(['<|endoftext|>'])
     vocab = json.loads((folder / 'vocab.json').read_text())
@@ -150,12 +169,16 @@ def test_a_byte_level_tokenizer_that_changes_the_text_is_refused(byte_level):
         ('pre_tokenizer', hf.pre_tokenizers.ByteLevel(add_prefix_space=True)),
         ('normalizer', hf.normalizers.Lowercase()),
         ('pre_tokenizer', hf.pre_tokenizers.Whitespace()),
+        ('post_processor', hf.processors.RobertaProcessing(('a', 0), ('b', 1))),
+        ('decoder', hf.decoders.WordPiece()),
     ):
         theirs, folder = byte_level(['<|endoftext|>'])
         setattr(theirs._tokenizer, part, value)
         theirs.save(str(folder / 'tokenizer.json'))
-        with pytest.raises(UserError, match=part):
+        with pytest.raises(UserError, match=part) as error:
             tokenizer.from_huggingface(folder)
+        parts = ('pre_tokenizer', 'normalizer', 'post_processor', 'decoder')
+        assert [name for name in parts if name in str(error.value)] == [part]
 
 
 def test_tokenizer_larger_than_the_model_is_refused(tmp_path, byte_level):
@@ -318,7 +341,7 @@ def test_files_that_unfold_are_refused(tmp_path):
     with pytest.raises(UserError, match='larger than its data'):
         ckpt.load(save(state, bomb))
     with pytest.raises(UserError, match='larger than its data'):
-        formats.read_pytorch_bin(save(state['model'], bomb))
+        formats.check_weights(formats.load_torch(save(state['model'], bomb)), bomb)
 
 
 @pytest.mark.parametrize('bad', ['sparse', 'complex', 'scalar', 'text'])

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import Count, TrainConfig, check_bounds, configure, read_config_file
+from configurator import Count, TrainConfig, configure, read_config_file
 from lib.errors import UserError, os_errors, require, user_errors
 from lib.files import create, find, write_text
 
@@ -47,7 +47,6 @@ class Config:
 
 def check(config):
     """Validate the config and find its files. Raises UserError."""
-    check_bounds(config)
     for part in config.parts:
         require(part in PARTS, f'parts = {part!r}: give some of {", ".join(PARTS)}')
     if config.profile is not None:

@@ -22,15 +22,7 @@ from typing import Annotated, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import (
-    Bound,
-    Count,
-    Fraction,
-    NonNegative,
-    WholeNumber,
-    check_bounds,
-    configure,
-)
+from configurator import Bound, Count, Fraction, NonNegative, WholeNumber, configure
 from lib.errors import os_errors, require, user_errors
 from lib.files import create, write_text
 
@@ -68,7 +60,6 @@ class Config:
 
 def check(config):
     """Validate the config. Raises UserError."""
-    check_bounds(config)
     require(config.n_embd % HEAD_SIZE == 0,
             f'n_embd = {config.n_embd}: give a multiple of {HEAD_SIZE}, the size of a head')
 

@@ -22,8 +22,8 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import Count, check_bounds, configure
-from lib.errors import user_errors
+from configurator import Count, configure
+from lib.errors import plural, user_errors
 
 
 @dataclass
@@ -36,7 +36,6 @@ class Config:
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
     with user_errors():
         config, _ = configure(Config)
-        check_bounds(config)
 
 import torch
 
@@ -164,12 +163,13 @@ def main(config):
 
     print(f'training {n_steps} steps undisturbed', flush=True)
     start_or_resume(folder / 'whole', arguments).communicate()
-    print(f'training {n_steps} steps with {config.kills} kills', flush=True)
+    print(f'training {n_steps} steps with {plural(config.kills, "kill")}', flush=True)
     counts = kill_and_resume(folder / 'killed', arguments, n_steps, config)
 
-    print(f'{counts.kills} kills, {counts.in_save} of them in a save; {counts.resumes} resumes; '
-          f'{counts.restarts} restarts before the first save; {counts.repeated} steps repeated, '
-          f'{counts.repeated / max(1, counts.kills):.1f} per kill; {counts.lost} saved steps lost')
+    print(f'{plural(counts.kills, "kill")}, {counts.in_save} in a save; '
+          f'{plural(counts.resumes, "resume")}; {plural(counts.restarts, "restart")} before the '
+          f'first save; {plural(counts.repeated, "step")} repeated, '
+          f'{counts.repeated / max(1, counts.kills):.1f} per kill; saved steps lost: {counts.lost}')
     whole, killed = fingerprint(folder / 'whole'), fingerprint(folder / 'killed')
     for name in whole:
         print(f'{name}: {whole[name]} without, {killed[name]} with kills')

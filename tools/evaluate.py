@@ -15,17 +15,8 @@ from typing import Literal, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import (
-    Beams,
-    Count,
-    FilePath,
-    LengthPenalty,
-    Which,
-    WholeNumber,
-    check_bounds,
-    configure,
-)
-from lib.errors import UserError, require, user_errors
+from configurator import Beams, Count, FilePath, LengthPenalty, Which, WholeNumber, configure
+from lib.errors import UserError, plural, require, user_errors
 from lib.files import find, read_text
 
 
@@ -54,7 +45,6 @@ class Config:
 
 def check(config):
     """Validate the config and find its files. Raises UserError."""
-    check_bounds(config)
     require(config.input or config.task not in ('lambada', 'hellaswag'),
             f'task = {config.task}: name its file with --input=PATH')
     require(config.stride is None or config.task in ('auto', 'text'),
@@ -152,7 +142,7 @@ def evaluate_pairs(model, tokenizer, split, config):
         print(f'source: {" | ".join(source)}\ntarget: {target}\nanswer: {answer}\n')
     targets = [target for _, target in turns]
     n_exact = sum(answer.strip() == target.strip() for answer, target in zip(answers, targets))
-    result = (f'{len(targets):,} targets, beam {config.num_beams}: '
+    result = (f'{plural(len(targets), "target")}, beam {config.num_beams}: '
               f'exact match {n_exact / len(targets):.2%}')
     try:
         import sacrebleu  # optional
@@ -241,12 +231,12 @@ def evaluate_text(model, tokenizer, split, config, device):
     loss, bits, n_tokens = evaluation.evaluate(loss_of, split, windows, batch_size,
                                                tokenizer.text_bytes(), Signals(catch=False))
     require(math.isfinite(loss), f'the loss is {loss}: {OVERFLOW}')
-    result = (f'{n_tokens:,} tokens: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, '
-              f'{bits:.4f} bits per byte')
+    result = (f'{plural(n_tokens, "token")}: loss {loss:.4f}, perplexity '
+              f'{math.exp(min(loss, 700)):.2f}, {bits:.4f} bits per byte')
     if config.input:
         n_words = len(tokenizer.decode(split.split.ids[:n_tokens + 1]).split())
         per_word = math.exp(min(loss * n_tokens / max(1, n_words), 700))
-        result += f', {per_word:.2f} per-word perplexity ({n_words:,} words)'
+        result += f', {per_word:.2f} per-word perplexity ({plural(n_words, "word")})'
     return result
 
 
@@ -411,7 +401,7 @@ def summarize_lambada(results, examples):
     n = len(results)
     nats = -sum(logp.item() for logp, _ in results)
     correct = sum(greedy.item() for _, greedy in results)
-    return (f'{n:,} passages: accuracy {correct / n:.2%}, '
+    return (f'{plural(n, "passage")}: accuracy {correct / n:.2%}, '
             f'perplexity {math.exp(min(nats / n, 700)):.2f}')
 
 

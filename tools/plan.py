@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configurator import Bound, Count, NonNegative, Positive, TrainConfig
-from lib.errors import require, user_errors
+from lib.errors import plural, require, user_errors
 from lib.recipe import read_train_config
 
 Utilization = Annotated[float, Bound(lambda x: 0.001 <= x <= 1, 'at least 0.001, at most 1')]
@@ -123,7 +123,7 @@ def print_model(config, sizes, micro_batches):
          f'{sizes.of(GPT.num_matmul_params) / 1e6:,.2f}M in matrix products'),
         ('tokens per step', f'{tokens_per_step(config):,}',
          f'{config.batch_size} sequences x {config.block_size:,} x {micro_batches} micro-batches x '
-         f'{config.gpus} GPUs'),
+         f'{plural(config.gpus, "GPU")}'),
     ])
 
 
@@ -229,7 +229,7 @@ def print_run(config, sizes, gpu, step):
                 f'measure it)', [
         ('speed', f'{tokens / step_seconds:,.0f}', f'tokens/s, {seconds(step_seconds)} per step'),
         ('tokens', f'{config.max_iters * tokens:.3g}',
-         f'in {config.max_iters:,} steps; compute-optimal are 20 N = {optimal:.3g} '
+         f'in {plural(config.max_iters, "step")}; compute-optimal are 20 N = {optimal:.3g} '
          f'(Hoffmann et al. 2022)'),
         ('time', time, 'without evaluations and checkpoints'),
         ('cost', f'${gpu_hours * config.price:,.0f}',
@@ -255,9 +255,9 @@ def main(config):
     gpu = GPUS[config.gpu]
     sizes = measure(config)
     micro_batches = config.gradient_accumulation_steps // config.gpus  # per GPU
-    print(f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context '
-          f'{config.block_size:,}, vocabulary {sizes.config.vocab_size:,}; '
-          f'{config.gpus} x {gpu.name}')
+    print(f'{plural(config.n_layer, "layer")}, {plural(config.n_head, "head")}, '
+          f'{config.n_embd} wide, context {config.block_size:,}, vocabulary '
+          f'{sizes.config.vocab_size:,}; {config.gpus} x {gpu.name}')
     print_model(config, sizes, micro_batches)
     print_memory(config, sizes, gpu)
     step = estimate_step(config, sizes, gpu, micro_batches)

@@ -3,34 +3,38 @@
     python data/pairs/prepare.py --input=ita.txt --dataset=en_it    # lines of source TAB target
     python data/pairs/prepare.py --input=chats.jsonl --tokenizer=gpt2 --block_size=1024
 
-A .jsonl or .json file has an object per line, or is one array of them. Read are {"prompt": ...,
-"response": ...}, the pairs of keys in PAIRS, Alpaca's {"instruction": ..., "input": ..., "output":
-...}, {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]},
-such a list alone, and ShareGPT's {"conversations": [{"from": "human", "value": ...}, ...]}. A chat
-may begin with a message of the role system. Only targets are learned (mask_prompt).
+JSON is an object per line, or one array of them. Read are {"prompt": ..., "response": ...}, the
+pairs of keys in PAIRS, Alpaca's {"instruction": ..., "input": ..., "output": ...}, {"messages":
+[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}, such a list alone,
+and ShareGPT's {"conversations": [{"from": "human", "value": ...}, ...]}. A chat may begin with a
+message of the role system, "history" has earlier turns, [[source, target], ...]; examples with
+calls of tools or images are left out. Only targets are learned (mask_prompt).
 """
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import FilePath, configure
-from lib.errors import UserError, require, user_errors
+from configurator import Bound, FilePath, ValFraction, configure
+from lib.errors import UserError, plural, require, user_errors
+
+RowSize = Annotated[int, Bound(lambda x: 5 <= x <= 2**20, 'at least 5, at most 2**20')]
 
 
 @dataclass
 class Config:
-    input: FilePath = ''  # lines of source TAB target, or JSON (.jsonl, .json), perhaps .gz
+    input: FilePath = ''  # lines of source TAB target, or JSON, perhaps .gz; -: standard input
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
     vocab_size: int = 4096  # of bpe
     init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): their tokenizer
     dataset: str = 'pairs'  # the bins go to data/<dataset>
-    block_size: int = 128  # tokens per row; longer pairs are left out
+    block_size: RowSize = 128  # tokens per row; longer pairs are left out
     packing: bool = True  # several pairs per row, which do not see one another; False: one
     mask_prompt: bool = True  # no loss on sources
-    val_fraction: float = 0.05  # the fraction of sources, by hash, kept for validation
+    val_fraction: ValFraction = 0.05  # the fraction of sources, by hash, kept for validation
 
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
@@ -41,8 +45,9 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
                          f'{", ".join(sorted(own))}')
 
 from lib.bpe import make_tokenizer
-from lib.files import open_text, printable, regular_file
+from lib.files import open_text, printable
 from lib.records import read_records
+from lib.text import regular_file
 from lib.write import dataset_folder
 from lib.write_pairs import write_pairs
 
@@ -50,6 +55,9 @@ PAIRS = (('prompt', 'response'), ('prompt', 'completion'), ('question', 'answer'
          ('input', 'output'))
 ROLES = {'system': 'source', 'user': 'source', 'assistant': 'target',
          'human': 'source', 'gpt': 'target'}  # the last two are ShareGPT's
+# of an example or a message: what no text of ours can hold
+MORE_THAN_TEXT = ('tools', 'tool_calls', 'functions', 'function_call', 'images', 'videos', 'audios',
+                  'audio', 'refusal', 'reasoning_content')
 
 
 class Unusable(UserError):
@@ -61,7 +69,7 @@ def read_documents(path, left_out=None):
     item of a JSON array; where: 'line 3', 'item 3'. Unusable records are added to the list
     left_out. Raises UserError that names file and place."""
     records, read_record = read_lines(path), read_tsv
-    if path.name.lower().removesuffix('.gz').endswith(('.jsonl', '.json')):
+    if is_json(path):
         records, read_record = read_records(path), read_example
     for where, record in records:
         try:
@@ -76,6 +84,14 @@ def read_documents(path, left_out=None):
         yield where, parts
 
 
+def is_json(path):
+    """By its name, or because it begins with an object or an array and no tab follows."""
+    with open_text(path) as file:
+        first = next(filter(None, map(str.strip, file)), '')
+    named = path.name.lower().removesuffix('.gz').endswith(('.jsonl', '.json'))
+    return named or first[:1] in ('{', '[') and '\t' not in first
+
+
 def read_lines(path):
     with open_text(path) as file:
         lines = [(f'line {n}', line) for n, line in enumerate(file, 1) if line.strip()]
@@ -85,22 +101,34 @@ def read_lines(path):
 def read_tsv(line):
     """[source, target]; further columns (of licences, say) are ignored."""
     columns = line.split('\t')
-    require(len(columns) > 1, 'there is no tab between a source and a target (JSON is read from '
-                              'files whose names end in .jsonl or .json)')
+    require(len(columns) > 1, 'there is no tab between a source and a target')
     require(all(column.strip() for column in columns[:2]), 'a side is empty')
     return columns[:2]
 
 
 def read_example(example):
     """[source, target, ...] of a record in JSON. Raises UserError, Unusable."""
-    parts = read_sides(example)
+    check_text_only(example)
+    keys = example if isinstance(example, dict) else {}
+    history = keys.get('history') or []
+    require(isinstance(history, list) and all(isinstance(turn, list) and [*map(type, turn)] ==
+                                              [str, str] for turn in history),
+            'history is not a list of pairs of texts')
+    parts = [*itertools.chain(*history), *read_sides(example)]
     for key in ('context', 'system'):  # they come before the first source
-        before = example.get(key) if isinstance(example, dict) else None
+        before = keys.get(key)
         if isinstance(before, str) and before.strip():
             parts = [f'{before}\n\n{parts[0]}', *parts[1:]]
     if not all(part.strip() for part in parts):
         raise Unusable('a side is empty')
     return parts
+
+
+def check_text_only(record):
+    """Raise Unusable if an example or a message has more than text."""
+    for key in MORE_THAN_TEXT:
+        if isinstance(record, dict) and record.get(key) and record[key] != '[]':
+            raise Unusable(f'it has {key}, which cannot become text')
 
 
 def read_sides(example):
@@ -127,13 +155,15 @@ def read_messages(messages):
     blank line; a system message is part of the source after it."""
     parts = []
     for message in messages:
+        check_text_only(message)
         match message:
             case {'role': str(role), 'content': content} | {'from': str(role), 'value': content}:
-                text = read_content(content)
+                text = read_content('' if content is None else content)
             case _:
                 raise UserError('a message is {"role": text, "content": text}, or {"from": text, '
                                 '"value": text}')
-        require(role in ROLES, f'role {role!r} is none of {", ".join(ROLES)}')
+        if role not in ROLES:  # tool, function, observation, ...
+            raise Unusable(f'role {role!r} is none of {", ".join(ROLES)}')
         if not text.strip():
             raise Unusable(f'the content of a message ({role}) is empty')
         side = int(ROLES[role] == 'target')
@@ -150,8 +180,6 @@ def read_messages(messages):
 
 def read_content(content):
     """The text of a message, which may come in parts. Raises UserError."""
-    if content is None:  # a message that only calls a tool
-        return ''
     if isinstance(content, str):
         return content
     require(isinstance(content, list), 'the content of a message is neither a text nor a list of '
@@ -184,13 +212,8 @@ def pick_tokenizer(config, path):
 
 def main(config):
     require(config.input, 'name your pairs: python data/pairs/prepare.py --input=FILE, '
-                          'lines of source TAB target, or .jsonl or .json')
+                          'lines of source TAB target, or JSON')
     dataset_folder(config.dataset)
-    require(0 < config.val_fraction < 1,
-            f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
-    require(5 <= config.block_size <= 2**20,
-            f'block_size = {config.block_size}: give at least 5, 3 of which separate a pair, at '
-            f'most {2**20:,}')
     with regular_file(config.input) as path:
         prepare(config, path)
 
@@ -201,8 +224,8 @@ def prepare(config, path):
     reasons = '; '.join(left_out[:3]) + '; ...' * (len(left_out) > 3)
     require(documents, f'{config.input}: there is no pair in it{reasons and f" ({reasons})"}')
     if left_out:
-        print(f'{len(left_out):,} of {len(documents) + len(left_out):,} examples are left out: '
-              f'{reasons}')
+        print(f'left out: {len(left_out):,} of {plural(len(documents) + len(left_out), "example")} '
+              f'({reasons})')
     write_pairs(documents, pick_tokenizer(config, path), printable(config.input), config.dataset,
                 config.block_size, config.packing, config.mask_prompt, config.val_fraction)
 

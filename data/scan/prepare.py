@@ -11,15 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import configure
+from configurator import ValFraction, configure
 from lib.bpe import train_bpe
-from lib.errors import require, user_errors
+from lib.errors import user_errors
 from lib.write_pairs import write_pairs
 
 
 @dataclass
 class Config:
-    val_fraction: float = 0.2  # of the commands, by hash; as in the paper's first experiment
+    val_fraction: ValFraction = 0.2  # of the commands, by hash; as in the paper's first experiment
 
 
 def commands():
@@ -41,8 +41,6 @@ def commands():
 
 
 def main(config):
-    require(0 < config.val_fraction < 1,
-            f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     documents = [(f'line {n}', parts) for n, parts in enumerate(commands(), 1)]
     tokenizer = train_bpe((part for _, parts in documents for part in parts), vocab_size=335)
     write_pairs(documents, tokenizer, 'SCAN', 'scan', val_fraction=config.val_fraction)

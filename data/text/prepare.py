@@ -15,9 +15,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import FilePath, configure
-from lib.errors import UserError, first_line, require, user_errors
-from lib.files import find, printable, regular_file
+from configurator import FilePath, ValFraction, configure
+from lib.errors import UserError, first_line, plural, require, user_errors
+from lib.files import find, printable
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Config:
     vocab_size: int = 4096  # of bpe
     init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): their tokenizer
     dataset: str = 'text'  # the bins go to data/<dataset>
-    val_fraction: float = 0.1  # the fraction of the text, at its end, kept for validation
+    val_fraction: ValFraction = 0.1  # the fraction of the text, at its end, kept for validation
     special_tokens: bool = True  # <|endoftext|> in the text ends a document; False: plain text
 
 
@@ -39,7 +39,7 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
                          f'{", ".join(sorted(own))}')
 
 from lib.bpe import make_tokenizer
-from lib.text import read_pieces, split_at_end
+from lib.text import read_pieces, regular_file, split_at_end
 from lib.tokenizer import END_OF_TEXT
 from lib.write import dataset_folder, write_dataset
 
@@ -60,7 +60,7 @@ def text_files(root):
             except UserError as error:
                 skipped.append(first_line(error))
     if skipped:
-        print(f'{len(skipped)} files are not UTF-8 text and are left out, the first one: '
+        print(f'left out: {plural(len(skipped), "file")}, the first one: '
               f'{printable(min(skipped))}')
 
     def name_hash(path):
@@ -91,8 +91,6 @@ def main(config):
     require(config.input, 'name your text: python data/text/prepare.py --input=PATH, '
                           'a text file or a folder')
     dataset_folder(config.dataset)
-    require(0 < config.val_fraction < 1,
-            f'val_fraction = {config.val_fraction}: give a share between 0 and 1')
     root = find(config.input)
     if root.is_dir():
         prepare(config, text_files(root))
