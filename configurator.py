@@ -187,6 +187,7 @@ class TrainConfig(ModelConfig):
     deterministic_sum: bool = False  # same bits for 1, 2, 4, ... processes; no overlap
     peak_flops: Positive | None = None  # of your device, for MFU; None: from a table
     bias: bool = False  # nanoGPT's default for training
+
     auto_batch_size = False  # not a key: batch_size was auto (lib/recipe.py)
 
 

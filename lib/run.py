@@ -216,11 +216,11 @@ class HostCopy:
             self.copied = torch.cuda.Event()
             self.copied.record()
 
-    def tolist(self):
-        """Its numbers, as soon as they are there."""
+    def get(self):
+        """The copy, as soon as it is there."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.tensor.tolist()
+        return self.tensor
 
 
 class StepLog(contextlib.AbstractContextManager):
@@ -265,7 +265,7 @@ class StepLog(contextlib.AbstractContextManager):
             return
         self.pending = self.pending[len(ended):]
         done = ended[-1][0] + 1
-        all_values = [values.tolist() for *_, values in ended]
+        all_values = torch.stack([values.get() for *_, values in ended]).tolist()
         seconds = time.perf_counter() - self.time
         speed = (done - self.step) * self.tokens_per_step / seconds
         for (step, first_sample, lr, _), (loss, grad_norm, *losses) in zip(ended, all_values):
