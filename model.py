@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import GPTConfig
 from lib import formats, generation
-from lib.linear import Linear, make_embedding
+from lib.linear import LayerNorm, Linear, RMSNorm, make_embedding
 from lib.loss import MAX_LOGITS, chunked_cross_entropy, needs_chunks, softcap
 from lib.ngram import NgramEmbedding
 from lib.pairs import document_numbers, source_parts
@@ -156,8 +156,8 @@ class MLP(nn.Module):
 
 def make_norm(config):
     if config.norm == 'rmsnorm':
-        return nn.RMSNorm(config.n_embd, eps=1e-5)
-    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        return RMSNorm(config.n_embd, eps=1e-5)
+    return LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
 class Block(nn.Module):

@@ -139,10 +139,9 @@ def left_pad(model, prompts, room=0):
     if not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
         raise ValueError(f'a token id is not below vocab_size = {model.config.vocab_size}')
     longest = max(lengths)
-    tokens = torch.zeros(len(lengths), longest + room, dtype=torch.long, device=device)
-    for row, prompt in zip(tokens, prompts):
-        row[longest - len(prompt):longest] = torch.tensor(prompt, device=device)
-    return prompts, tokens, torch.tensor([longest - n for n in lengths], device=device)
+    start = [longest - n for n in lengths]
+    rows = [[0] * n + prompt + [0] * room for n, prompt in zip(start, prompts)]
+    return prompts, torch.tensor(rows, device=device), torch.tensor(start, device=device)
 
 
 @torch.no_grad()
@@ -232,13 +231,14 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
                 elif share:
                     cache = cache.select(number)
             else:
-                logits, _ = step(tokens[:, end - 1:end], cache=cache)
+                logits, _ = step(last, cache=cache)
             next_token = sample_next_token(
                 logits[:, -1, :vocab_size], temperature, top_k, top_p, min_p, repetition_penalty,
                 None if seen is None else seen[:, :vocab_size], generator)  # (B,)
-            tokens[:, end] = next_token.clamp(min=0)
+            last = next_token.clamp(min=0)[:, None]  # (B, 1)
+            tokens[:, end:end + 1] = last
             if seen is not None:
-                seen.scatter_(1, tokens[:, end:end + 1], True)
+                seen.scatter_(1, last, True)
             yield next_token
     finally:
         model.train(was_training)
@@ -316,10 +316,10 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=Non
     logits = filter_logits(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen)
     probs = logits.softmax(dim=-1)
     if logits.device.type != 'cpu':
-        # torch.multinomial without its checks, which end the process on CUDA: the first of
-        # exponential races (gpt-fast)
-        races = probs / torch.empty_like(probs).exponential_(generator=generator)
-        return races.argmax(-1).where(finite, -1)
+        # torch.multinomial without its checks, which end the process on CUDA: the token whose
+        # exponential clock rings first (gpt-fast)
+        u = torch.rand(probs.shape, generator=generator, device=probs.device)
+        return (probs / -u.log()).argmax(-1).where(finite, -1)
     # that takes a random number per vocabulary entry, which on a CPU costs as much as a layer.
     # Draw one per row instead and invert the cumulative distribution.
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # (B, V)

@@ -1,4 +1,4 @@
-"""nn.Linear with a fast path for one token on a CPU, and int8 weights for sampling."""
+"""Layers: Linear with a fast path for one token on a CPU, norms, int8 weights for sampling."""
 import warnings
 
 import torch
@@ -20,6 +20,21 @@ class Linear(nn.Linear):
             y = torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in the dtype of x: FSDP gathers the gains in 16 bits."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.type_as(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.type_as(x), bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, likewise."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Int8Linear(nn.Module):

@@ -101,7 +101,7 @@ class FakeCuda(FakeTensorMode):
         """Tensor.tolist, which is a single sync."""
         if tensor.is_cuda:
             self.sync('tolist')
-        return np.zeros(tensor.shape).astype(int).tolist()
+        return np.ones(tensor.shape).astype(int).tolist()
 
 
 def is_host_sync(func, args, kwargs):

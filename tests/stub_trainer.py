@@ -39,8 +39,8 @@ def make_trainer(architecture, device, dtype, **keys):
     model_config |= {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
     data = SimpleNamespace(train=Rows(), tokenizer=tokenizer, fingerprint=lambda: '')
     with contextlib.redirect_stdout(sys.stderr):
-        model, parallel = train.build_model(config, None, data, model_config, device, dtype)
+        model, parallel = train.build_model(config, None, data, model_config, device, dtype, False)
         trainer = train.Trainer(config, None, data, model, device, dtype)
-        trainer.wrap(parallel)
+        trainer.wrap(parallel, False)
     trainer.log = SimpleNamespace(add=lambda *values: None)
     return trainer
