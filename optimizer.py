@@ -5,7 +5,7 @@ import torch
 from torch.optim.adamw import adamw as adamw_step
 
 from lib.device import has_bfloat16
-from lib.distributed import gather_like, is_shard, local, shard_like
+from lib.distributed import gather_like, is_shard, local, map_shared, shard_like, world_size
 
 MUON_MAX_NUMEL = 2**25  # most elements orthogonalized in one batch
 EXTENDED_PEAK = 0.5  # of the schedule, in the steps by which a run was extended
@@ -65,6 +65,8 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group['initial_lr'] = group['lr']
         self.found_inf = None  # a tensor, 1 where the step must change nothing
+        self.shares_muon = True  # each process orthogonalizes its share of the matrices
+        self.orthogonalize = orthogonalize
         for group in self.param_groups:
             for p in group['params']:
                 state = self.state[p]
@@ -113,6 +115,8 @@ class Optimizer(torch.optim.Optimizer):
             shapes.setdefault(p.shape, []).append(p)
         for shape, params in shapes.items():
             batch_size = max(1, MUON_MAX_NUMEL // shape.numel())
+            if self.shares_muon:
+                batch_size *= world_size()
             for first in range(0, len(params), batch_size):
                 self.step_muon_batch(params[first:first + batch_size], group)
 
@@ -132,7 +136,11 @@ class Optimizer(torch.optim.Optimizer):
         if is_shard(params[0]):  # FSDP: orthogonalize whole matrices
             update = torch.stack([gather_like(u, p) for p, u in zip(params, update)])
         rows, columns = params[0].shape
-        update = orthogonalize(update) * (lr * max(1, rows / columns)**0.5)
+        if self.shares_muon:
+            update = map_shared(self.orthogonalize, update)
+        else:
+            update = self.orthogonalize(update)
+        update = update.type_as(momentum) * (lr * max(1, rows / columns)**0.5)
         for p, u in zip(params, update.unbind()):
             local(p).mul_(1 - lr * group['weight_decay']).sub_(local(shard_like(u, p)))
 
@@ -179,7 +187,7 @@ def orthogonalize(x):
     """Approximately U V^T for each x = U S V^T, (n, rows, columns), in 5 Newton-Schulz iterations.
 
     Their polynomial brings singular values to between 0.7 and 1.2 (Jordan et al. 2024). In bf16,
-    which is precise enough, if the hardware has it.
+    which is precise enough, if the hardware has it; so is the result.
     """
     wide = x.size(1) <= x.size(2)
     dtype = torch.bfloat16 if has_bfloat16(x.device.type) else torch.float32
@@ -189,7 +197,7 @@ def orthogonalize(x):
         a = y @ y.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         y = torch.baddbmm(y, b, y, beta=3.4445)
-    return (y if wide else y.mT).type_as(x)
+    return y if wide else y.mT
 
 
 def state_bytes(model, config):

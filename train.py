@@ -13,6 +13,7 @@ if __name__ == '__main__':  # so that --help and typos do not wait for the slow 
     with user_errors():
         config, given = read_train_config()
 
+import gc
 import math
 import os
 import signal
@@ -30,7 +31,7 @@ from lib.files import command, find
 from lib.loss import max_logits
 from lib.run import Run, StepLog
 from model import GPT, GPTConfig
-from optimizer import lr_multiplier, make_optimizer, state_bytes
+from optimizer import lr_multiplier, make_optimizer, orthogonalize, state_bytes
 
 
 class Trainer:
@@ -220,13 +221,17 @@ class Trainer:
                 x, y = self.data.train.batch(0, config.batch_size, config.seed)
                 loss = self.loss_of(model, *devices.to_device(x, y, self.device))
                 self.scaler.scale(loss).backward()
-            self.optimizer.step_if_finite(torch.zeros((), dtype=torch.bool, device=self.device))
+            if last or parallel != 'ddp':  # else a process out of memory would leave others waiting
+                finite = torch.zeros((), dtype=torch.bool, device=self.device)
+                self.optimizer.step_if_finite(finite)
             self.optimizer.zero_grad(set_to_none=True)
 
         if config.auto_batch_size:
             devices.grow_batch(self.model, config, self.device, dry_run)
         if compiled and parallel != 'fsdp':
             self.model = torch.compile(self.model, dynamic=False)
+            if self.device.type == 'cuda':
+                self.optimizer.orthogonalize = torch.compile(orthogonalize, dynamic=False)
         devices.shrink_batch(self.model, config, self.device, dry_run, compiled)
         self.accumulation = distributed.micro_batches_per_process(config)
         if ddp:
@@ -235,8 +240,10 @@ class Trainer:
             dry_run(self.model, last=True)
         elif config.deterministic_sum:
             self.sync = distributed.TreeSum(raw_model, self.accumulation)
+            self.optimizer.shares_muon = False  # batches of other sizes may round differently
         self.batches = self.micro_batches()
         self.batch = next(self.batches)
+        gc.freeze()  # what exists now stays: garbage collection need not look at it again
 
 
 def load_checkpoint(run, config, given):

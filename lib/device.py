@@ -1,5 +1,6 @@
 """Which device, which dtype, compiled or not: the choices behind 'auto'."""
 import contextlib
+import importlib.util
 import math
 import os
 import re
@@ -71,7 +72,21 @@ def start_device(name, deterministic):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
+        if not deterministic:
+            use_flash_attention_3(device)
     return device
+
+
+def use_flash_attention_3(device):
+    """FlashAttention 3 (Shah et al. 2024) in sdpa, on Hopper and where its package is installed."""
+    if importlib.util.find_spec('flash_attn_interface') is None:
+        return
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        try:
+            torch.nn.attention.activate_flash_attention_impl('FA3')
+            print0('attention: FlashAttention 3')
+        except Exception as error:  # built for another PyTorch
+            print0(f'note: flash_attn_interface cannot be used: {first_line(error)}')
 
 
 def pick_dtype(name, device, n_embd):

@@ -167,6 +167,22 @@ def gather_ints(*values):
     return gathered.tolist()
 
 
+def map_shared(function, x):
+    """function(x), (n, ...) -> (n, ...), which treats each x[i] alone. x is the same in all
+    processes, which all call this: each computes its share, and they gather the results."""
+    n = world_size()
+    if n == 1:
+        return function(x)
+    each = -(-len(x) // n)
+    mine = x[rank() * each:(rank() + 1) * each]
+    if len(mine) < each:  # the last processes
+        mine = torch.cat((mine, x.new_zeros(each - len(mine), *x.shape[1:])))
+    part = function(mine).contiguous()
+    whole = part.new_empty(n * each, *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole[:len(x)]
+
+
 def micro_batches_per_process(config):
     """Gradient accumulation steps of each process. Raises UserError if that is not an int."""
     total, n = config.gradient_accumulation_steps, world_size()

@@ -212,6 +212,7 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
     model.eval()
     step, static = compiled_decoder(model, len(tokens)) if compile else (model, None)
     cache, first = None, max(0, longest - block_size)  # the window is tokens[:, first:end]
+    last = None  # the tokens just drawn, (B, 1)
     try:
         for end in range(longest, longest + max_new_tokens):
             if end - first > block_size:
@@ -235,7 +236,7 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
             next_token = sample_next_token(
                 logits[:, -1, :vocab_size], temperature, top_k, top_p, min_p, repetition_penalty,
                 None if seen is None else seen[:, :vocab_size], generator)  # (B,)
-            last = next_token.clamp(min=0)[:, None]  # (B, 1)
+            last = next_token.clamp(min=0)[:, None]
             tokens[:, end:end + 1] = last
             if seen is not None:
                 seen.scatter_(1, last, True)

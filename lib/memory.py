@@ -158,7 +158,8 @@ def step_bytes(sizes, config, half, parallel=None, world_size=1, gpu_memory=None
     # Muon holds about five copies of the matrices it orthogonalizes together, after backward
     muon = 0
     for shape, count in sizes.muon_shapes(config).items():
-        together = min(count * shape.numel(), max(MUON_MAX_NUMEL, shape.numel()))
+        at_once = max(MUON_MAX_NUMEL, shape.numel()) * world_size  # each has its share
+        together = min(count * shape.numel(), at_once)
         muon = max(muon, int(5.5 * 4 * together))
     parts = {'weights': weights, 'optimizer': state}
     if muon > activations + backward + logits:
