@@ -16,7 +16,7 @@ from lib import device, loss, run
 from lib.distributed import map_shared
 from lib.errors import UserError
 from lib.generation import beam_search, race, sample_next_token
-from lib.linear import quantize
+from lib.linear import Int8Linear, quantize
 from model import GPT
 from optimizer import Optimizer, orthogonalize
 
@@ -84,6 +84,19 @@ def test_chunked_loss_of_a_quantized_model():
         model.max_logits = 100
         chunked = model(idx, idx, return_logits=False)[1]
     torch.testing.assert_close(chunked, plain, atol=0.01, rtol=0)  # plain rounds x to int8 too
+
+
+def test_int8_weights_of_a_gpu_are_what_its_products_use():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(8, 3), torch.randn(2, 8)
+    with torch.device('meta'):
+        int8 = Int8Linear(torch.nn.Linear(8, 3))
+    int8.scale = linear.weight.detach().abs().amax(dim=1) / 127
+    int8.int8 = (linear.weight / int8.scale[:, None]).round().to(torch.int8)
+    int8.bias = linear.bias
+    torch.testing.assert_close(int8.weight, linear.weight, atol=0.51 * int8.scale.max(), rtol=0)
+    expected = torch.nn.functional.linear(x, int8.weight, linear.bias)
+    torch.testing.assert_close(int8(x), expected)
 
 
 @pytest.mark.parametrize('temperature', [0, 1.0])
