@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import TrainConfig, check_type, describe, key_types, read_model_config
+from configurator import TrainConfig, check_type, key_types, read_model_config
 from lib import bins, files, formats, tokenizer
 from lib.distributed import job, print0
 from lib.errors import UserError, plural, reason_of, require
@@ -47,11 +47,7 @@ class Checkpoint:
 
     def __post_init__(self):
         """Fill in model_config's defaults and check types. Raises UserError."""
-        for name, kind in typing.get_type_hints(Checkpoint).items():
-            value = getattr(self, name)
-            in_range = kind is not int or type(value) is int and 0 <= value < 2**63
-            if not (isinstance(value, kind) and in_range):  # str() of a large state takes long
-                raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not {describe(kind)}')
+        files.check_kinds(vars(self), typing.get_type_hints(Checkpoint), self.path)
         try:
             self.model_config = read_model_config(self.model_config)
             for key, type_ in key_types(TrainConfig).items():
@@ -105,6 +101,9 @@ class Checkpoint:
         return found
 
 
+SAVED = [f.name for f in fields(Checkpoint) if f.name != 'path']  # the keys of a .pt file
+
+
 def save(out_dir, checkpoint, keep_last=2):
     """Write a Checkpoint into out_dir, then delete all but the last keep_last and the best one.
 
@@ -115,8 +114,7 @@ def save(out_dir, checkpoint, keep_last=2):
     out_dir = Path(out_dir)
     path = out_dir / f'ckpt_{checkpoint.step:08d}.pt'
     manifest_path = path.with_suffix('.json')
-    temporary, manifest_temporary = path.with_suffix('.pt.tmp'), path.with_suffix('.json.tmp')
-    file = None
+    temporary, manifest_temporary = map(files.temporary, (path, manifest_path))
     try:
         existing, _ = read_manifest(manifest_path)
         if path.exists() and not manifest_path.exists():
@@ -126,13 +124,12 @@ def save(out_dir, checkpoint, keep_last=2):
                 existing |= {'val_loss': checkpoint.val_loss}
                 files.write_text(manifest_path, json.dumps(existing, indent=1))
         else:
-            state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)
-                     if f.name != 'path'}
-            with files.HashingFile(temporary) as file:
+            state = {name: getattr(checkpoint, name) for name in SAVED}
+            with files.create_synced(temporary) as file:
                 torch.save(state | {'format': FORMAT}, file)
             manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step,
                         'samples_seen': checkpoint.samples_seen, 'val_loss': checkpoint.val_loss,
-                        'bytes': file.bytes, 'sha256': file.sha256.hexdigest(),
+                        'bytes': temporary.stat().st_size, 'sha256': files.sha256_of(temporary),
                         **checkpoint.environment, 'config': checkpoint.config}
             files.write_synced(manifest_temporary, json.dumps(manifest, indent=1))
             files.replace(temporary, path)
@@ -142,9 +139,9 @@ def save(out_dir, checkpoint, keep_last=2):
         for leftover in (temporary, manifest_temporary):
             leftover.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # torch.save's own, after a failed write, or a bug
-            if file is None or file.error is None:
+            if not isinstance(error.__context__, OSError):
                 raise
-            error = file.error
+            error = error.__context__
         last = manifests(out_dir)
         advice = 'start again'
         if last:
@@ -402,9 +399,8 @@ def load_file(path, mmap=False):
         except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise UserError(f'{path}: not a whole checkpoint: {reason_of(error)}') from None
         return Checkpoint(**values, path=str(path))
-    names = [f.name for f in fields(Checkpoint) if f.name != 'path']
-    missing = {'format', *names} - state.keys()
+    missing = {'format', *SAVED} - state.keys()
     require(not missing, f'{path}: not a whole checkpoint: {", ".join(sorted(missing))} is missing')
     require(state['format'] == FORMAT,
             f'{path}: format {state["format"]} is not {FORMAT}, the one this version reads')
-    return Checkpoint(**{name: state[name] for name in names}, path=str(path))
+    return Checkpoint(**{name: state[name] for name in SAVED}, path=str(path))
