@@ -23,7 +23,7 @@ import torch
 from configurator import TrainConfig, check_type, key_types, read_model_config
 from lib import bins, files, formats, tokenizer
 from lib.distributed import job, print0
-from lib.errors import UserError, plural, reason_of, require
+from lib.errors import UserError, plural, reason_of, require, restate
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -48,13 +48,11 @@ class Checkpoint:
     def __post_init__(self):
         """Fill in model_config's defaults and check types. Raises UserError."""
         files.check_kinds(vars(self), typing.get_type_hints(Checkpoint), self.path)
-        try:
+        with restate(UserError, self.path, 'not a valid model'):
             self.model_config = read_model_config(self.model_config)
             for key, type_ in key_types(TrainConfig).items():
                 if key in self.config:
                     self.config[key] = check_type(key, self.config[key], type_)
-        except UserError as error:
-            raise UserError(f'{self.path}: not a valid model: {error}') from None
         self.model_config['tie_weights'] &= formats.tied(self.model)
 
     def build_model(self, **override):
@@ -84,10 +82,8 @@ class Checkpoint:
         """The stored tokenizer; for nanoGPT the data folder's, for GPT-2 its own. Raises UserError
         if it has more tokens than the model."""
         if self.tokenizer is not None:
-            try:
+            with restate(UserError, self.path, remedy='name another checkpoint'):
                 found = tokenizer.Tokenizer.from_dict(self.tokenizer)
-            except UserError as error:
-                raise UserError(f'{self.path}: {error}; name another checkpoint') from None
         elif os.path.isdir(self.path):
             found = tokenizer.from_huggingface(self.path)
         else:
@@ -394,10 +390,9 @@ def load_file(path, mmap=False):
     """A .pt file of plainGPT or nanoGPT. Raises UserError."""
     state = formats.read_checkpoint_file(path, mmap)
     if 'model_args' in state:
-        try:
+        with restate((TypeError, ValueError, AttributeError, RuntimeError, OverflowError), path,
+                     'not a whole checkpoint'):
             values = formats.convert_nanogpt(state, path)
-        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            raise UserError(f'{path}: not a whole checkpoint: {reason_of(error)}') from None
         return Checkpoint(**values, path=str(path))
     missing = {'format', *SAVED} - state.keys()
     require(not missing, f'{path}: not a whole checkpoint: {", ".join(sorted(missing))} is missing')

@@ -13,7 +13,7 @@ import torch
 
 from configurator import check_type, read_model_config
 from lib.download import download
-from lib.errors import UserError, plural, reason_of, require, shorten
+from lib.errors import UserError, plural, require, restate, shorten
 from lib.files import check_lfs, parse_json, read_json
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -48,11 +48,9 @@ def download_gpt2(name):
 def load_huggingface(folder):
     """(fields of GPTConfig, {name: tensor}) of a folder in its layout. Raises UserError."""
     folder = Path(folder)
-    try:
-        model_config = convert_huggingface_config(read_json(folder / 'config.json'))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        path = folder / 'config.json'
-        raise UserError(f'{path}: {reason_of(error, path)}') from None
+    path = folder / 'config.json'
+    with restate((OSError, ValueError, KeyError, TypeError), path):
+        model_config = convert_huggingface_config(read_json(path))
     path = folder / 'model.safetensors'
     if not path.exists():
         path = folder / 'pytorch_model.bin'
@@ -125,7 +123,8 @@ def convert_huggingface_config(config):
 def read_safetensors(path):
     """{name: tensor}: 8 bytes with the length of a JSON header, the header, the tensors, without a
     gap (huggingface/safetensors, README, "Format"). Raises UserError."""
-    try:
+    wrong = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+    with restate(wrong, path, 'not a whole safetensors file'):
         check_lfs(path)
         size = path.stat().st_size
         with open(path, 'rb') as file:
@@ -149,8 +148,6 @@ def read_safetensors(path):
             end = stop
         require(end == len(data), f'after the last tensor: {plural(len(data) - end, "byte")}')
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f'{path}: not a whole safetensors file: {reason_of(error, path)}') from None
 
 
 def check_archive(path):
