@@ -274,11 +274,9 @@ def load(where, which='last', mmap=False, average_last=1):
         return Checkpoint(config, weights, path=str(folder))
     require(where.suffix != '.json', f'{where} is a manifest: name the .pt file next to it')
     if where.is_file():
-        manifest_path = where.with_suffix('.json')
-        if manifest_path.exists():
-            manifest, wrong = read_manifest(manifest_path)
-            wrong = damage(where, manifest) if manifest else wrong
-            require(not wrong, f'{where} is damaged: {wrong}; name another')
+        manifest, wrong = read_manifest(where.with_suffix('.json'))
+        wrong = damage(where, manifest) if manifest else wrong
+        require(not wrong, f'{where} is damaged: {wrong}; name another')
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s '
                             f'folder, a .pt file or one of {", ".join(formats.GPT2_SIZES)}')

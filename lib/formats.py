@@ -27,12 +27,6 @@ def is_gpt2(where):
     return str(where) in GPT2_SIZES and not Path(where).exists()
 
 
-def load_gpt2(where):
-    """(fields of GPTConfig, {name: tensor}, folder) of 'gpt2', ..., 'gpt2-xl' or of a folder."""
-    folder = download_gpt2(str(where)) if is_gpt2(where) else Path(where)
-    return *load_huggingface(folder), folder
-
-
 def download_gpt2(name):
     """Fetch GPT-2 from Hugging Face's hub (HF_ENDPOINT: a mirror) into ~/.cache/plaingpt."""
     endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
@@ -45,9 +39,10 @@ def download_gpt2(name):
     return folder
 
 
-def load_huggingface(folder):
-    """(fields of GPTConfig, {name: tensor}) of a folder in its layout. Raises UserError."""
-    folder = Path(folder)
+def load_gpt2(where):
+    """(fields of GPTConfig, {name: tensor}, folder) of 'gpt2', ..., 'gpt2-xl', or of a folder in
+    Hugging Face's layout. Raises UserError."""
+    folder = download_gpt2(str(where)) if is_gpt2(where) else Path(where)
     path = folder / 'config.json'
     with restate((OSError, ValueError, KeyError, TypeError), path):
         model_config = convert_huggingface_config(read_json(path))
@@ -70,7 +65,7 @@ def load_huggingface(folder):
     if model_config['tie_weights'] and 'transformer.wte.weight' in weights:
         weights.setdefault('lm_head.weight', weights['transformer.wte.weight'])
     model_config['tie_weights'] &= tied(weights)
-    return model_config, weights
+    return model_config, weights, folder
 
 
 def tied(weights):
