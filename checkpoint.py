@@ -91,9 +91,8 @@ class Checkpoint:
         found = found or tokenizer.gpt2()
         vocab_size = self.model_config['vocab_size']
         require(found.vocab_size <= vocab_size,
-                f'{self.path}: the model has {vocab_size} tokens, its tokenizer, or GPT-2\'s if '
-                f'there is none, has {found.vocab_size}: put its own into the folder, or meta.pkl '
-                f'into the folder of its data set')
+                f'{self.path}: the model has {vocab_size} tokens, its tokenizer (or GPT-2\'s) '
+                f'{found.vocab_size}: put its own there, or meta.pkl into its data set\'s folder')
         return found
 
 
@@ -153,15 +152,11 @@ def delete_old(out_dir, step, keep_last):
     best = min(found, key=finite_val_loss, default=None)
     for old in reversed(found[keep_last:]):  # oldest first: a killed process leaves no gap
         if old is not best:
-            delete(out_dir / old['file'])
-
-
-def delete(path):
-    """Delete a checkpoint: its manifest first."""
-    mark = path.with_suffix('.json.tmp')
-    os.replace(path.with_suffix('.json'), mark)
-    path.unlink(missing_ok=True)
-    mark.unlink()
+            path = out_dir / old['file']
+            mark = path.with_suffix('.json.tmp')
+            os.replace(path.with_suffix('.json'), mark)  # the manifest first
+            path.unlink(missing_ok=True)
+            mark.unlink()
 
 
 class Saver:
@@ -264,9 +259,10 @@ def load(where, which='last', mmap=False, average_last=1):
     """
     where = Path(where) if formats.is_gpt2(where) else files.find(where)
     huggingface = formats.is_gpt2(where) or (where / 'config.json').exists()
-    nanogpt = (where / 'ckpt.pt').exists() and not manifests(where)
-    require(where.is_dir() and not huggingface and not nanogpt
-            or average_last == 1 and which in ('last', 'auto'),
+    if not huggingface and (where / 'ckpt.pt').exists() and not manifests(where):  # nanoGPT's
+        where = where / 'ckpt.pt'
+    is_run = where.is_dir() and not huggingface
+    require(is_run or average_last == 1 and which in ('last', 'auto'),
             f'average_last = {average_last}, checkpoint = {which}: only for the folder of a run, '
             f'not for {where}: leave them out')
     if huggingface:
@@ -280,14 +276,11 @@ def load(where, which='last', mmap=False, average_last=1):
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s '
                             f'folder, a .pt file or one of {", ".join(formats.GPT2_SIZES)}')
-    end = time.monotonic() + 10
-    while True:
-        try:
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):  # a live run has just deleted it
             return load_run(where, which, mmap, average_last)
-        except FileNotFoundError:  # a live run has just deleted it
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
+        time.sleep(0.1)
+    return load_run(where, which, mmap, average_last)
 
 
 def load_run(folder, which, mmap, average_last):
@@ -295,8 +288,6 @@ def load_run(folder, which, mmap, average_last):
     found, paths = manifests(folder, warn), sorted(folder.glob('ckpt_[0-9]*.pt'))
     loose = [path for path in paths if not path.with_suffix('.json').exists()]
     if not found:
-        if (folder / 'ckpt.pt').exists():  # nanoGPT's
-            return load_file(folder / 'ckpt.pt', mmap)
         remedy = 'train one first'
         if loose:
             remedy = (f'{loose[-1].name} has no manifest to verify it; to load it anyway: '
@@ -331,9 +322,8 @@ def load_run(folder, which, mmap, average_last):
             return mean_of(whole)
     require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or '
                    f'start over in another --out_dir')
-    raise UserError(f'average_last = {average_last}: {folder} has '
-                    f'{plural(len(whole), "whole checkpoint")}; a run keeps as many as its '
-                    f'--keep_last')
+    raise UserError(f'average_last = {average_last}: {folder} has only {len(whole)} that are '
+                    f'whole; a run keeps as many as its --keep_last')
 
 
 def init_from(path):

@@ -98,12 +98,10 @@ class GPTConfig(ModelConfig):
                 f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: '
                 f'try n_embd = {math.ceil(self.n_embd / self.n_head) * self.n_head}')
         require(self.n_kv_head is None or self.n_head % self.n_kv_head == 0,
-                f'n_head = {self.n_head} is not divisible by n_kv_head = {self.n_kv_head}: '
-                f'n_kv_head must be a divisor of n_head')
+                f'n_kv_head = {self.n_kv_head} is not a divisor of n_head = {self.n_head}')
         head_size = self.n_embd // self.n_head
         require(self.position != 'rope' or head_size % 2 == 0,
-                f'position = rope rotates pairs of dimensions: n_embd / n_head = {head_size} '
-                f'must be even')
+                f'position = rope needs an even n_embd / n_head, not {head_size}')
         require(self.position != 'sinusoidal' or self.n_embd % 2 == 0,
                 f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
         require(not self.prefix_lm or self.turns and self.eot_token is not None,

@@ -62,10 +62,13 @@ def open_text(path):
     nanoGPT, and a byte order mark is dropped. Only read it in the body. Raises UserError."""
     try:
         with open_binary(path) as binary, io.TextIOWrapper(binary, encoding='utf-8-sig') as file:
-            yield file
-    except UnicodeDecodeError:
-        raise UserError(f'{path}: byte {first_invalid_byte(path)} is not UTF-8 text; convert the '
-                        f'file to UTF-8') from None
+            try:
+                yield file
+            except UnicodeDecodeError as error:  # in the last of the bytes that were read
+                n_read = binary.tell() if binary.seekable() else len(error.object)
+                position = n_read - len(error.object) + error.start
+                raise UserError(f'{path}: byte {position} is not UTF-8 text; convert the file to '
+                                f'UTF-8') from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f'{path}: its compressed data is damaged ({error})') from None
     except OSError as error:
@@ -89,19 +92,6 @@ def open_binary(path):
             f'{path}: of compressed files only .gz is read: decompress it, or pipe the text, '
             f'zstdcat FILE | python data/text/prepare.py --input=-')
     return gzip.open(path) if name.endswith('.gz') else open(path, 'rb')
-
-
-def first_invalid_byte(path):
-    """The position of the first byte that is not UTF-8."""
-    position = 0
-    with open_binary(path) as file:
-        for line in file:  # no character crosses the end of a line
-            try:
-                line.decode('utf-8')
-            except UnicodeDecodeError as error:
-                return position + error.start
-            position += len(line)
-    return position
 
 
 def read_text(path):
@@ -130,17 +120,15 @@ def read_json(path):
     """The value in a JSON file. Raises UserError, FileNotFoundError if it is missing."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError('it is a folder or a pipe')
+        require(stat.S_ISREG(status.st_mode), f'{path}: not JSON: it is a folder or a pipe')
         require(status.st_size <= MAX_JSON_BYTES,
                 f'{path}: {status.st_size:,} bytes are too many for JSON')
         return parse_json(read_text(path), surrogates=True)
     except (FileNotFoundError, UserError):
         raise
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror or error}') from None
-    except ValueError as error:
-        raise UserError(f'{path}: not JSON: {first_line(error)[:200]}') from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or f'not JSON: {first_line(error)[:200]}'
+        raise UserError(f'{path}: {reason}') from None
 
 
 def check_kinds(table, kinds, path):
@@ -224,12 +212,8 @@ def write_text(path, text):
 
 
 def write_synced(path, text):
-    """Write and fsync. Raises OSError that names the file."""
-    try:
-        with create_synced(path) as file:
-            file.write(text.encode('utf-8'))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with create_synced(path) as file:
+        file.write(text.encode('utf-8'))
 
 
 @contextlib.contextmanager
