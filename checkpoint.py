@@ -322,8 +322,8 @@ def load_run(folder, which, mmap, average_last):
             return mean_of(whole)
     require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or '
                    f'start over in another --out_dir')
-    raise UserError(f'average_last = {average_last}: {folder} has only {len(whole)} that are '
-                    f'whole; a run keeps as many as its --keep_last')
+    n = plural(len(whole), 'whole checkpoint')
+    raise UserError(f'average_last = {average_last}: {folder} has {n}: --keep_last keeps more')
 
 
 def init_from(path):
@@ -376,7 +376,11 @@ def damage(path, manifest):
 
 def load_file(path, mmap=False):
     """A .pt file of plainGPT or nanoGPT. Raises UserError."""
-    state = formats.read_checkpoint_file(path, mmap)
+    state = formats.load_torch(path, mmap)
+    weights = state.get('model') if isinstance(state, dict) else None
+    formats.check_weights(weights, path)
+    prefixes = r'^(_orig_mod\.|module\.)+'  # of torch.compile and DDP
+    state['model'] = {re.sub(prefixes, '', name): weight for name, weight in weights.items()}
     if 'model_args' in state:
         with restate((TypeError, ValueError, AttributeError, RuntimeError, OverflowError), path,
                      'not a whole checkpoint'):

@@ -57,8 +57,7 @@ class TokenBin:
                                                    f'where meta.json says {n_tokens}; {AGAIN}')
         if pairs:
             require(self.n_tokens % block_size == 0,
-                    f'{self.path} has {plural(self.n_tokens, "token")}, not a multiple of its row '
-                    f'length {block_size}; {AGAIN}')
+                    f'{self.path}: rows of {block_size} do not add up to {self.n_tokens}; {AGAIN}')
             self.n_windows = self.n_tokens // block_size
         else:
             require(self.n_tokens > block_size,
@@ -80,8 +79,7 @@ class TokenBin:
         if batch.max(initial=0) >= self.vocab_size:
             i, j = np.argwhere(batch >= self.vocab_size)[0].tolist()
             raise UserError(f'{self.path}: token id {batch[i, j]} at position {starts[i] + j} is '
-                            f'not below vocab_size = {self.vocab_size}; it was made with another '
-                            f'tokenizer: {AGAIN}')
+                            f'not below its tokenizer\'s vocab_size = {self.vocab_size}; {AGAIN}')
         return batch.astype(np.int64)
 
     def batch(self, first_sample, count, seed):

@@ -47,8 +47,7 @@ def printable(path):
 
 def command(script, **flags):
     """The command that runs a script of the repository, to be printed: quoted for a shell."""
-    path = os.path.relpath(ROOT / script)
-    path = path if len(path) < len(str(ROOT / script)) else str(ROOT / script)
+    path = min(str(ROOT / script), os.path.relpath(ROOT / script), key=len)
     words = [f'--{key}={value}' for key, value in flags.items()]
     return shlex.join(['python', path, *words])
 
@@ -80,8 +79,7 @@ def check_lfs(path):
     if os.path.isfile(path):  # a pipe can be read only once
         with open(path, 'rb') as file:
             require(file.read(len(LFS_POINTER)) != LFS_POINTER,
-                    f'{path}: this is a Git LFS pointer, not the file: run git lfs pull in its '
-                    f'folder')
+                    f'{path}: this is a Git LFS pointer: run git lfs pull in its folder')
 
 
 def open_binary(path):

@@ -193,15 +193,6 @@ def load_torch(path, mmap=False):
         raise UserError(f'{path}: refused: {reason}') from None
 
 
-def read_checkpoint_file(path, mmap=False):
-    """The dict in a .pt file of plainGPT or nanoGPT. Raises UserError, FileNotFoundError."""
-    state = load_torch(path, mmap)
-    weights = state.get('model') if isinstance(state, dict) else None
-    check_weights(weights, path)
-    prefixes = r'^(_orig_mod\.|module\.)+'  # of torch.compile and DDP
-    return state | {'model': {re.sub(prefixes, '', k): v for k, v in weights.items()}}
-
-
 def convert_nanogpt(state, path):
     """nanoGPT's ckpt.pt -> the fields of a Checkpoint. Its GELU is the exact one; its first
     versions saved the causal mask as attn.bias."""

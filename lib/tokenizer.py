@@ -9,6 +9,7 @@ data, prompts and evaluations alike. In a side of a pair or a message of a chat 
 import base64
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,10 @@ GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 
 class Tokenizer:
     """token_bytes: the bytes of each id. special: {text: id}. eot: the id of `<|endoftext|>`, which
-    separates documents, or None. cuts_anywhere: whether a text may be cut at any character."""
+    separates documents, or None. cuts_anywhere: whether a text may be cut at any character.
+
+    Subclasses define encode_ordinary(text): ids, (n,) uint32, where special tokens are plain text.
+    """
     cuts_anywhere = True
 
     @property
@@ -51,10 +55,6 @@ class Tokenizer:
         for i, part in enumerate(self._find_special.split(text)):  # ordinary, special, ordinary ...
             parts.append([self.special[part]] if i % 2 else self.encode_ordinary(part))
         return np.concatenate(parts).astype(np.uint32)
-
-    def encode_ordinary(self, text):
-        """Ids, (n,) uint32; special tokens are plain text. Raises UserError."""
-        raise NotImplementedError
 
     def text_bytes(self):
         """Bytes of text per token; special tokens, which are not in the text, have 0. (V,)"""
@@ -98,17 +98,14 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters, end_of_text=False):
         self.characters = characters
         self.token_bytes = [c.encode('utf-8') for c in characters]
-        codes = code_points(characters)
-        self._id_of = np.full(int(codes.max(initial=0)) + 1, -1, dtype=np.int64)  # by code point
-        self._id_of[codes] = np.arange(len(codes))
+        self._id_of = np.full(sys.maxunicode + 1, -1, dtype=np.int32)  # by code point
+        self._id_of[code_points(characters)] = np.arange(len(characters))
         require(len(set(characters)) == len(characters) > 0,
                 'a character tokenizer needs characters, each of them once')
         self.set_special(end_of_text_after(self.token_bytes, end_of_text))
 
     def encode_ordinary(self, text):
-        codes = code_points(text)
-        known = codes < len(self._id_of)
-        ids = np.where(known, self._id_of[np.minimum(codes, len(self._id_of) - 1)], -1)
+        ids = self._id_of[code_points(text)]
         if (ids < 0).any():
             position = int((ids < 0).argmax())
             raise UserError(f'character {text[position]!r} at position {position} is not one of '
@@ -232,10 +229,9 @@ def gpt2():
     try:
         encoding = tiktoken.get_encoding('gpt2')
     except OSError as error:  # requests' exceptions are OSErrors
-        raise UserError(f'GPT-2\'s vocabulary is not on this machine and cannot be downloaded '
-                        f'({type(error).__name__} at openaipublic.blob.core.windows.net): connect '
-                        f'once, set TIKTOKEN_CACHE_DIR to a folder that has it, or prepare your '
-                        f'data with --tokenizer=bpe') from None
+        raise UserError(f'GPT-2\'s vocabulary cannot be downloaded ({type(error).__name__} at '
+                        f'openaipublic.blob.core.windows.net): connect once, set TIKTOKEN_CACHE_DIR'
+                        f' to a folder that has it, or prepare with --tokenizer=bpe') from None
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
     return BPETokenizer('gpt2', GPT2_PATTERN, tokens)
 
