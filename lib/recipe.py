@@ -19,8 +19,7 @@ def read_train_config(argv=None, cls=TrainConfig):
         config.batch_size = cls.batch_size
     turn_dial(config, given)
     check(config)
-    averages = config.eval_only and config.init_from == 'resume'
-    require(config.average_last == 1 or averages,
+    require(config.average_last == 1 or config.eval_only and config.init_from == 'resume',
             f'average_last = {config.average_last}: only to evaluate a run, with '
             f'--init_from=resume --eval_only')
     return config, given
@@ -29,10 +28,9 @@ def read_train_config(argv=None, cls=TrainConfig):
 def check(config):
     """Validate the config. Raises UserError."""
     check_bounds(config)
-    low, known = config.min_lr, config.init_from != 'resume'  # else learning_rate comes from a file
-    if low is not None and config.decay_lr and known:
-        require(low <= config.learning_rate,
-                f'min_lr = {low}: give at least 0 and at most learning_rate')
+    low, resuming = config.min_lr, config.init_from == 'resume'  # then the rate is in a file
+    if low is not None and config.decay_lr and not resuming:
+        require(low <= config.learning_rate, f'min_lr = {low}: give at most learning_rate')
     require(config.out_dir and config.init_from and config.dataset,
             'out_dir, init_from or dataset is empty: name a folder')
 
