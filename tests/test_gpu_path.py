@@ -141,23 +141,29 @@ def test_int8_on_a_gpu_needs_compile(monkeypatch, trained):
 
 def test_log_does_not_wait_for_the_step_just_launched(monkeypatch, tmp_path):
     """On a GPU: the numbers of the step before are there already."""
-    waited = []
+    recorded, waited = [], []
 
-    class Copy:
-        def __init__(self, values):
-            self.values = values
+    class Event:
+        def record(self):
+            recorded.append(self)
 
-        def get(self):
-            waited.append(int(self.values[0]))
-            return self.values
+        def synchronize(self):
+            waited.append(recorded.index(self))
 
-    monkeypatch.setattr(run, 'HostCopy', Copy)
+    class OnCuda:
+        device = torch.device('cuda')
+
+        def to(self, device, non_blocking):
+            assert non_blocking
+            return torch.ones(3)
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(run, 'peak_flops', lambda *args: None)
     model = SimpleNamespace(flops_per_token=lambda: 1)
     config = TrainConfig(log_interval=1)
     with run.StepLog(config, None, model, torch.device('cuda'), torch.float32, 8, 0) as log:
         for step in range(3):
-            log.add(step, 0, 0.1, torch.tensor([float(step), 1.0, float(step)]))
+            log.add(step, 0, 0.1, OnCuda())
             log.flush_if_due(step + 1)
             assert waited == list(range(step))
         log.flush()  # before an evaluation or a save
