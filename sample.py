@@ -271,6 +271,7 @@ def compiles(model, n):
         model.generate([[0]] * n, 4, compile=True)  # the second step records a CUDA graph
         return True
     except Exception as error:  # no compiler on the machine, ...
+        model.decoders.clear()
         print(f'torch.compile failed, going on without it: '
               f'{type(error).__name__}: {first_line(error)[:150]}', file=sys.stderr)
         return False
