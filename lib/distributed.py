@@ -179,7 +179,7 @@ def map_shared(function, x):
         mine = torch.cat((mine, x.new_zeros(each - len(mine), *x.shape[1:])))
     part = function(mine).contiguous()
     whole = part.new_empty(n * each, *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part)
+    dist.all_gather(list(whole.chunk(n)), part)
     return whole[:len(x)]
 
 

@@ -306,6 +306,13 @@ def require_drawn(tokens):
             '--dtype=float32 or another checkpoint')
 
 
+def race(probs, generator=None):
+    """Draw from each row of probs (B, V) -> (B,): the first of exponential clocks with these rates
+    rings. torch.multinomial without its checks, which end the process on CUDA (gpt-fast)."""
+    u = torch.rand(probs.shape, generator=generator, device=probs.device)
+    return (probs / -u.log()).argmax(-1)
+
+
 def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=None,
                       repetition_penalty=1.0, seen=None, generator=None):
     """Draw one token per row of logits (B, V) -> (B,), -1 if they are not finite; temperature 0 is
@@ -317,11 +324,8 @@ def sample_next_token(logits, temperature=1.0, top_k=None, top_p=None, min_p=Non
     logits = filter_logits(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen)
     probs = logits.softmax(dim=-1)
     if logits.device.type != 'cpu':
-        # torch.multinomial without its checks, which end the process on CUDA: the token whose
-        # exponential clock rings first (gpt-fast)
-        u = torch.rand(probs.shape, generator=generator, device=probs.device)
-        return (probs / -u.log()).argmax(-1).where(finite, -1)
-    # that takes a random number per vocabulary entry, which on a CPU costs as much as a layer.
+        return race(probs, generator).where(finite, -1)
+    # race takes a random number per vocabulary entry, which on a CPU costs as much as a layer.
     # Draw one per row instead and invert the cumulative distribution.
     cdf = probs.cumsum(dim=-1, dtype=torch.float64)  # (B, V)
     u = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * cdf[:, -1:]

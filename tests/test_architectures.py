@@ -74,7 +74,10 @@ def test_texts_of_any_length_share_one_graph(monkeypatch):
     collector = CompileCounterWithBackend('aot_eager')
     torch.compiler.reset()
 
+    compiled = []
+
     def compile_with(model, dynamic, mode):
+        compiled.append(model)
         return compile_(model, dynamic=dynamic, backend=collector)
 
     monkeypatch.setattr(torch, 'compile', compile_with)
@@ -82,3 +85,5 @@ def test_texts_of_any_length_share_one_graph(monkeypatch):
         expected = model.generate([prompt], n, temperature=0)
         assert model.generate([prompt], n, temperature=0, compile=True) == expected
     assert_one_graph(collector)
+    # a second cache would need a second CUDA graph
+    assert compiled == [model] and len(model.decoders) == 1

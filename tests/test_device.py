@@ -110,6 +110,11 @@ def test_compile_falls_back_to_eager_on_error(monkeypatch, capsys, stance):
     assert device.fits('model', dry_run, compiled=True) and tried == ['model', 'model']
     assert capsys.readouterr().out.splitlines()[-1] == f'{failed}: AssertionError: AssertionError'
 
+    monkeypatch.undo()
+    graphs = []
+    torch.compile(torch.sin, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(1))
+    assert not graphs  # what was compiled before runs eagerly now
+
     def bug(model):
         raise AssertionError
 
