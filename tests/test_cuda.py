@@ -34,11 +34,12 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 
 
 @pytest.fixture(autouse=True)
-def exact_products():
-    """No TF32, as long as a test does not ask for it; a new compiler state."""
+def exact_products(gpu):
+    """No TF32; nothing is compiled yet, and everything may be."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     torch.compiler.reset()
+    torch.compiler.set_stance('default')
     yield
     torch.set_float32_matmul_precision(before)
 
@@ -170,8 +171,10 @@ DOCUMENTS = {'eot_token': 3, 'n_head': 2, 'n_embd': 64}
 SOURCES = {'turns': 2, 'prefix_lm': True, 'n_kv_head': 1, 'qk_norm': True, 'position': 'rope'}
 
 
-@pytest.mark.parametrize('T', [64, 192])  # below 128 flex attention has another kernel
-@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize(
+    'dtype, T',  # below 128 tokens flex attention has another kernel
+    [(torch.float32, 192), (torch.bfloat16, 192), (torch.bfloat16, 64)],
+)
 @pytest.mark.parametrize('options', [DOCUMENTS, DOCUMENTS | SOURCES], ids=['documents', 'sources'])
 def test_flex_attention_matches_mask(gpu, monkeypatch, options, dtype, T):
     """Block masks, compiled, against masked attention in fp32 on the CPU."""
@@ -187,8 +190,7 @@ def test_flex_attention_matches_mask(gpu, monkeypatch, options, dtype, T):
     expected = loss_and_gradients(model, lambda *args, **_: model(*args), idx, targets, cpu)
     on_gpu = copy.deepcopy(model).to(gpu)
     actual = loss_and_gradients(on_gpu, compile_on(gpu, on_gpu), idx, targets, gpu, dtype)
-    # of two layers, in which errors add up
-    assert_same_step(actual, expected, 3 * TOLERANCE[dtype])
+    assert_same_step(actual, expected, 5 * TOLERANCE[dtype])  # errors add up through the model
 
 
 # The model ----------------------------------------------------------------------------------------
@@ -272,9 +274,10 @@ def no_host_sync(device):
     ],
     ids=['adamw', 'compiled muon', 'fp16', 'deterministic sum'],
 )
-def test_training_step_has_no_host_sync(gpu, dtype, compiled, keys):
+def test_training_step_has_no_host_sync(gpu, capsys, dtype, compiled, keys):
     keys = {'gradient_accumulation_steps': 2, 'max_iters': 100} | keys
     trainer = make_trainer({}, gpu, dtype, compiled=compiled and gpu.type == 'cuda', **keys)
+    assert 'torch.compile failed' not in capsys.readouterr().err
     with StepLog(trainer.config, None, trainer.raw_model, gpu, dtype, Rows.block_size, 0) as log:
         trainer.log = log
         for _ in range(3):  # warmup: allocations, kernels
@@ -329,7 +332,8 @@ def test_cuda_graph_decoding_matches_eager(gpu, options):
             assert model.generate([prompt], n_new, temperature=0, slide=4, compile=True) == eager
             n_graphs.append(len(graphs))
     assert n_graphs[0] == n_graphs[1] == n_graphs[2]
-    assert n_graphs[0] > 0 or gpu.type == 'cpu', 'the decode step did not become a CUDA graph'
+    # the first one is empty: PyTorch makes its memory pool with it
+    assert n_graphs[0] > 1 or gpu.type == 'cpu', 'the decode step did not become a CUDA graph'
 
 
 def test_cuda_graph_decoding_of_a_batch_matches_eager(gpu):
