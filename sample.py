@@ -272,6 +272,8 @@ def compiles(model, n):
     try:
         model.generate([[0]] * n, 4, compile=True)  # the second step records a CUDA graph
         return True
+    except UserError:  # the weights are to blame: their logits are not finite
+        raise
     except Exception as error:  # no compiler on the machine, ...
         print(f'torch.compile failed, going on without it: '
               f'{type(error).__name__}: {first_line(error)[:150]}', file=sys.stderr)
