@@ -270,6 +270,8 @@ def compiles(model, n):
     try:
         model.generate([[0]] * n, 4, compile=True)  # the second step records a CUDA graph
         return True
+    except UserError:  # the weights are to blame: their logits are not finite
+        raise
     except Exception as error:  # no compiler on the machine, ...
         model.decoders.clear()
         print(f'torch.compile failed, going on without it: '

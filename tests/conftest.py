@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint as ckpt
 from helpers import FAULT_RUN, ROOT, TINY
@@ -168,6 +169,20 @@ def patched_env(tmp_path):
         return {'PYTHONPATH': str(folder)}
 
     return patched_env
+
+
+# A GPU --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def gpu():
+    """The device of the tests marked cuda. CUDA_TESTS_ON=cpu runs them there: without a GPU that
+    finds mistakes in the tests, but none in the kernels.
+    """
+    name = os.environ.get('CUDA_TESTS_ON', 'cuda')
+    if name == 'cuda' and not torch.cuda.is_available():
+        pytest.skip('needs an NVIDIA GPU: PyTorch sees none here')
+    return torch.device(name, 0)
 
 
 # Data ---------------------------------------------------------------------------------------------

@@ -1,46 +1,28 @@
-"""train.py's Trainer on rows of zeros: a step of it without a run, data and log."""
-
-import contextlib
-import dataclasses
-import sys
-from types import SimpleNamespace
-
-import numpy as np
+"""train.py's Trainer with the models of architectures.py, on random tokens."""
 
 import train
 from architectures import SIZES
-from configurator import ModelConfig, TrainConfig
+from configurator import TrainConfig
 from lib.device import dtype_name
+from lib.synthetic import RandomRows
+from lib.synthetic import make_trainer as make
 
 
-class Rows:
-    """Rows of zeros in place of a lib.bins.TokenBin."""
+class Rows(RandomRows):
+    """Rows for these models."""
 
     block_size = SIZES['block_size']
 
-    def windows(self, numbers):
-        rows = np.zeros((len(numbers), self.block_size), dtype=np.int64)
-        return rows, rows
-
-    def batch(self, first_sample, count, seed):
-        return self.windows(range(count))
-
-    def count_targets(self, first_sample, count, seed):
-        return count * self.block_size
+    def __init__(self):
+        super().__init__(self.block_size, SIZES['vocab_size'])
 
 
-def make_trainer(architecture, device, dtype, **keys):
+def make_trainer(architecture, device, dtype, compiled=False, **keys):
     """A Trainer, as main of train.py makes it. keys: of TrainConfig."""
-    options = {'eot_token': None, 'turns': 0} | SIZES | architecture
-    model_config = {key: options.pop(key) for key in ('eot_token', 'turns')}
-    tokenizer = SimpleNamespace(vocab_size=options.pop('vocab_size'))
+    options = SIZES | architecture
+    vocab_size = options.pop('vocab_size')
+    document = {'eot_token': options.pop('eot_token', None), 'turns': options.pop('turns', 0)}
     defaults = {'batch_size': 2, 'gradient_accumulation_steps': 1, 'compile': False}
-    config = TrainConfig(**options, dtype=dtype_name(dtype), **defaults | keys)
-    model_config |= {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
-    data = SimpleNamespace(train=Rows(), tokenizer=tokenizer, fingerprint=lambda: '')
-    with contextlib.redirect_stdout(sys.stderr):
-        model, parallel = train.build_model(config, None, data, model_config, device, dtype, False)
-        trainer = train.Trainer(config, None, data, model, device, dtype)
-        trainer.wrap(parallel, False)
-    trainer.log = SimpleNamespace(add=lambda *values: None)
-    return trainer
+    config = TrainConfig(**options | defaults | keys, dtype=dtype_name(dtype))
+    rows = RandomRows(config.block_size, vocab_size)
+    return make(train, config, rows, vocab_size, device, dtype, compiled, **document)
