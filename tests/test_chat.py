@@ -44,6 +44,7 @@ def chat_run(run, prepare_pairs, tmp_path_factory):
     return out, data
 
 
+@pytest.mark.slow
 def test_chat_answers_with_limited_history(run, chat_run):
     out, data = chat_run
     model, tok = ckpt.load_model(out)

@@ -33,6 +33,7 @@ def test_train_stops_on_full_disk_and_keeps_checkpoints(run, out_dir):
         assert ckpt.load(out_dir).step == 20
 
 
+@pytest.mark.slow
 def test_train_reports_unwritable_log(run, out_dir):
     size = (out_dir / 'log.jsonl').stat().st_size + 400
     result = run(
@@ -46,6 +47,7 @@ def test_train_reports_unwritable_log(run, out_dir):
     assert 'log.jsonl: cannot write: File too large' in error_line(result)
 
 
+@pytest.mark.slow
 def test_train_survives_full_disk_on_stdout(clone, train_args, reference_run, tmp_path):
     with open('/dev/full', 'w') as full:
         command = [sys.executable, clone / 'train.py', f'--out_dir={tmp_path}/out', *train_args]

@@ -139,6 +139,7 @@ def test_gradient_accumulation_weights_targets_equally(run, ranks, prepare_pairs
     assert losses_and_norms(tmp_path / 'two') == pytest.approx(whole, abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n_processes', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fsdp_muon_matches_single_process_across_world_sizes(
     run, ranks, char_data, tmp_path, n_processes

@@ -180,6 +180,7 @@ def test_evaluate_hellaswag_matches_lm_evaluation_harness(run, gpt2, tmp_path):
     assert f'15 contexts: {accuracies}' in output
 
 
+@pytest.mark.slow
 def test_evaluate_hellaswag_accepts_huggingface_labels(run, refused, gpt2, tmp_path):
     example = {
         'activity_label': 'A',

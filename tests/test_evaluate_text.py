@@ -135,6 +135,7 @@ def test_evaluate_refuses_nonfinite_results(refused, byte_run, tmp_path):
     refused('tools/evaluate.py', out, *lambada, says=says)
 
 
+@pytest.mark.slow
 def test_evaluate_batch_size_has_no_upper_limit(run, byte_run, tmp_path):
     (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
     (tmp_path / 'lambada.jsonl').write_text('{"text": "a word"}\n{"text": "and another word"}\n')

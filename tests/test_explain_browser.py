@@ -327,6 +327,7 @@ def test_explain_page_keyboard_reads_matrix(chromium, page):
         assert 'After layer 0' in tab.locator('#figure-lens-top h3').text_content()
 
 
+@pytest.mark.slow
 def test_explain_page_tour_runs_to_the_end(chromium, page):
     with opened(chromium, page) as tab:
         tab.get_by_role('button', name='Take the tour').click()
@@ -358,6 +359,7 @@ def test_explain_page_saves_figures(chromium, page, tmp_path):
     assert sum(float(row[3]) for row in rows) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_served_page_takes_new_texts_and_saves_figures(chromium, clone, trained):
     with served(clone, f'--out_dir={trained}', '--start=def') as (_, url), \
             opened(chromium, url, accept_downloads=True) as tab:

@@ -73,6 +73,7 @@ def test_prepare_draws_no_progress_bar_into_files(run, tmp_path):
 # Paths --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_home_and_other_working_directories(run, clone, char_data, tmp_path):
     """`~` is the home folder in every key; what is not here is looked for in the repository."""
     home, elsewhere = tmp_path / 'home', tmp_path / 'elsewhere'
@@ -224,6 +225,7 @@ def test_prepare_does_not_write_through_links(run, clone, tmp_path):
     assert not (tmp_path / 'victim').exists() and not (folder / 'train.bin').is_symlink()
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_told_from_a_running_one(refused, clone, train_args, tmp_path):
     """status has the process id; resuming says that nothing was saved yet."""
     out_dir = tmp_path / 'out'

@@ -163,6 +163,7 @@ write.write_dataset(sys.argv[1], pieces(), train_bpe([text[:4000]], 300), sys.ar
 """
 
 
+@pytest.mark.slow
 def test_prepare_resumes_to_identical_bins_after_sigkill(clone, text, tmp_path):
     (tmp_path / 'text.txt').write_text(text)
 

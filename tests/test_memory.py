@@ -129,6 +129,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accumulation', [1, 2])
 @pytest.mark.parametrize('vocab_size, options', SHAPES)
 def test_memory_estimate_matches_torch_profiler(vocab_size, options, accumulation):

@@ -1,5 +1,7 @@
 """Out of memory: the micro-batch is halved, and the step keeps its samples."""
 
+import pytest
+
 import checkpoint as ckpt
 from helpers import assert_same_run
 
@@ -44,6 +46,7 @@ def test_out_of_memory_is_reported_for_single_sequence(refused, train_args, patc
         )
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_rank_halves_micro_batch_on_all(
     ranks, train_args, patched_env, tmp_path
 ):

@@ -144,6 +144,7 @@ def test_pairs_report_and_drop_overlong_pairs(prepare_pairs):
     assert Counter(kept) == Counter(pair for i, pair in enumerate(pairs) if i not in (3, 11))
 
 
+@pytest.mark.slow
 def test_pairs_report_user_errors(refused, run, prepare_pairs, char_data, trained, clone, tmp_path):
     data = prepare_pairs(random_pairs(20), '--tokenizer=byte', '--block_size=100')
     train = ('train.py', f'--out_dir={tmp_path}/out', *TINY)

@@ -8,6 +8,7 @@ from helpers import TINY
 from lib import bins
 
 
+@pytest.mark.slow
 def test_prepare_text_builds_dataset_from_file_or_folder(run, refused, clone, tmp_path, text):
     (tmp_path / 'in' / 'sub').mkdir(parents=True)
     (tmp_path / 'in' / 'a.txt').write_text(text[:30000])

@@ -216,6 +216,7 @@ def nanogpt_run(tmp_path, text):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_nanogpt_run_can_be_sampled_resumed_and_finetuned(run, nanogpt_run):
     sampled = run(
         'sample.py',

@@ -303,6 +303,7 @@ def test_resume_ignores_clock_going_backwards(run, patched_env, reference_run, o
     assert ckpt.load(out_dir).step == 24
 
 
+@pytest.mark.slow
 def test_resume_reports_changed_environment(run, out_dir):
     result = run(
         'train.py',

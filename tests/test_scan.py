@@ -33,6 +33,7 @@ def evaluate_scan(run, out_dir, *options):
     return *map(float, re.search(pattern, output).groups()), output
 
 
+@pytest.mark.slow
 def test_scan_model_can_be_trained_evaluated_and_sampled(run, prepare_pairs):
     options = ('--n_layer=1', '--n_embd=32', '--max_iters=4')
     meanings, output = train_scan(run, prepare_pairs, 'out-tiny-scan', *options)

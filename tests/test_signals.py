@@ -72,7 +72,10 @@ numpy.pad = slow_pad
 """
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+SLOW_SIGNALS = [pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, *SLOW_SIGNALS])
 def test_train_saves_and_stops_after_step_on_signal(
     clone, run, train_args, patched_env, reference_run, tmp_path, signum
 ):
@@ -126,6 +129,7 @@ def test_signal_during_evaluation_defers_it_to_resume(
     assert deep_equal(ckpt.load(tmp_path / 'out').model, ckpt.load(reference_run).model)
 
 
+@pytest.mark.slow
 def test_sigusr1_saves_and_continues(clone, train_args, patched_env, tmp_path):
     options = ('--save_interval=1000', '--eval_interval=1000', '--max_iters=12', '--keep_last=9')
     with start_train(
@@ -197,6 +201,7 @@ def test_ddp_stops_all_ranks_when_one_is_signalled_during_evaluation(
     assert (tmp_path / 'out' / 'status').read_text() == 'stopped\n'
 
 
+@pytest.mark.slow
 def test_train_survives_broken_stdout_pipe(clone, train_args, tmp_path):
     with start_train(clone, f'--out_dir={tmp_path}/out', *train_args) as process:
         process.stdout.readline()

@@ -156,6 +156,7 @@ def write_huggingface(folder, vocab):
     (folder / 'vocab.json').write_text(json.dumps(vocab))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('encoding', ['crlf', 'bom+crlf', 'gz'])
 def test_line_ends_and_byte_order_marks_do_not_change_a_text(
     run, prepare, tmp_path, encoding, trained, clone
@@ -276,6 +277,7 @@ def test_llm_c_bins_are_read(tmp_path, monkeypatch):
         bins.TokenBin(tmp_path, 'train', np.dtype('<u2'), 50257, 16)
 
 
+@pytest.mark.slow
 def test_reading_bins_keeps_memory_bounded(tmp_path):
     """Reading all of a large file leaves the process as small as it was."""
     np.zeros(2**27, '<u2').tofile(tmp_path / 'train.bin')  # 256 MB

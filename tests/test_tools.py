@@ -65,6 +65,7 @@ def test_bench_reports_invalid_arguments(refused):
     )
 
 
+@pytest.mark.slow
 def test_bench_prints_json(run, text, tmp_path):
     (tmp_path / 'text.txt').write_text(text * 5)
     result = json.loads(

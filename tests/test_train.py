@@ -143,6 +143,7 @@ def test_eval_only_leaves_existing_run_untouched(run, trained, char_data, tmp_pa
     assert (trained / 'log.jsonl').read_text() == before and not (tmp_path / 'new').exists()
 
 
+@pytest.mark.slow
 def test_average_last_averages_checkpoint_weights(run, refused, char_data, tmp_path):
     folder = f'--out_dir={tmp_path}/out'
     run(
@@ -226,6 +227,7 @@ def test_wandb_logs_offline_and_survives_failure(run, char_data, tmp_path):
     assert len(log_lines(tmp_path / 'broken', 'loss')) == 2
 
 
+@pytest.mark.slow
 def test_doc_mask_trains_and_samples(run, refused, char_data, tmp_path, text):
     tok = train_bpe([text], 300)
     pieces = [
