@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from configurator import TrainConfig, check_type, describe, key_types, read_model_config
+from configurator import TrainConfig, check_type, key_types, read_model_config
 from lib import bins, files, formats, tokenizer
 from lib.distributed import job, print0
-from lib.errors import UserError, plural, reason_of, require
+from lib.errors import UserError, plural, reason_of, require, restate
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -47,18 +47,12 @@ class Checkpoint:
 
     def __post_init__(self):
         """Fill in model_config's defaults and check types. Raises UserError."""
-        for name, kind in typing.get_type_hints(Checkpoint).items():
-            value = getattr(self, name)
-            in_range = kind is not int or type(value) is int and 0 <= value < 2**63
-            if not (isinstance(value, kind) and in_range):  # str() of a large state takes long
-                raise UserError(f'{self.path}: {name} = {str(value)[:40]} is not {describe(kind)}')
-        try:
+        files.check_kinds(vars(self), typing.get_type_hints(Checkpoint), self.path)
+        with restate(UserError, self.path, 'not a valid model'):
             self.model_config = read_model_config(self.model_config)
             for key, type_ in key_types(TrainConfig).items():
                 if key in self.config:
                     self.config[key] = check_type(key, self.config[key], type_)
-        except UserError as error:
-            raise UserError(f'{self.path}: not a valid model: {error}') from None
         self.model_config['tie_weights'] &= formats.tied(self.model)
 
     def build_model(self, **override):
@@ -88,10 +82,8 @@ class Checkpoint:
         """The stored tokenizer; for nanoGPT the data folder's, for GPT-2 its own. Raises UserError
         if it has more tokens than the model."""
         if self.tokenizer is not None:
-            try:
+            with restate(UserError, self.path, remedy='name another checkpoint'):
                 found = tokenizer.Tokenizer.from_dict(self.tokenizer)
-            except UserError as error:
-                raise UserError(f'{self.path}: {error}; name another checkpoint') from None
         elif os.path.isdir(self.path):
             found = tokenizer.from_huggingface(self.path)
         else:
@@ -99,10 +91,12 @@ class Checkpoint:
         found = found or tokenizer.gpt2()
         vocab_size = self.model_config['vocab_size']
         require(found.vocab_size <= vocab_size,
-                f'{self.path}: the model has {vocab_size} tokens, its tokenizer, or GPT-2\'s if '
-                f'there is none, has {found.vocab_size}: put its own into the folder, or meta.pkl '
-                f'into the folder of its data set')
+                f'{self.path}: the model has {vocab_size} tokens, its tokenizer (or GPT-2\'s) '
+                f'{found.vocab_size}: put its own there, or meta.pkl into its data set\'s folder')
         return found
+
+
+SAVED = [f.name for f in fields(Checkpoint) if f.name != 'path']  # the keys of a .pt file
 
 
 def save(out_dir, checkpoint, keep_last=2):
@@ -115,8 +109,7 @@ def save(out_dir, checkpoint, keep_last=2):
     out_dir = Path(out_dir)
     path = out_dir / f'ckpt_{checkpoint.step:08d}.pt'
     manifest_path = path.with_suffix('.json')
-    temporary, manifest_temporary = path.with_suffix('.pt.tmp'), path.with_suffix('.json.tmp')
-    file = None
+    temporary, manifest_temporary = map(files.temporary, (path, manifest_path))
     try:
         existing, _ = read_manifest(manifest_path)
         if path.exists() and not manifest_path.exists():
@@ -126,13 +119,12 @@ def save(out_dir, checkpoint, keep_last=2):
                 existing |= {'val_loss': checkpoint.val_loss}
                 files.write_text(manifest_path, json.dumps(existing, indent=1))
         else:
-            state = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)
-                     if f.name != 'path'}
-            with files.HashingFile(temporary) as file:
+            state = {name: getattr(checkpoint, name) for name in SAVED}
+            with files.create_synced(temporary) as file:
                 torch.save(state | {'format': FORMAT}, file)
             manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step,
                         'samples_seen': checkpoint.samples_seen, 'val_loss': checkpoint.val_loss,
-                        'bytes': file.bytes, 'sha256': file.sha256.hexdigest(),
+                        'bytes': temporary.stat().st_size, 'sha256': files.sha256_of(temporary),
                         **checkpoint.environment, 'config': checkpoint.config}
             files.write_synced(manifest_temporary, json.dumps(manifest, indent=1))
             files.replace(temporary, path)
@@ -142,9 +134,9 @@ def save(out_dir, checkpoint, keep_last=2):
         for leftover in (temporary, manifest_temporary):
             leftover.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # torch.save's own, after a failed write, or a bug
-            if file is None or file.error is None:
+            if not isinstance(error.__context__, OSError):
                 raise
-            error = file.error
+            error = error.__context__
         last = manifests(out_dir)
         advice = 'start again'
         if last:
@@ -160,15 +152,11 @@ def delete_old(out_dir, step, keep_last):
     best = min(found, key=finite_val_loss, default=None)
     for old in reversed(found[keep_last:]):  # oldest first: a killed process leaves no gap
         if old is not best:
-            delete(out_dir / old['file'])
-
-
-def delete(path):
-    """Delete a checkpoint: its manifest first."""
-    mark = path.with_suffix('.json.tmp')
-    os.replace(path.with_suffix('.json'), mark)
-    path.unlink(missing_ok=True)
-    mark.unlink()
+            path = out_dir / old['file']
+            mark = path.with_suffix('.json.tmp')
+            os.replace(path.with_suffix('.json'), mark)  # the manifest first
+            path.unlink(missing_ok=True)
+            mark.unlink()
 
 
 class Saver:
@@ -271,9 +259,10 @@ def load(where, which='last', mmap=False, average_last=1):
     """
     where = Path(where) if formats.is_gpt2(where) else files.find(where)
     huggingface = formats.is_gpt2(where) or (where / 'config.json').exists()
-    nanogpt = (where / 'ckpt.pt').exists() and not manifests(where)
-    require(where.is_dir() and not huggingface and not nanogpt
-            or average_last == 1 and which in ('last', 'auto'),
+    if not huggingface and (where / 'ckpt.pt').exists() and not manifests(where):  # nanoGPT's
+        where = where / 'ckpt.pt'
+    is_run = where.is_dir() and not huggingface
+    require(is_run or average_last == 1 and which in ('last', 'auto'),
             f'average_last = {average_last}, checkpoint = {which}: only for the folder of a run, '
             f'not for {where}: leave them out')
     if huggingface:
@@ -281,22 +270,17 @@ def load(where, which='last', mmap=False, average_last=1):
         return Checkpoint(config, weights, path=str(folder))
     require(where.suffix != '.json', f'{where} is a manifest: name the .pt file next to it')
     if where.is_file():
-        manifest_path = where.with_suffix('.json')
-        if manifest_path.exists():
-            manifest, wrong = read_manifest(manifest_path)
-            wrong = damage(where, manifest) if manifest else wrong
-            require(not wrong, f'{where} is damaged: {wrong}; name another')
+        manifest, wrong = read_manifest(where.with_suffix('.json'))
+        wrong = damage(where, manifest) if manifest else wrong
+        require(not wrong, f'{where} is damaged: {wrong}; name another')
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s '
                             f'folder, a .pt file or one of {", ".join(formats.GPT2_SIZES)}')
-    end = time.monotonic() + 10
-    while True:
-        try:
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):  # a live run has just deleted it
             return load_run(where, which, mmap, average_last)
-        except FileNotFoundError:  # a live run has just deleted it
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
+        time.sleep(0.1)
+    return load_run(where, which, mmap, average_last)
 
 
 def load_run(folder, which, mmap, average_last):
@@ -304,8 +288,6 @@ def load_run(folder, which, mmap, average_last):
     found, paths = manifests(folder, warn), sorted(folder.glob('ckpt_[0-9]*.pt'))
     loose = [path for path in paths if not path.with_suffix('.json').exists()]
     if not found:
-        if (folder / 'ckpt.pt').exists():  # nanoGPT's
-            return load_file(folder / 'ckpt.pt', mmap)
         remedy = 'train one first'
         if loose:
             remedy = (f'{loose[-1].name} has no manifest to verify it; to load it anyway: '
@@ -340,9 +322,8 @@ def load_run(folder, which, mmap, average_last):
             return mean_of(whole)
     require(whole, f'{folder}: every checkpoint in it is damaged; restore one from a copy, or '
                    f'start over in another --out_dir')
-    raise UserError(f'average_last = {average_last}: {folder} has '
-                    f'{plural(len(whole), "whole checkpoint")}; a run keeps as many as its '
-                    f'--keep_last')
+    n = plural(len(whole), 'whole checkpoint')
+    raise UserError(f'average_last = {average_last}: {folder} has {n}: --keep_last keeps more')
 
 
 def init_from(path):
@@ -395,16 +376,18 @@ def damage(path, manifest):
 
 def load_file(path, mmap=False):
     """A .pt file of plainGPT or nanoGPT. Raises UserError."""
-    state = formats.read_checkpoint_file(path, mmap)
+    state = formats.load_torch(path, mmap)
+    weights = state.get('model') if isinstance(state, dict) else None
+    formats.check_weights(weights, path)
+    prefixes = r'^(_orig_mod\.|module\.)+'  # of torch.compile and DDP
+    state['model'] = {re.sub(prefixes, '', name): weight for name, weight in weights.items()}
     if 'model_args' in state:
-        try:
+        with restate((TypeError, ValueError, AttributeError, RuntimeError, OverflowError), path,
+                     'not a whole checkpoint'):
             values = formats.convert_nanogpt(state, path)
-        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            raise UserError(f'{path}: not a whole checkpoint: {reason_of(error)}') from None
         return Checkpoint(**values, path=str(path))
-    names = [f.name for f in fields(Checkpoint) if f.name != 'path']
-    missing = {'format', *names} - state.keys()
+    missing = {'format', *SAVED} - state.keys()
     require(not missing, f'{path}: not a whole checkpoint: {", ".join(sorted(missing))} is missing')
     require(state['format'] == FORMAT,
             f'{path}: format {state["format"]} is not {FORMAT}, the one this version reads')
-    return Checkpoint(**{name: state[name] for name in names}, path=str(path))
+    return Checkpoint(**{name: state[name] for name in SAVED}, path=str(path))

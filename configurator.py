@@ -98,12 +98,10 @@ class GPTConfig(ModelConfig):
                 f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: '
                 f'try n_embd = {math.ceil(self.n_embd / self.n_head) * self.n_head}')
         require(self.n_kv_head is None or self.n_head % self.n_kv_head == 0,
-                f'n_head = {self.n_head} is not divisible by n_kv_head = {self.n_kv_head}: '
-                f'n_kv_head must be a divisor of n_head')
+                f'n_kv_head = {self.n_kv_head} is not a divisor of n_head = {self.n_head}')
         head_size = self.n_embd // self.n_head
         require(self.position != 'rope' or head_size % 2 == 0,
-                f'position = rope rotates pairs of dimensions: n_embd / n_head = {head_size} '
-                f'must be even')
+                f'position = rope needs an even n_embd / n_head, not {head_size}')
         require(self.position != 'sinusoidal' or self.n_embd % 2 == 0,
                 f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
         require(not self.prefix_lm or self.turns and self.eot_token is not None,
@@ -210,9 +208,15 @@ def check_bound(key, value, type_):
 
 def bound_of(type_):
     """The Bound of an Annotated type, or of one in a union; None if there is none."""
-    options = typing.get_args(type_) if is_union(type_) else [type_]
-    bounds = [bound for option in options for bound in getattr(option, '__metadata__', ())]
-    return bounds[0] if bounds else None
+    return next((bound for _, bound in options_of(type_) if bound), None)
+
+
+def options_of(type_):
+    """[(type, its Bound or None)] of the members of a union, or of a single type."""
+    union = isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union
+    options = typing.get_args(type_) if union else [type_]
+    return [(option.__origin__, option.__metadata__[0]) if hasattr(option, '__metadata__')
+            else (option, None) for option in options]
 
 
 def configure(cls, argv=None):
@@ -268,7 +272,7 @@ def read_config_file(path, cls):
     types_, values, ignored = key_types(cls), {}, []
     reads_run = 'out_dir' in types_ and not issubclass(cls, TrainConfig)
     of_train = key_types(TrainConfig) if reads_run else {}
-    names = {f.name: default_of(f) for f in dataclasses.fields(cls)}
+    names = vars(cls())  # the defaults
     used = {node.id for node in ast.walk(tree)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     for statement in tree.body:
@@ -414,10 +418,8 @@ def unescape(text):
 
 def check_type(key, value, type_):
     """value as type_: 1.0 for int, 1 for float, 0 or 1 for bool, x for list[x]. Or UserError."""
-    options = typing.get_args(type_) if is_union(type_) else [type_]
-    choices = []
-    for option in options:
-        option = getattr(option, '__origin__', option) if bound_of(option) else option
+    options, choices = options_of(type_), []
+    for option, _ in options:
         origin, arguments = typing.get_origin(option), typing.get_args(option)
         if origin is Literal:
             choices += arguments
@@ -457,30 +459,18 @@ def is_number(value):
     return type(value) is int and abs(value) < 2**63
 
 
-def is_union(type_):
-    return isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union
-
-
 def describe(type_):
     """A type in words: 'int', 'float or None', 'learned, rope or none'."""
-    if typing.get_origin(type_) is Literal or is_union(type_):
-        *others, last = choices_of(type_)
-        return f'{", ".join(others)} or {last}' if others else last
-    if type_ is types.NoneType:
-        return 'None'
-    if bound_of(type_):
-        return describe(type_.__origin__)
-    return str(type_) if typing.get_origin(type_) else type_.__name__
-
-
-def choices_of(type_):
-    """The words of a Literal, and the names of the types in a union."""
     words = []
-    for option in typing.get_args(type_):
-        nested = typing.get_origin(option) is Literal
-        words += choices_of(option) if nested else [option if isinstance(option, str)
-                                                    else describe(option)]
-    return words
+    for option, _ in options_of(type_):
+        if typing.get_origin(option) is Literal:
+            words += typing.get_args(option)
+        elif option is types.NoneType:
+            words.append('None')
+        else:
+            words.append(str(option) if typing.get_origin(option) else option.__name__)
+    *others, last = words
+    return f'{", ".join(others)} or {last}' if others else last
 
 
 SYNONYMS = {  # what other programs call a key
@@ -514,16 +504,11 @@ def nearest(word, choices, otherwise='; --help lists them all'):
     return f'; did you mean {close[0]}?' if close else otherwise
 
 
-def default_of(field):
-    missing = field.default is dataclasses.MISSING
-    return field.default_factory() if missing else field.default
-
-
 def help_text(cls):
     """Every key with its default, type and comment, under the headings of the class's source."""
     lines = [inspect.getdoc(sys.modules['__main__']) or '', '',
              f'usage: python {sys.argv[0]} [config/file.py] [--key=value ...] [--switch ...]']
-    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, key_types(cls)
+    defaults, hints = cls(), key_types(cls)
     bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
     owner = {key: base for base in bases for key in base.__annotations__}  # the first to declare it
     for base in bases:
@@ -532,7 +517,7 @@ def help_text(cls):
                 lines += ['', heading[1]]
             elif (match := re.match(r'    (\w+):', line)) and owner.get(match[1]) is base:
                 key = match[1]
-                flag = f'  --{key}={default_of(fields[key])!r}'
+                flag = f'  --{key}={getattr(defaults, key)!r}'
                 comment = line.partition('  # ')[2]
                 bound = bound_of(hints[key])
                 kind = describe(hints[key]) + (f': {bound.text}' if bound else '')

@@ -278,9 +278,13 @@ class GPT(nn.Module):
 
     def uses_flex_attention(self, tokens):
         """Whether masks of documents are block masks (Dong et al. 2024), which skip what no query
-        sees: compiled on CUDA, where SDPA with a mask is slow. There is no dropout for it."""
-        return (tokens.is_cuda and torch.compiler.is_compiling() and self.config.dropout == 0
-                and self.config.attention == 'sdpa')
+        sees: compiled on CUDA, where SDPA with a mask is slow, in bf16, which GPUs with enough
+        shared memory have. There is no dropout for it. FSDP compiles blocks only: not there."""
+        c = self.config
+        return (tokens.is_cuda and torch.compiler.is_compiling()
+                and torch.is_autocast_enabled('cuda')
+                and torch.get_autocast_dtype('cuda') == torch.bfloat16
+                and c.dropout == 0 and c.attention == 'sdpa' and c.n_embd // c.n_head >= 16)
 
     def attention_mask(self, tokens, columns, mask=None):
         """True where a query sees a key, (B or 1, 1, T, S) or a BlockMask; None: plain causality.

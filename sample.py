@@ -103,17 +103,15 @@ class Sample:
         if self.ended:
             return ''
         self.n_tokens += 1
-        if token == self.end:
-            self.ended = True
-            return self.finish()
-        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        if token != self.end:
+            self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
         found = [i for i in map(self.held.find, self.stop_texts) if i >= 0]
         if found:
             self.ended = True
             text, self.held = self.held[:min(found)], ''
             self.decoder.reset()
             return text
-        if token in self.stop_tokens:
+        if token == self.end or token in self.stop_tokens:
             self.ended = True
             return self.finish()
         prefixes = (s[:n] for s in self.stop_texts for n in range(1, len(s)))
@@ -275,6 +273,7 @@ def compiles(model, n):
     except UserError:  # the weights are to blame: their logits are not finite
         raise
     except Exception as error:  # no compiler on the machine, ...
+        model.decoders.clear()
         print(f'torch.compile failed, going on without it: '
               f'{type(error).__name__}: {first_line(error)[:150]}', file=sys.stderr)
         return False

@@ -93,8 +93,9 @@ class Trainer:
             losses.append(loss.detach())
         mean_loss = self.sync.finish()
         self.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(),
-                                                   config.grad_clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.raw_model.parameters(), config.grad_clip or math.inf,
+            foreach=self.device.type == 'cuda' or None)  # by itself it takes shards one by one
         result = torch.stack((mean_loss, distributed.full(grad_norm)))
         optimizer.step_if_finite(result.isfinite().all())
         self.scaler.update()
@@ -216,16 +217,22 @@ class Trainer:
             """A step that changes nothing but takes the memory of one."""
             # the second micro-batch adds to existing gradients
             n = min(distributed.micro_batches_per_process(config), 2)
-            for micro_step in range(n):
-                self.sync.begin(last and micro_step == n - 1)
-                x, y = self.data.train.batch(0, config.batch_size, config.seed)
-                loss = self.loss_of(model, *devices.to_device(x, y, self.device))
-                self.scaler.scale(loss).backward()
-            if last or parallel != 'ddp':  # else a process out of memory would leave others waiting
-                finite = torch.zeros((), dtype=torch.bool, device=self.device)
-                self.optimizer.step_if_finite(finite)
-            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                for micro_step in range(n):
+                    self.sync.begin(last and micro_step == n - 1)
+                    x, y = self.data.train.batch(0, config.batch_size, config.seed)
+                    loss = self.loss_of(model, *devices.to_device(x, y, self.device))
+                    self.scaler.scale(loss).backward()
+                if last or parallel != 'ddp':  # else one out of memory would leave others waiting
+                    finite = torch.zeros((), dtype=torch.bool, device=self.device)
+                    self.optimizer.step_if_finite(finite)
+            finally:
+                raw_model.zero_grad(set_to_none=True)
+                if parallel == 'fsdp':  # after an error it would take the next step for this one
+                    raw_model.reset_iter_state()
 
+        if config.dropout == 0 and not torch.are_deterministic_algorithms_enabled():
+            devices.use_flash_attention_3(self.device)
         if config.auto_batch_size:
             devices.grow_batch(self.model, config, self.device, dry_run)
         if compiled and parallel != 'fsdp':
@@ -243,6 +250,7 @@ class Trainer:
             self.optimizer.shares_muon = False  # batches of other sizes may round differently
         self.batches = self.micro_batches()
         self.batch = next(self.batches)
+        gc.collect()
         gc.freeze()  # what exists now stays: garbage collection need not look at it again
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import check_fields, nearest
-from lib.errors import UserError, os_errors, plural, reason_of, require
+from lib.errors import UserError, os_errors, plural, reason_of, require, restate
 from lib.files import check_kinds, check_lfs, command, find, read_json
 from lib.pairs import Pairs, split_documents
 from lib.tokenizer import CharTokenizer, IdTokenizer, Tokenizer, gpt2
@@ -44,30 +44,26 @@ class TokenBin:
         self.path = shard_path(folder, split, 0)
         self.dtype, self.vocab_size, self.block_size = dtype, vocab_size, block_size
         self.pairs, self.eot = pairs, eot
-        self.shards, self.ends = [], []  # ids per file; cumulative counts
+        self.shards, self.ends, self.n_tokens = [], [], 0  # ids per file; cumulative counts
         while not self.shards or n_tokens is not None and self.n_tokens < n_tokens:
             path = shard_path(folder, split, len(self.shards))
             if self.shards and not path.exists():
                 break
             self.shards.append(Shard(path, dtype, may_have_header=n_tokens is None))
-            self.ends.append(self.n_tokens + len(self.shards[-1]))
+            self.n_tokens += self.shards[-1].n_tokens
+            self.ends.append(self.n_tokens)
         files = f' in {len(self.shards)} files' if len(self.shards) > 1 else ''
         require(n_tokens in (None, self.n_tokens), f'{self.path} has {self.n_tokens} tokens{files} '
                                                    f'where meta.json says {n_tokens}; {AGAIN}')
         if pairs:
             require(self.n_tokens % block_size == 0,
-                    f'{self.path} has {plural(self.n_tokens, "token")}, not a multiple of its row '
-                    f'length {block_size}; {AGAIN}')
+                    f'{self.path}: rows of {block_size} do not add up to {self.n_tokens}; {AGAIN}')
             self.n_windows = self.n_tokens // block_size
         else:
             require(self.n_tokens > block_size,
                     f'{self.path} has {plural(self.n_tokens, "token")}: block_size = {block_size} '
                     f'needs at least {block_size + 1}; lower --block_size or prepare more text')
             self.n_windows = -(-(self.n_tokens - 1) // block_size)  # the last may be shorter
-
-    @property
-    def n_tokens(self):
-        return self.ends[-1] if self.ends else 0
 
     def read(self, starts, count):
         """count ids from each position in starts, 0 past the end. -> (len(starts), count) int64.
@@ -76,15 +72,14 @@ class TokenBin:
         for row, start in zip(batch, starts):
             number, done = bisect.bisect_right(self.ends, start), 0
             while done < count and number < len(self.shards):  # a row may cross into the next file
-                first = start + done - (self.ends[number] - len(self.shards[number]))
+                first = start + done - (self.ends[number] - self.shards[number].n_tokens)
                 part = self.shards[number].read(first, count - done)
                 row[done:done + len(part)] = part
                 number, done = number + 1, done + len(part)
         if batch.max(initial=0) >= self.vocab_size:
             i, j = np.argwhere(batch >= self.vocab_size)[0].tolist()
             raise UserError(f'{self.path}: token id {batch[i, j]} at position {starts[i] + j} is '
-                            f'not below vocab_size = {self.vocab_size}; it was made with another '
-                            f'tokenizer: {AGAIN}')
+                            f'not below its tokenizer\'s vocab_size = {self.vocab_size}; {AGAIN}')
         return batch.astype(np.int64)
 
     def batch(self, first_sample, count, seed):
@@ -181,9 +176,6 @@ class Shard:
                 f'or is 0: it is cut off; {AGAIN}')
         self.n_tokens = n_bytes // dtype.itemsize
 
-    def __len__(self):
-        return self.n_tokens
-
     def read(self, first, count):
         """The ids from first on, at most count, (n,). Raises UserError if the file has shrunk."""
         count = min(count, self.n_tokens - first)
@@ -220,14 +212,14 @@ class Dataset:
     def fingerprint(self):
         """A sha256 by which a resumed run recognizes its data: sizes and the parts above. They are
         read once."""
-        if self.sha256 is not None:
-            return self.sha256
-        sha256 = hashlib.sha256()
-        for split in (self.train, self.val):
-            sha256.update(f'{split.dtype.str} {split.n_tokens * split.dtype.itemsize} '.encode())
-            for ids in split.fingerprint_parts():
-                sha256.update(ids.astype(split.dtype))
-        self.sha256 = sha256.hexdigest()
+        if self.sha256 is None:
+            sha256 = hashlib.sha256()
+            for split in (self.train, self.val):
+                size = split.n_tokens * split.dtype.itemsize
+                sha256.update(f'{split.dtype.str} {size} '.encode())
+                for ids in split.fingerprint_parts():
+                    sha256.update(ids.astype(split.dtype))
+            self.sha256 = sha256.hexdigest()
         return self.sha256
 
 
@@ -277,31 +269,32 @@ def open_dataset(folder, block_size):
     meta.json the bins are nanoGPT's: uint16, with the characters of meta.pkl or GPT-2's vocabulary.
     """
     folder = Path(folder)
-    meta = read_meta(folder)
+    meta = read_meta(folder) or NANOGPT_META
     tokenizer = open_tokenizer(folder) or gpt2()
-    dtype = np.dtype(meta['dtype'] if meta else 'uint16').newbyteorder('<')
-    pairs = Pairs(**meta['pairs']) if meta and meta['pairs'] else None
+    dtype = np.dtype(meta['dtype']).newbyteorder('<')
+    pairs = meta['pairs']
     if pairs:
         T = pairs.block_size
         require(T <= block_size,
                 f'block_size = {block_size}: the rows of {folder} have {T} tokens: prepare it with '
                 f'--block_size={block_size}, or train a model with --block_size={T}')
         block_size = T
-    splits = []
-    for split in ('train', 'val'):
-        n_tokens = meta[f'{split}_tokens'] if meta else None
-        splits.append(TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size, n_tokens,
-                               pairs, tokenizer.eot))
+    splits = [TokenBin(folder, split, dtype, tokenizer.vocab_size, block_size,
+                       meta[f'{split}_tokens'], pairs, tokenizer.eot) for split in ('train', 'val')]
     return Dataset(folder, *splits, tokenizer, pairs)
 
 
+NANOGPT_META = {'dtype': 'uint16', 'train_tokens': None, 'val_tokens': None, 'pairs': None}
 META = {'dtype': str, 'tokenizer': dict, 'train_tokens': int, 'val_tokens': int}
 
 
 def read_meta(folder):
-    """folder/meta.json, or None if there is none. Raises UserError if it is not ours."""
+    """folder/meta.json with its Pairs, or None if there is none. Raises UserError if it is not
+    ours."""
     path = Path(folder) / 'meta.json'
-    try:
+    if not path.exists():
+        return None
+    with restate((UserError, TypeError), path, remedy=AGAIN):
         meta = read_json(path)
         check_kinds(meta, {'format': int}, path)
         require(meta['format'] == FORMAT,
@@ -310,12 +303,9 @@ def read_meta(folder):
         require(meta['dtype'] in ('uint16', 'uint32'),
                 f'dtype = {meta["dtype"][:40]!r} is neither uint16 nor uint32')
         if meta.setdefault('pairs', None) is not None:
-            check_fields(Pairs(**meta['pairs']))
+            meta['pairs'] = Pairs(**meta['pairs'])
+            check_fields(meta['pairs'])
         return meta
-    except FileNotFoundError:
-        return None
-    except (UserError, TypeError) as error:
-        raise UserError(f'{path}: {reason_of(error, path)}; {AGAIN}') from None
 
 
 def open_tokenizer(folder):
@@ -323,10 +313,8 @@ def open_tokenizer(folder):
     folder = Path(folder)
     meta = read_meta(folder)
     if meta:
-        try:
+        with restate(UserError, folder / 'meta.json', remedy=AGAIN):
             return Tokenizer.from_dict(meta['tokenizer'])
-        except UserError as error:
-            raise UserError(f'{folder / "meta.json"}: {error}; {AGAIN}') from None
     path = folder / 'meta.pkl'
     return read_nanogpt_meta(path) if path.exists() else None
 

@@ -72,18 +72,18 @@ def start_device(name, deterministic):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
-        if not deterministic:
-            use_flash_attention_3(device)
     return device
 
 
 def use_flash_attention_3(device):
-    """FlashAttention 3 (Shah et al. 2024) in sdpa, on Hopper and where its package is installed."""
-    if importlib.util.find_spec('flash_attn_interface') is None:
+    """FlashAttention 3 (Shah et al. 2024) in sdpa, on Hopper and where its package is installed. It
+    has no dropout."""
+    if device.type != 'cuda' or importlib.util.find_spec('flash_attn_interface') is None:
         return
     if torch.cuda.get_device_capability(device)[0] == 9:
         try:
             torch.nn.attention.activate_flash_attention_impl('FA3')
+            torch.backends.cuda.enable_cudnn_sdp(False)  # which would come first
             print0('attention: FlashAttention 3')
         except Exception as error:  # built for another PyTorch
             print0(f'note: flash_attn_interface cannot be used: {first_line(error)}')
@@ -199,7 +199,7 @@ def fits(model, dry_run, compiled=False):
     except Exception as e:
         if not compiled:
             raise
-        error = e
+        error = e.with_traceback(None)  # whose frames hold the memory of the attempt
     if compiled and compile_failed(error):
         return fits(model, dry_run)
     return not any_process(out_of_memory)

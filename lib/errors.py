@@ -32,8 +32,9 @@ def reason_of(error, path=''):
     """Why a file cannot be read: our own sentence, without its path, or words for Python's."""
     if isinstance(error, UserError | OSError):
         return (getattr(error, 'strerror', None) or str(error)).removeprefix(f'{path}: ')
-    missing = isinstance(error, KeyError)
-    return f'{error} is missing' if missing else 'it is damaged, or a value has the wrong type'
+    if isinstance(error, KeyError):
+        return f'{error} is missing'
+    return 'it is damaged, or a value has the wrong type'
 
 
 def plural(n, noun):
@@ -51,13 +52,18 @@ def shorten(value):
 
 
 @contextlib.contextmanager
-def os_errors(what, remedy=None):
-    """Turn an OSError of the enclosed call into a UserError that begins with `what`."""
+def restate(kinds, where, what='', remedy=''):
+    """Turn exceptions of these kinds in the enclosed call into a UserError: `where: what: reason;
+    remedy`."""
     try:
         yield
-    except OSError as error:
-        reason = f'{what}: {error.strerror or error}'
-        raise UserError(f'{reason}; {remedy}' if remedy else reason) from None
+    except kinds as error:
+        message = ': '.join(filter(None, (str(where), what, reason_of(error, where)[:500])))
+        raise UserError(f'{message}; {remedy}' if remedy else message) from None
+
+
+def os_errors(where, remedy=''):
+    return restate(OSError, where, remedy=remedy)
 
 
 def exit_with(message):
@@ -97,8 +103,7 @@ def user_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        known = error.errno in (BAD_FILE if error.filename else DISK_FULL)
-        if not known:
+        if error.errno not in (BAD_FILE if error.filename else DISK_FULL):
             raise
         exit_with(f'{error.filename or "output"}: {error.strerror}')
     except KeyboardInterrupt:

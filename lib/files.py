@@ -11,7 +11,7 @@ import stat
 import zlib
 from pathlib import Path
 
-from lib.errors import UserError, first_line, require, shorten
+from lib.errors import UserError, first_line, os_errors, require, shorten
 
 try:
     import fcntl
@@ -31,12 +31,13 @@ def find(path):
     path = Path(os.path.expanduser(path))
     try:
         os.stat(path)
-    except (OSError, ValueError) as error:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
-            reason = getattr(error, 'strerror', None) or error  # too long, a null byte
-            raise UserError(f'{shorten(str(path))}: {reason}') from None
-    in_repository = ROOT / path
-    return in_repository if not os.path.exists(path) and os.path.exists(in_repository) else path
+        return path
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        in_repository = ROOT / path
+        return in_repository if os.path.exists(in_repository) else path
+    except (OSError, ValueError) as error:  # too long, a null byte
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{shorten(str(path))}: {reason}') from None
 
 
 def printable(path):
@@ -46,8 +47,7 @@ def printable(path):
 
 def command(script, **flags):
     """The command that runs a script of the repository, to be printed: quoted for a shell."""
-    path = os.path.relpath(ROOT / script)
-    path = path if len(path) < len(str(ROOT / script)) else str(ROOT / script)
+    path = min(str(ROOT / script), os.path.relpath(ROOT / script), key=len)
     words = [f'--{key}={value}' for key, value in flags.items()]
     return shlex.join(['python', path, *words])
 
@@ -61,10 +61,13 @@ def open_text(path):
     nanoGPT, and a byte order mark is dropped. Only read it in the body. Raises UserError."""
     try:
         with open_binary(path) as binary, io.TextIOWrapper(binary, encoding='utf-8-sig') as file:
-            yield file
-    except UnicodeDecodeError:
-        raise UserError(f'{path}: byte {first_invalid_byte(path)} is not UTF-8 text; convert the '
-                        f'file to UTF-8') from None
+            try:
+                yield file
+            except UnicodeDecodeError as error:  # in the last of the bytes that were read
+                n_read = binary.tell() if binary.seekable() else len(error.object)
+                position = n_read - len(error.object) + error.start
+                raise UserError(f'{path}: byte {position} is not UTF-8 text; convert the file to '
+                                f'UTF-8') from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f'{path}: its compressed data is damaged ({error})') from None
     except OSError as error:
@@ -76,8 +79,7 @@ def check_lfs(path):
     if os.path.isfile(path):  # a pipe can be read only once
         with open(path, 'rb') as file:
             require(file.read(len(LFS_POINTER)) != LFS_POINTER,
-                    f'{path}: this is a Git LFS pointer, not the file: run git lfs pull in its '
-                    f'folder')
+                    f'{path}: this is a Git LFS pointer: run git lfs pull in its folder')
 
 
 def open_binary(path):
@@ -88,19 +90,6 @@ def open_binary(path):
             f'{path}: of compressed files only .gz is read: decompress it, or pipe the text, '
             f'zstdcat FILE | python data/text/prepare.py --input=-')
     return gzip.open(path) if name.endswith('.gz') else open(path, 'rb')
-
-
-def first_invalid_byte(path):
-    """The position of the first byte that is not UTF-8."""
-    position = 0
-    with open_binary(path) as file:
-        for line in file:  # no character crosses the end of a line
-            try:
-                line.decode('utf-8')
-            except UnicodeDecodeError as error:
-                return position + error.start
-            position += len(line)
-    return position
 
 
 def read_text(path):
@@ -129,17 +118,15 @@ def read_json(path):
     """The value in a JSON file. Raises UserError, FileNotFoundError if it is missing."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError('it is a folder or a pipe')
+        require(stat.S_ISREG(status.st_mode), f'{path}: not JSON: it is a folder or a pipe')
         require(status.st_size <= MAX_JSON_BYTES,
                 f'{path}: {status.st_size:,} bytes are too many for JSON')
         return parse_json(read_text(path), surrogates=True)
     except (FileNotFoundError, UserError):
         raise
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror or error}') from None
-    except ValueError as error:
-        raise UserError(f'{path}: not JSON: {first_line(error)[:200]}') from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or f'not JSON: {first_line(error)[:200]}'
+        raise UserError(f'{path}: {reason}') from None
 
 
 def check_kinds(table, kinds, path):
@@ -149,20 +136,22 @@ def check_kinds(table, kinds, path):
     for key, kind in kinds.items():
         require(key in table, f'{path}: {key} is missing')
         value = table[key]
-        is_int = type(value) is int and abs(value) < 2**63
-        is_int = is_int and (kind is not int or value >= 0)  # a count
-        require(isinstance(value, kind) and (kind is bool or is_int or not isinstance(value, int)),
-                f'{path}: {key} = {str(value)[:40]!r} is not of the right type')
+        fits = isinstance(value, kind)
+        if isinstance(value, int) and kind is not bool:
+            fits = fits and type(value) is int and abs(value) < 2**63
+            fits = fits and (kind is not int or value >= 0)  # a count
+        if not fits:  # only now: repr() of a large state takes long
+            raise UserError(f'{path}: {key} = {shorten(value)} is not of the right type')
 
 
 # Writing -----------------------------------------------------------------------------------------
 
 
-def create(path, buffering=-1):
+def create(path):
     """Open a new file for writing in binary. What had its name is unlinked first, so that nothing
     is written through a symbolic link."""
     Path(path).unlink(missing_ok=True)
-    return open(path, 'xb', buffering)
+    return open(path, 'xb')
 
 
 def open_own(path, mode):
@@ -179,12 +168,9 @@ def lock(folder, what):
     """Make the folder and keep other processes out of it until the returned file is closed. Raises
     UserError, which begins with `what`."""
     path = Path(folder) / '.lock'
-    try:
+    with os_errors(f'{what}: cannot write there', 'choose another folder'):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open_own(path, 'ab')
-    except OSError as error:
-        reason = f'cannot write there: {error.strerror}; choose another folder'
-        raise UserError(f'{what}: {reason}') from None
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,50 +210,19 @@ def write_text(path, text):
 
 
 def write_synced(path, text):
-    """Write and fsync. Raises OSError that names the file."""
-    try:
-        with create(path) as file:
-            file.write(text.encode('utf-8'))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with create_synced(path) as file:
+        file.write(text.encode('utf-8'))
+
+
+@contextlib.contextmanager
+def create_synced(path):
+    """`create` in a with statement that ends with an fsync."""
+    with create(path) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256_of(path):
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-class HashingFile:
-    """A file for writing that hashes what passes through; fsynced when it is closed."""
-
-    def __init__(self, path):
-        self.file = create(path, buffering=0)
-        self.sha256, self.bytes = hashlib.sha256(), 0
-        self.error = None  # torch.save raises its own, less useful error
-
-    def write(self, data):
-        self.sha256.update(data)
-        self.bytes += len(data)
-        try:
-            left = memoryview(data)
-            while left:
-                left = left[self.file.write(left):]
-        except OSError as error:
-            self.error = error
-            raise
-        return len(data)
-
-    def flush(self):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        try:
-            if error is None:
-                os.fsync(self.file.fileno())
-        finally:
-            self.file.close()

@@ -13,7 +13,7 @@ import torch
 
 from configurator import check_type, read_model_config
 from lib.download import download
-from lib.errors import UserError, plural, reason_of, require, shorten
+from lib.errors import UserError, plural, require, restate, shorten
 from lib.files import check_lfs, parse_json, read_json
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -25,12 +25,6 @@ MASKS = ('.attn.bias', '.attn.masked_bias')  # causal masks of older files
 
 def is_gpt2(where):
     return str(where) in GPT2_SIZES and not Path(where).exists()
-
-
-def load_gpt2(where):
-    """(fields of GPTConfig, {name: tensor}, folder) of 'gpt2', ..., 'gpt2-xl' or of a folder."""
-    folder = download_gpt2(str(where)) if is_gpt2(where) else Path(where)
-    return *load_huggingface(folder), folder
 
 
 def download_gpt2(name):
@@ -45,14 +39,13 @@ def download_gpt2(name):
     return folder
 
 
-def load_huggingface(folder):
-    """(fields of GPTConfig, {name: tensor}) of a folder in its layout. Raises UserError."""
-    folder = Path(folder)
-    try:
-        model_config = convert_huggingface_config(read_json(folder / 'config.json'))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        path = folder / 'config.json'
-        raise UserError(f'{path}: {reason_of(error, path)}') from None
+def load_gpt2(where):
+    """(fields of GPTConfig, {name: tensor}, folder) of 'gpt2', ..., 'gpt2-xl', or of a folder in
+    Hugging Face's layout. Raises UserError."""
+    folder = download_gpt2(str(where)) if is_gpt2(where) else Path(where)
+    path = folder / 'config.json'
+    with restate((OSError, ValueError, KeyError, TypeError), path):
+        model_config = convert_huggingface_config(read_json(path))
     path = folder / 'model.safetensors'
     if not path.exists():
         path = folder / 'pytorch_model.bin'
@@ -72,7 +65,7 @@ def load_huggingface(folder):
     if model_config['tie_weights'] and 'transformer.wte.weight' in weights:
         weights.setdefault('lm_head.weight', weights['transformer.wte.weight'])
     model_config['tie_weights'] &= tied(weights)
-    return model_config, weights
+    return model_config, weights, folder
 
 
 def tied(weights):
@@ -125,7 +118,8 @@ def convert_huggingface_config(config):
 def read_safetensors(path):
     """{name: tensor}: 8 bytes with the length of a JSON header, the header, the tensors, without a
     gap (huggingface/safetensors, README, "Format"). Raises UserError."""
-    try:
+    wrong = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+    with restate(wrong, path, 'not a whole safetensors file'):
         check_lfs(path)
         size = path.stat().st_size
         with open(path, 'rb') as file:
@@ -149,8 +143,6 @@ def read_safetensors(path):
             end = stop
         require(end == len(data), f'after the last tensor: {plural(len(data) - end, "byte")}')
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f'{path}: not a whole safetensors file: {reason_of(error, path)}') from None
 
 
 def check_archive(path):
@@ -199,15 +191,6 @@ def load_torch(path, mmap=False):
                       f'torch.save({{k: v for k, v in c.items() if torch.is_tensor(v) or k in '
                       f'(\'model\', \'model_args\')}}, \'{path}\')"')
         raise UserError(f'{path}: refused: {reason}') from None
-
-
-def read_checkpoint_file(path, mmap=False):
-    """The dict in a .pt file of plainGPT or nanoGPT. Raises UserError, FileNotFoundError."""
-    state = load_torch(path, mmap)
-    weights = state.get('model') if isinstance(state, dict) else None
-    check_weights(weights, path)
-    prefixes = r'^(_orig_mod\.|module\.)+'  # of torch.compile and DDP
-    return state | {'model': {re.sub(prefixes, '', k): v for k, v in weights.items()}}
 
 
 def convert_nanogpt(state, path):

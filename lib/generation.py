@@ -6,6 +6,7 @@ import copy
 import math
 
 import torch
+import torch.nn as nn
 
 from lib.errors import require
 
@@ -21,10 +22,11 @@ class KVCache:
     def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None,
                  static=False):
         n_kv_head, head_size = config.n_kv_head or config.n_head, config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, n_kv_head, size, head_size)
-        # zeros, not empty: 0 * NaN would leak through the mask
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, n_kv_head, size, head_size)
+        # one tensor per layer: a compiled step would copy slices of a larger one; zeros, not empty:
+        # 0 * NaN would leak through the mask
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros_like(k) for k in self.k]
         self.tokens = torch.full((batch_size, size), -1, device=device)  # for n-grams and documents
         self.padding = padding  # (B,) or None
         if static and padding is None:
@@ -35,13 +37,13 @@ class KVCache:
 
     def select(self, index, spare=None):
         """A cache of the rows index (B',), with repeats; reuses the memory of spare if given."""
-        new, index = copy.copy(self), torch.as_tensor(index, device=self.k.device)
+        new, index = copy.copy(self), torch.as_tensor(index, device=self.tokens.device)
         if spare is None:
-            new.k, new.v = self.k[:, index], self.v[:, index]
+            new.k, new.v = [k[index] for k in self.k], [v[index] for v in self.v]
         else:
             new.k, new.v = spare.k, spare.v
-            for old, copied in ((self.k, new.k), (self.v, new.v)):
-                copied[..., :self.length, :] = old[:, index, :, :self.length]
+            for old, copied in zip(self.k + self.v, new.k + new.v):
+                copied[:, :, :self.length] = old[index, :, :self.length]
         new.tokens = self.tokens[index]
         new.padding = None if self.padding is None else self.padding[index]
         return new
@@ -49,9 +51,9 @@ class KVCache:
     def copy_from(self, other, index):
         """Of a static cache: take the rows index of another one, which is not static."""
         n = other.length
-        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
-            mine[..., :n, :] = theirs[:, index, :, :n]
-            mine[..., n:, :] = 0  # not NaN
+        for mine, theirs in zip(self.k + self.v, other.k + other.v):
+            mine[:, :, :n] = theirs[index, :, :n]
+            mine[:, :, n:] = 0  # not NaN
         self.tokens.fill_(-1)[:, :n] = other.tokens[index, :n]
         self.padding.zero_()
         if other.padding is not None:
@@ -60,7 +62,7 @@ class KVCache:
 
     def mark_static_addresses(self):
         """Let a CUDA graph write into the buffers."""
-        for buffer in (self.k, self.v, self.tokens, self.padding, self.filled):
+        for buffer in (*self.k, *self.v, self.tokens, self.padding, self.filled):
             torch._dynamo.mark_static_address(buffer)
 
     def extend(self, idx):
@@ -86,7 +88,7 @@ class KVCache:
 
     def mask(self, columns, end):
         """Which of the columns up to end each query in columns (T,) sees: (B or 1, 1, T, end)"""
-        column = torch.arange(end, device=self.k.device)
+        column = torch.arange(end, device=self.tokens.device)
         query = columns[:, None]
         visible = column <= query  # (T, S)
         if self.padding is not None:
@@ -98,14 +100,15 @@ class KVCache:
     def append(self, layer, k, v):
         """Store k, v (B, nkv, T, hs) of a layer; returns all so far, (B, nkv, S, hs) each."""
         T, end = k.size(2), self.length
+        all_k, all_v = self.k[layer], self.v[layer]
         if self.static:
             columns = self.filled - T + torch.arange(T, device=k.device)
-            self.k[layer].index_copy_(2, columns, k.type_as(self.k))
-            self.v[layer].index_copy_(2, columns, v.type_as(self.v))
-            return self.k[layer], self.v[layer]
-        self.k[layer, :, :, end - T:end] = k
-        self.v[layer, :, :, end - T:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+            all_k.index_copy_(2, columns, k.type_as(all_k))
+            all_v.index_copy_(2, columns, v.type_as(all_v))
+            return all_k, all_v
+        all_k[:, :, end - T:end] = k
+        all_v[:, :, end - T:end] = v
+        return all_k[:, :, :end], all_v[:, :, :end]
 
 
 def context(idx, cache, block_size):
@@ -118,6 +121,15 @@ def context(idx, cache, block_size):
         return cache.extend(idx)
     columns = torch.arange(idx.size(1), device=idx.device)
     return idx, columns, columns, None
+
+
+def next_logits(model, idx, cache):
+    """The logits after idx (B, T), which the cache takes up: (B, V). Not by cuDNN's attention,
+    which makes a plan for each new length."""
+    backend = torch.nn.attention.SDPBackend
+    kernels = [backend.FLASH_ATTENTION, backend.EFFICIENT_ATTENTION, backend.MATH]
+    with torch.nn.attention.sdpa_kernel(kernels):
+        return model(idx, cache=cache)[0][:, -1]
 
 
 def cache_dtype(model):
@@ -225,16 +237,16 @@ def generate_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, *, 
                 size = end - first if compile else min(block_size, longest + max_new_tokens - first)
                 cache = KVCache(model.config, len(tokens[part]), size, device, cache_dtype(model),
                                 padding)
-                logits = model(tokens[part, first:end], cache=cache)[0][rows]
+                logits = next_logits(model, tokens[part, first:end], cache)[rows]
                 if compile:
                     static.copy_from(cache, rows)
                     cache = static
                 elif share:
                     cache = cache.select(number)
             else:
-                logits, _ = step(last, cache=cache)
+                logits = next_logits(step, last, cache)
             next_token = sample_next_token(
-                logits[:, -1, :vocab_size], temperature, top_k, top_p, min_p, repetition_penalty,
+                logits[:, :vocab_size], temperature, top_k, top_p, min_p, repetition_penalty,
                 None if seen is None else seen[:, :vocab_size], generator)  # (B,)
             last = next_token.clamp(min=0)[:, None]
             tokens[:, end:end + 1] = last
@@ -253,7 +265,9 @@ def compiled_decoder(model, batch_size):
     if key not in model.decoders:
         cache = KVCache(model.config, batch_size, model.config.block_size, weight.device,
                         cache_dtype(model), static=True)
-        step = torch.compile(model, dynamic=False, mode='reduce-overhead')
+        # both use CUDA graphs; int8 needs kernels that convert the weights they read
+        mode = 'reduce-overhead' if isinstance(model.lm_head, nn.Linear) else 'max-autotune'
+        step = torch.compile(model, dynamic=False, mode=mode)
         cache.mark_static_addresses()
         model.decoders[key] = step, cache
     return model.decoders[key]
@@ -358,7 +372,7 @@ def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, 
         padding = start if len(set(map(len, prompts))) > 1 else None
         cache = KVCache(model.config, B, longest + max_new_tokens, device, cache_dtype(model),
                         padding)
-        logits = model(tokens, cache=cache)[0][:, -1, :V].repeat_interleave(K, 0)  # (B K, V)
+        logits = next_logits(model, tokens, cache)[:, :V].repeat_interleave(K, 0)  # (B K, V)
         cache = cache.select(torch.arange(B, device=device).repeat_interleave(K))
         spare = None
         scores = logits.new_full((B, K), -math.inf)  # log p of each beam
@@ -376,7 +390,7 @@ def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, 
             found, goes_on = ended & scores.isfinite(), ~ended & scores.isfinite()
             n_found = n_found + found.sum(1, keepdim=True)
             columns = (beam, token, scores, found, goes_on)
-            step = torch.stack([x.double() for x in columns], dim=-1).tolist()  # the only host sync
+            step = torch.stack([x.float() for x in columns], dim=-1).tolist()  # the only host sync
             penalty = ((5 + length) / 6) ** length_penalty
             for b, rows in enumerate(step):
                 require_drawn([new for _, new, *_ in rows])
@@ -389,7 +403,7 @@ def beam_search(model, idx, max_new_tokens, num_beams=4, length_penalty=0.6, *, 
             index = (torch.arange(B, device=device)[:, None] * K + beam).flatten()
             # two caches take turns: allocating a new one per step costs page faults
             cache, spare = cache.select(index, spare), cache
-            logits = model(token.view(-1, 1), cache=cache)[0][:, -1, :V]
+            logits = next_logits(model, token.view(-1, 1), cache)[:, :V]
     finally:
         model.train(was_training)
     return [sorted(result, key=lambda found: -found[1]) for result in results]

@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
             quantized_linear = torch.ops.quantized.linear_dynamic
             y = quantized_linear(x.float(), self.packed, self.reduce_range).type_as(x)
         else:
-            y = (F.linear(x, self.int8.to(x.dtype)) * self.scale).type_as(x)
+            y = F.linear(x, self.weight.to(x.dtype))  # scaled before: fp16 would overflow
         return y if self.bias is None else y + self.bias
 
     @property

@@ -24,6 +24,13 @@ def needs_chunks(n_tokens, vocab_size, device, at_once):
     return n_tokens * vocab_size > at_once or vocab_size % PAD_VOCAB_TO.get(device.type, 1) > 0
 
 
+def mm_fp32(a, b):
+    """a @ b. On CUDA in fp32 from products in 16 bits: fp16 sums over many tokens overflow."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softcap(x W^T), one chunk of logits at a time.
 
@@ -72,7 +79,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if padding:
                 dlogits = F.pad(dlogits, (0, padding))  # (n, V + padding)
             for dw_j, dlogits_j in zip(dw.split(dw_rows), dlogits[:, :V].T.split(dw_rows)):
-                dw_j += dlogits_j @ x_i
+                dw_j += mm_fp32(dlogits_j, x_i)
             dx_i.copy_(dlogits @ w)
         n = (targets >= 0).sum()
         ctx.save_for_backward(dx, dw, n)

@@ -13,17 +13,13 @@ import numpy as np
 from configurator import Count
 
 
-def document_starts(tokens, eot, turns):
-    """True where a document begins. tokens: (B, T), -1 = padding before a row -> (B, T)"""
+def document_numbers(tokens, eot, turns):
+    """The document of each token, counted from the left. tokens: (B, T), -1 = padding before a row
+    -> (B, T)"""
     starts = (tokens == eot) | False  # a copy: the next line writes into it
     if turns:
         starts[:, 1:] &= (tokens[:, :-1] == eot) | (tokens[:, :-1] < 0)
-    return starts
-
-
-def document_numbers(tokens, eot, turns):
-    """The document of each token, counted from the left. (B, T) -> (B, T)"""
-    return document_starts(tokens, eot, turns).cumsum(1)
+    return starts.cumsum(1)
 
 
 def source_parts(tokens, eot):

@@ -19,8 +19,7 @@ def read_train_config(argv=None, cls=TrainConfig):
         config.batch_size = cls.batch_size
     turn_dial(config, given)
     check(config)
-    averages = config.eval_only and config.init_from == 'resume'
-    require(config.average_last == 1 or averages,
+    require(config.average_last == 1 or config.eval_only and config.init_from == 'resume',
             f'average_last = {config.average_last}: only to evaluate a run, with '
             f'--init_from=resume --eval_only')
     return config, given
@@ -29,10 +28,9 @@ def read_train_config(argv=None, cls=TrainConfig):
 def check(config):
     """Validate the config. Raises UserError."""
     check_bounds(config)
-    low, known = config.min_lr, config.init_from != 'resume'  # else learning_rate comes from a file
-    if low is not None and config.decay_lr and known:
-        require(low <= config.learning_rate,
-                f'min_lr = {low}: give at least 0 and at most learning_rate')
+    low, resuming = config.min_lr, config.init_from == 'resume'  # then the rate is in a file
+    if low is not None and config.decay_lr and not resuming:
+        require(low <= config.learning_rate, f'min_lr = {low}: give at most learning_rate')
     require(config.out_dir and config.init_from and config.dataset,
             'out_dir, init_from or dataset is empty: name a folder')
 
@@ -40,7 +38,9 @@ def check(config):
 def turn_dial(config, given):
     """Set the keys that --depth implies, except for those given after it.
 
-    n_embd      64 * depth: GPT-2's proportions, 12 blocks of 768 (as in nanochat); heads of 64
+    n_embd      64 * depth: GPT-2's proportions, 12 blocks of 768 (as in nanochat)
+    n_head      heads of 64; from depth 8 on of 128, where that divides n_embd: on 0.5 million
+                tokens of English prose depth 8 reached 4.505 instead of 4.536 (2 seeds)
     rates       Muon's is the same for all widths, since its steps have the same length in every
                 direction (Jordan 2024): of 0.01, 0.02 and 0.04 the second was best for depths 2
                 and 4 (README). AdamW's scale as 1/sqrt(width) (as in nanochat); the one
@@ -62,8 +62,9 @@ def turn_dial(config, given):
                 setattr(config, key, value)
 
     imply(n_layer=config.depth, n_embd=64 * config.depth)
-    imply(n_head=max(1, config.n_embd // 64), position='rope', norm='rmsnorm', activation='relu2',
-          qk_norm=True, zero_init=True, tie_weights=False)
+    head_size = 128 if config.depth >= 8 and config.n_embd % 128 == 0 else 64
+    imply(n_head=max(1, config.n_embd // head_size), position='rope', norm='rmsnorm',
+          activation='relu2', qk_norm=True, zero_init=True, tie_weights=False)
     rate = 0.005 * (192 / config.n_embd) ** 0.5
     imply(optimizer='muon', muon_learning_rate=0.02, muon_momentum=0.9, learning_rate=rate,
           embedding_learning_rate=4 * rate, beta1=0.8, beta2=0.95, weight_decay=0.0, grad_clip=0.0,

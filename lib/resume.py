@@ -58,8 +58,7 @@ def take_saved_config(config, given, checkpoint):
     """Resuming: keys that are not given are as they were. Raises UserError."""
     saved = checkpoint.config
     require('depth' not in given or config.depth == saved.get('depth'),
-            f'depth = {config.depth} but {checkpoint.path} has depth = {saved.get("depth")}: '
-            f'leave it out')
+            f'depth = {config.depth} but {checkpoint.path} has {saved.get("depth")}: leave it out')
     own = (set(given) - {'init_from'}) | {'out_dir', 'eval_only'}
     for field in fields(config):
         if field.name in saved and field.name not in own:
@@ -193,6 +192,5 @@ def check_disk(run, checkpoint_bytes):
     config, n = run.config, 1 if run.resuming else run.config.keep_last + 2
     need, free = n * checkpoint_bytes, shutil.disk_usage(config.out_dir).free
     require(free >= need,
-            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB there, '
-            f'{free / 1e6:,.1f} MB are free: free some room, lower --keep_last or choose another '
-            f'--out_dir')
+            f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB, '
+            f'{free / 1e6:,.1f} MB are free: free some, lower --keep_last or name another folder')

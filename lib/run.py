@@ -118,12 +118,8 @@ def write_status(out_dir, status):
 
 
 def read_log(out_dir):
-    """The whole lines of a run's log.jsonl, as dicts; [] if there is none."""
-    return [line for _, line in log_lines(out_dir)]
-
-
-def log_lines(out_dir):
-    """[(text, {'step': number, ...})] of log.jsonl. The last line may be cut off."""
+    """The lines of a run's log.jsonl, [{'step': number, ...}], except for one that is cut off; []
+    if there is no log."""
     path = Path(out_dir) / 'log.jsonl'
     if not path.is_file():
         return []
@@ -133,7 +129,7 @@ def log_lines(out_dir):
             line = parse_json(text)
             numbers = all(isinstance(value, int | float | None) for value in line.values())
             if numbers and type(line.get('step')) in (int, float):
-                lines.append((text, line))
+                lines.append(line)
     return lines
 
 
@@ -141,7 +137,7 @@ def cut_log(out_dir, step):
     """Drop the lines of log.jsonl from step on: the run continues there."""
     path = Path(out_dir) / 'log.jsonl'
     if path.exists():
-        kept = [text + '\n' for text, line in log_lines(out_dir) if line['step'] < step]
+        kept = [json.dumps(line) + '\n' for line in read_log(out_dir) if line['step'] < step]
         with os_errors(f'{path}: cannot write'):
             write_text(path, ''.join(kept))
 
@@ -206,23 +202,6 @@ def report_wandb(error):
     print0(f'wandb failed, going on without it: {type(error).__name__}: {first_line(error)}')
 
 
-class HostCopy:
-    """A tensor on its way to main memory; on a GPU the copy waits for nothing and nobody for it."""
-
-    def __init__(self, tensor):
-        is_cuda = tensor.device.type == 'cuda'
-        self.tensor, self.copied = tensor.to('cpu', non_blocking=is_cuda), None
-        if is_cuda:
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-
-    def get(self):
-        """The copy, as soon as it is there."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.tensor
-
-
 class StepLog(contextlib.AbstractContextManager):
     """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout)."""
 
@@ -234,7 +213,8 @@ class StepLog(contextlib.AbstractContextManager):
         self.flops_per_token = model.flops_per_token()
         self.peak_flops = config.peak_flops or peak_flops(device, dtype)
         self.fp16 = dtype == torch.float16
-        self.pending = []  # (step, its first sample, lr, tensor of loss, gradient norm and losses)
+        # (step, its first sample, lr, CPU tensor of loss, gradient norm and losses, CUDA event)
+        self.pending = []
         self.lag = int(device.type == 'cuda')  # steps
         self.skips = 0  # consecutive steps that were not finite
         self.bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step',
@@ -248,7 +228,14 @@ class StepLog(contextlib.AbstractContextManager):
         self.time, self.step = time.perf_counter(), step
 
     def add(self, step, first_sample, lr, values):
-        self.pending.append((step, first_sample, lr, HostCopy(values)))
+        """values: a tensor of the step's loss, its gradient norm and the losses of this process's
+        micro-batches. A GPU copies it while it computes the next step."""
+        is_cuda, copied = values.device.type == 'cuda', None
+        values = values.to('cpu', non_blocking=is_cuda)
+        if is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self.pending.append((step, first_sample, lr, values, copied))
         self.bar.update()
 
     def flush_if_due(self, step):
@@ -264,11 +251,14 @@ class StepLog(contextlib.AbstractContextManager):
         if not ended:
             return
         self.pending = self.pending[len(ended):]
-        done = ended[-1][0] + 1
-        all_values = torch.stack([values.get() for *_, values in ended]).tolist()
+        last_step, *_, copied = ended[-1]
+        if copied is not None:
+            copied.synchronize()
+        done = last_step + 1
+        all_values = torch.stack([values for *_, values, _ in ended]).tolist()
         seconds = time.perf_counter() - self.time
         speed = (done - self.step) * self.tokens_per_step / seconds
-        for (step, first_sample, lr, _), (loss, grad_norm, *losses) in zip(ended, all_values):
+        for (step, first_sample, lr, *_), (loss, grad_norm, *losses) in zip(ended, all_values):
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             self.skips = 0 if finite else self.skips + 1
             if not finite:

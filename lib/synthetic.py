@@ -1,13 +1,14 @@
-"""train.py's Trainer on random tokens: its steps without a run's folder, data and log.
-
-For tests and tools/gpu_report.py, which measures the step that trains.
-"""
+"""train.py's Trainer on random tokens: its steps without a run's folder, data and log; and GPT-2 in
+nanoGPT's plain way. For tests and tools/gpu_report.py, which measures both."""
 import contextlib
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
 
 from configurator import ModelConfig
 
@@ -48,3 +49,41 @@ def make_trainer(train, config, rows, vocab_size, device, dtype, compiled=False,
         trainer.wrap(parallel, compiled)
     trainer.log = SimpleNamespace(add=lambda *values: None)
     return trainer
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = (nn.LayerNorm(n_embd, bias=False) for _ in range(2))
+        self.qkv, self.proj = (nn.Linear(n_embd, n * n_embd, bias=False) for n in (3, 1))
+        self.mlp = nn.Sequential(nn.Linear(n_embd, 4 * n_embd, bias=False), nn.GELU(),
+                                 nn.Linear(4 * n_embd, n_embd, bias=False))
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)
+                   for part in self.qkv(self.ln_1(x)).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp(self.ln_2(x))
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 as nanoGPT builds it, of plain torch.nn: idx, targets (B, T) -> loss."""
+
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.blocks = nn.Sequential(*(PlainBlock(n_embd, n_head) for _ in range(n_layer)))
+        self.ln_f = nn.LayerNorm(n_embd, bias=False)
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.wte.weight = self.lm_head.weight
+        for p in self.parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, idx, targets):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        logits = self.lm_head(self.ln_f(self.blocks(x)))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

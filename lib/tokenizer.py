@@ -9,11 +9,12 @@ data, prompts and evaluations alike. In a side of a pair or a message of a chat 
 import base64
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from lib.errors import UserError, plural, reason_of, require
+from lib.errors import UserError, plural, require, restate
 from lib.files import find, read_json, read_text
 from lib.pairs import join_turns
 
@@ -24,7 +25,10 @@ GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 
 class Tokenizer:
     """token_bytes: the bytes of each id. special: {text: id}. eot: the id of `<|endoftext|>`, which
-    separates documents, or None. cuts_anywhere: whether a text may be cut at any character."""
+    separates documents, or None. cuts_anywhere: whether a text may be cut at any character.
+
+    Subclasses define encode_ordinary(text): ids, (n,) uint32, where special tokens are plain text.
+    """
     cuts_anywhere = True
 
     @property
@@ -52,10 +56,6 @@ class Tokenizer:
             parts.append([self.special[part]] if i % 2 else self.encode_ordinary(part))
         return np.concatenate(parts).astype(np.uint32)
 
-    def encode_ordinary(self, text):
-        """Ids, (n,) uint32; special tokens are plain text. Raises UserError."""
-        raise NotImplementedError
-
     def text_bytes(self):
         """Bytes of text per token; special tokens, which are not in the text, have 0. (V,)"""
         n_bytes = np.array([len(token) for token in self.token_bytes])
@@ -74,7 +74,8 @@ class Tokenizer:
     @staticmethod
     def from_dict(saved):
         """The inverse of to_dict. Raises UserError if it is not one."""
-        try:
+        wrong = (TypeError, ValueError, AttributeError, OverflowError)
+        with restate(wrong, 'not a saved tokenizer'):
             match saved:
                 case {'kind': 'char', 'characters': str(characters), **options}:
                     return CharTokenizer(characters, **options)
@@ -86,8 +87,6 @@ class Tokenizer:
                       'tokens': list(tokens), **options}:
                     tokens = [base64.b64decode(token, validate=True) for token in tokens]
                     return BPETokenizer(kind, pattern, tokens, **options)
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f'not a saved tokenizer: {reason_of(error)[:200]}') from None
         raise UserError(f'not a saved tokenizer: {str(saved)[:60]!r}; '
                         f'kinds are char, byte, ids, gpt2 and bpe')
 
@@ -99,17 +98,14 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters, end_of_text=False):
         self.characters = characters
         self.token_bytes = [c.encode('utf-8') for c in characters]
-        codes = code_points(characters)
-        self._id_of = np.full(int(codes.max(initial=0)) + 1, -1, dtype=np.int64)  # by code point
-        self._id_of[codes] = np.arange(len(codes))
+        self._id_of = np.full(sys.maxunicode + 1, -1, dtype=np.int32)  # by code point
+        self._id_of[code_points(characters)] = np.arange(len(characters))
         require(len(set(characters)) == len(characters) > 0,
                 'a character tokenizer needs characters, each of them once')
         self.set_special(end_of_text_after(self.token_bytes, end_of_text))
 
     def encode_ordinary(self, text):
-        codes = code_points(text)
-        known = codes < len(self._id_of)
-        ids = np.where(known, self._id_of[np.minimum(codes, len(self._id_of) - 1)], -1)
+        ids = self._id_of[code_points(text)]
         if (ids < 0).any():
             position = int((ids < 0).argmax())
             raise UserError(f'character {text[position]!r} at position {position} is not one of '
@@ -228,16 +224,14 @@ class BPETokenizer(Tokenizer):
 
 def gpt2():
     """GPT-2's vocabulary of 50257, which tiktoken downloads once. Raises UserError if it cannot."""
-    import requests  # as tiktoken does, for its exceptions
     import tiktoken
 
     try:
         encoding = tiktoken.get_encoding('gpt2')
-    except (requests.RequestException, OSError) as error:
-        raise UserError(f'GPT-2\'s vocabulary is not on this machine and cannot be downloaded '
-                        f'({type(error).__name__} at openaipublic.blob.core.windows.net): connect '
-                        f'once, set TIKTOKEN_CACHE_DIR to a folder that has it, or prepare your '
-                        f'data with --tokenizer=bpe') from None
+    except OSError as error:  # requests' exceptions are OSErrors
+        raise UserError(f'GPT-2\'s vocabulary cannot be downloaded ({type(error).__name__} at '
+                        f'openaipublic.blob.core.windows.net): connect once, set TIKTOKEN_CACHE_DIR'
+                        f' to a folder that has it, or prepare with --tokenizer=bpe') from None
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
     return BPETokenizer('gpt2', GPT2_PATTERN, tokens)
 
@@ -250,7 +244,8 @@ def from_huggingface(folder):
     path = whole if whole.exists() else vocab
     if not path.exists():
         return None
-    try:
+    with restate((ValueError, KeyError, TypeError, AttributeError), path,
+                 'cannot read a byte-level BPE, such as GPT-2\'s, from it'):
         if path == whole:
             return make_byte_level(*read_tokenizer_json(read_json(path)))
         vocabulary, merges = read_json(path), None
@@ -258,9 +253,6 @@ def from_huggingface(folder):
             lines = read_text(folder / 'merges.txt').splitlines()
             merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
         return make_byte_level(vocabulary, merges, read_added_tokens(folder, vocabulary))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: cannot read a byte-level BPE, such as GPT-2\'s, from it: '
-                        f'{reason_of(error, path)[:300]}') from None
 
 
 def read_tokenizer_json(saved):
@@ -328,22 +320,20 @@ def make_byte_level(vocabulary, merges, added):
     else:
         single = [text for text in sorted(vocabulary, key=vocabulary.get) if text in byte_of]
         ordered = list(dict.fromkeys([*single, *(left + right for left, right in merges)]))
-    ordered = [text for text in ordered if text not in added]
+    bytes_of = {}
     for text in ordered:
-        require(set(text) <= byte_of.keys(), f'the token {text!r} has characters of no byte')
-    bytes_of = {text: bytes(byte_of[c] for c in text) for text in ordered}
-    tokens = list(bytes_of.values())
-    ids = [vocabulary[text] for text in ordered]
-    known = set(ordered)
-    unused = {text: id_ for text, id_ in vocabulary.items() if text not in known | added.keys()}
+        if text not in added:
+            require(set(text) <= byte_of.keys(), f'the token {text!r} has characters of no byte')
+            bytes_of[text] = bytes(byte_of[c] for c in text)
+    tokens, ids = list(bytes_of.values()), [vocabulary[text] for text in bytes_of]
+    unused = {text: id_ for text, id_ in vocabulary.items()
+              if text not in bytes_of and text not in added}
     for text in unused:
         require(re.fullmatch(r'<.+>|\[.+\]', text), f'no merge makes the token {text!r}')
     require(merges or sorted(vocabulary.values()) == list(range(len(vocabulary))),
             'the ids are not 0, 1, 2, ...')
-    kind = 'gpt2' if len(tokens) == 50256 else 'bpe'
-    if ids == list(range(len(tokens))):
-        ids = None
     check_merges(tokens, [[bytes_of[left], bytes_of[right]] for left, right in merges or []])
+    kind = 'gpt2' if len(tokens) == 50256 else 'bpe'
     return BPETokenizer(kind, GPT2_PATTERN, tokens, ids, added, unused)
 
 
@@ -372,10 +362,8 @@ def read_prompt(start):
     """The text of --start: itself, or FILE:path for that of a file. Raises UserError."""
     if not start.startswith('FILE:'):
         return start
-    try:
+    with restate(UserError, f'start = {start!r}', 'cannot read that file'):
         return read_text(find(start[5:]))
-    except UserError as error:
-        raise UserError(f'start = {start!r}: cannot read that file: {error}') from None
 
 
 def encode_prompt(text, tokenizer):

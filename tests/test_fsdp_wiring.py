@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib import distributed
 from stub_trainer import make_trainer
 
 WORLD_SIZE, MICRO_BATCHES, N_LAYER = 8, 4, 2
@@ -29,8 +30,23 @@ class Collectives(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def out_of_memory_once(module, *args):
+    out_of_memory_once.handle.remove()
+    raise torch.OutOfMemoryError
+
+
 @pytest.fixture
-def trainer():
+def trainer(request, monkeypatch):
+    """request.param: whether the first dry run ends in its backward pass."""
+    wrap = distributed.wrap_fsdp
+
+    def wrap_fsdp(model, *args):
+        wrap(model, *args)
+        block = model.transformer.h[0].mlp
+        out_of_memory_once.handle = block.register_full_backward_pre_hook(out_of_memory_once)
+
+    if getattr(request, 'param', False):
+        monkeypatch.setattr(distributed, 'wrap_fsdp', wrap_fsdp)
     dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=WORLD_SIZE)
     yield make_trainer(
         {'n_layer': N_LAYER},
@@ -57,3 +73,15 @@ def test_every_micro_batch_reduces_its_gradients(trainer):
         trainer.train_step()
     expected = MICRO_BATCHES * (N_LAYER + 1)  # a block each, and the rest
     assert collectives.counts['reduce_scatter_base'] == expected, collectives.counts
+
+
+@pytest.mark.parametrize('trainer', [True], indirect=True)
+def test_a_step_after_running_out_of_memory_has_all_gradients(trainer, monkeypatch):
+    """The error leaves FSDP in the middle of a backward pass."""
+    assert trainer.config.batch_size == 1  # cut
+    has_gradient = []
+    monkeypatch.setattr(trainer.optimizer, 'step_if_finite', lambda finite: has_gradient.extend(
+        p.grad is not None for group in trainer.optimizer.param_groups for p in group['params']))
+    trainer.train_step()
+    trainer.train_step()
+    assert has_gradient and all(has_gradient)

@@ -47,16 +47,18 @@ def test_flex_attention_sees_what_the_mask_shows(monkeypatch, options):
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=0)
 
 
-def test_flex_attention_is_for_compiled_models_on_cuda():
-    model = tiny(eot_token=3)
-    assert not model.uses_flex_attention(torch.zeros(1, 1))
-    on_cuda = SimpleNamespace(is_cuda=True)
+def test_flex_attention_is_for_compiled_models_on_cuda(monkeypatch):
+    on_cuda, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    model = tiny(eot_token=3, n_head=2, n_embd=32)
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda device: True)
+    monkeypatch.setattr(torch, 'get_autocast_dtype', lambda device: torch.bfloat16)
     assert not model.uses_flex_attention(on_cuda)
-    asked = torch.compile(lambda x: x + model.uses_flex_attention(on_cuda), backend='eager')
-    assert asked(torch.zeros(1)) == 1
-    model.config.dropout = 0.1
-    torch.compiler.reset()
-    assert asked(torch.zeros(1)) == 0
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    assert model.uses_flex_attention(on_cuda) and not model.uses_flex_attention(on_cpu)
+    narrow = tiny(eot_token=3, n_head=4, n_embd=32)  # flex attention needs heads of 16
+    assert not narrow.uses_flex_attention(on_cuda)
+    monkeypatch.setattr(torch, 'get_autocast_dtype', lambda device: torch.float16)
+    assert not model.uses_flex_attention(on_cuda)
 
 
 # Loss and logits ----------------------------------------------------------------------------------
@@ -141,23 +143,29 @@ def test_int8_on_a_gpu_needs_compile(monkeypatch, trained):
 
 def test_log_does_not_wait_for_the_step_just_launched(monkeypatch, tmp_path):
     """On a GPU: the numbers of the step before are there already."""
-    waited = []
+    recorded, waited = [], []
 
-    class Copy:
-        def __init__(self, values):
-            self.values = values
+    class Event:
+        def record(self):
+            recorded.append(self)
 
-        def get(self):
-            waited.append(int(self.values[0]))
-            return self.values
+        def synchronize(self):
+            waited.append(recorded.index(self))
 
-    monkeypatch.setattr(run, 'HostCopy', Copy)
+    class OnCuda:
+        device = torch.device('cuda')
+
+        def to(self, device, non_blocking):
+            assert non_blocking
+            return torch.ones(3)
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
     monkeypatch.setattr(run, 'peak_flops', lambda *args: None)
     model = SimpleNamespace(flops_per_token=lambda: 1)
     config = TrainConfig(log_interval=1)
     with run.StepLog(config, None, model, torch.device('cuda'), torch.float32, 8, 0) as log:
         for step in range(3):
-            log.add(step, 0, 0.1, torch.tensor([float(step), 1.0, float(step)]))
+            log.add(step, 0, 0.1, OnCuda())
             log.flush_if_due(step + 1)
             assert waited == list(range(step))
         log.flush()  # before an evaluation or a save

@@ -35,6 +35,9 @@ def test_depth_dial_sets_unspecified_keys():
     )
     assert tokens == pytest.approx(20 * 12 * 6 * 384**2, rel=0.01)  # Hoffmann et al. 2022
     assert read_config('--depth=12').n_embd == 768  # GPT-2's proportions
+    heads = {7: 7, 8: 4, 9: 9, 12: 6}  # of 64, from depth 8 on of 128 where they divide n_embd
+    assert {depth: read_config(f'--depth={depth}').n_head for depth in heads} == heads
+    assert read_config('--depth=8', '--n_head=8').n_head == 8
     assert read_config('--n_layer=3', '--depth=2').n_layer == 2
     assert read_config('--depth=2', '--n_layer=3').n_layer == 3
     assert read_config('--depth=2').max_iters < read_config('--depth=3').max_iters
