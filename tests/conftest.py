@@ -40,7 +40,9 @@ class ForkServer:
     def __init__(self):
         command = [sys.executable, Path(__file__).with_name('fork_server.py')]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        # is_available() must not initialize CUDA: a forked process could not use it
+        env = os.environ | {'PYTORCH_NVML_BASED_CUDA_CHECK': '1'}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
 
     def start(self, script, arguments, cwd, env):
         self.command = [script, *arguments]

@@ -10,7 +10,7 @@ time limit: a crash costs one row. Several prepare and compile at a time; each h
 while it measures. After --minutes nothing more is begun; Ctrl-C prints what is there.
 """
 import contextlib
-import importlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -71,7 +71,8 @@ from optimizer import adamw_groups
 
 VOCAB_SIZE = 50257  # GPT-2's tokens, as its data sets have them
 PREPARE_SECONDS, MEASURE_SECONDS = 240, 60  # limits of a job
-GPT2 = ['config/train_gpt2.py', '--gradient_accumulation_steps=5']  # as each of 8 GPUs has
+# nanoGPT's run on 8 GPUs, one of them
+GPT2 = [str(ROOT / 'config/train_gpt2.py'), '--gradient_accumulation_steps=5']
 TINY = ['--block_size=64', '--batch_size=2', '--gradient_accumulation_steps=2']
 TINY_MODEL = ['--n_layer=2', '--n_head=2', '--n_embd=64']
 
@@ -100,41 +101,37 @@ def repeats_of(function, device, config):
     return 1 if config.quick else max(1, min(100, round(0.5 / seconds_of(function, device))))
 
 
-def gigabytes(device, reset=False):
-    """The peak of PyTorch's memory on the GPU; None on a CPU."""
-    if device.type != 'cuda':
-        return None
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    if reset:
+def peak_gigabytes(device, function):
+    """The peak of PyTorch's memory on the GPU during a call; None on a CPU."""
+    if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-    return peak
+    function()
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == 'cuda' else None
 
 
-def start(config, deterministic=False, flash_attention_3=False):
+def start(config, compiled, deterministic=False, flash_attention_3=False):
     """(device, dtype) of this process."""
     device = devices.start_device(config.device, deterministic)
     if not flash_attention_3:  # which the Trainer takes where it is installed
         devices.use_flash_attention_3 = lambda device: None
+    if config.quick:
+        torch.compiler.set_stance('force_eager')
+    if compiled and not devices.can_compile(True, device):
+        raise RuntimeError('torch.compile failed')
+    devices.compile_failed = forbid  # measure no eager mode under the name of a compiled one
     return device, devices.pick_dtype('auto', device, 768)
 
 
-def prepare_compiler(config, device):
-    """A failure to compile ends the job: it is a result, not a reason to measure eager mode."""
-    def raise_error(error):
-        if error:
-            raise error
-
-    devices.compile_failed = raise_error
-    if config.quick:
-        torch.compiler.set_stance('force_eager')
-    devices.can_compile(True, device)
+def forbid(error):
+    if error:
+        raise error
 
 
 def trainer_of(config, model, compiled, n_chunks=None, vocab_size=VOCAB_SIZE, deterministic=False,
                flash_attention_3=False):
     """train.py's Trainer for 'GPT-2 124M' or 'depth N', on random tokens, warmed up. n_chunks: in
     which the loss is computed; None: train.py's choice."""
-    device, dtype = start(config, deterministic, flash_attention_3)
+    device, dtype = start(config, compiled, deterministic, flash_attention_3)
     # the step to be measured is in an entry point, which is imported nowhere else
     train = importlib.import_module('train')
     keys = GPT2 if model == 'GPT-2 124M' else [f'--depth={model.removeprefix("depth ")}']
@@ -146,14 +143,11 @@ def trainer_of(config, model, compiled, n_chunks=None, vocab_size=VOCAB_SIZE, de
     if n_chunks:
         n_logits = size * train_config.block_size * vocab_size
         train.max_logits = lambda gpu_memory: math.ceil(n_logits / n_chunks)
-    if compiled:
-        prepare_compiler(config, device)
     trainer = make_trainer(train, train_config, RandomRows(train_config.block_size, vocab_size),
                            vocab_size, device, dtype, compiled)
     if train_config.batch_size < size:
         raise torch.OutOfMemoryError(f'out of memory with batch_size = {size}')
-    trainer.train_step()
-    synchronize(device)
+    seconds_of(trainer.train_step, device)  # warmup
     return trainer
 
 
@@ -170,7 +164,7 @@ def training(config, model, variant, **options):
     trainer = trainer_of(config, model, **options)
     device, c = trainer.device, trainer.config
     yield
-    gigabytes(device, reset=True)
+    peak = peak_gigabytes(device, trainer.train_step)
     repeats = repeats_of(trainer.train_step, device, config)
     seconds = statistics.median(seconds_of(trainer.train_step, device, repeats) for _ in range(3))
     step = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
@@ -178,7 +172,7 @@ def training(config, model, variant, **options):
                                  trainer.dtype != torch.float32,
                                  gpu_memory=devices.total_memory(device))
     yield {'model': model, 'variant': variant, 'step': step, **speed(trainer, seconds),
-           'peak GB': gigabytes(device), 'estimated GB': sum(estimate.values()) / 1e9}
+           'peak GB': peak, 'estimated GB': sum(estimate.values()) / 1e9}
 
 
 def plain_step(config, device, dtype):
@@ -191,17 +185,11 @@ def plain_step(config, device, dtype):
                                   betas=(0.9, 0.95), fused=True)
     compiled = torch.compile(model)
 
-    def next_batch():
-        return devices.to_device(*rows.batch(0, c.batch_size, 0), device)
-
-    batch = next_batch()
-
     def step():
-        nonlocal batch
         for _ in range(c.gradient_accumulation_steps):
+            x, y = devices.to_device(*rows.batch(0, c.batch_size, 0), device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = compiled(*batch) / c.gradient_accumulation_steps
-            batch = next_batch()
+                loss = compiled(x, y) / c.gradient_accumulation_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -212,39 +200,30 @@ def plain_step(config, device, dtype):
 
 def nanogpt(config):
     """GPT-2 124M here and in nanoGPT's way, in turn."""
-    device, dtype = start(config)
-    prepare_compiler(config, device)
+    device, dtype = start(config, compiled=True)
     plain = plain_step(config, device, dtype)
     plain()
-    gigabytes(device, reset=True)
-    plain()
-    plain_gb = gigabytes(device)
-    resident = torch.cuda.memory_allocated() / 1e9 if device.type == 'cuda' else 0
+    plain_gb = peak_gigabytes(device, plain)
     trainer = trainer_of(config, 'GPT-2 124M', compiled=True)
     yield
-    gigabytes(device, reset=True)
-    trainer.train_step()
-    gb = gigabytes(device)
     repeats = repeats_of(trainer.train_step, device, config)
     mine, theirs = [], []
     for _ in range(5):  # in turn: the clock of the GPU changes with its temperature
         mine.append(seconds_of(trainer.train_step, device, repeats))
         theirs.append(seconds_of(plain, device, repeats))
     seconds, plain_seconds = statistics.median(mine), statistics.median(theirs)
-    yield {**speed(trainer, seconds), 'peak GB': gb and gb - resident,
-           'plain: tokens/s': speed(trainer, plain_seconds)['tokens/s'], 'peak GB, plain': plain_gb,
-           'ratio': plain_seconds / seconds}
+    yield {**speed(trainer, seconds), 'ratio': plain_seconds / seconds,
+           'plain: tokens/s': speed(trainer, plain_seconds)['tokens/s'],
+           'plain: peak GB': plain_gb}
 
 
 def sampling(config, streams, variant, compiled=False, int8=False):
     """Tokens per second of GPT-2 124M after the first one; prompts of 128 tokens, top_k = 200."""
-    device, dtype = start(config)
+    device, dtype = start(config, compiled)
     sizes = {'n_layer': 2, 'n_head': 2, 'n_embd': 64} if config.quick else {}
     model = GPT(GPTConfig(bias=False, **sizes)).to(device, dtype).eval()
     if int8:
         quantize(model)
-    if compiled:
-        prepare_compiler(config, device)
     prompts = [torch.randint(VOCAB_SIZE, (128,)).tolist()] * streams
     n_new = 16 if config.quick else 256
 
@@ -272,9 +251,9 @@ def kind_of(name, shapes, vocab_size):
     product with the head's matrix belongs to the logits."""
     found = next((k for k, names in KINDS.items() if re.search(names, name, re.IGNORECASE)),
                  'other')
-    dims = [n for shape in shapes or [] if isinstance(shape, list | tuple) for n in shape]
-    of_head = found == 'matmul' and any(vocab_size <= n <= vocab_size + 128 for n in dims)
-    return 'loss and logits' if of_head else found
+    dims = re.findall(r'\d+', str(shapes))
+    of_head = any(vocab_size <= int(n) <= vocab_size + 128 for n in dims)
+    return 'loss and logits' if found == 'matmul' and of_head else found
 
 
 def breakdown(config):
@@ -285,14 +264,12 @@ def breakdown(config):
     yield
     repeats = repeats_of(trainer.train_step, device, config)
     seconds = seconds_of(trainer.train_step, device, repeats)
-    activities = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
-    activities &= torch.profiler.supported_activities()
-    with torch.profiler.profile(activities=activities, record_shapes=True) as trace:
-        for _ in range(n_steps):
-            trainer.train_step()
-        synchronize(device)
+    with torch.profiler.profile(record_shapes=True) as trace:  # of CPU and GPU
+        seconds_of(trainer.train_step, device, n_steps)
     kinds, kernels = Counter(), Counter()  # microseconds
     for event in trace.events():
+        if event.is_user_annotation:
+            continue
         work = [(kernel.name, kernel.duration) for kernel in event.kernels]
         if not on_cuda:
             work = [(event.name, event.self_cpu_time_total)]
@@ -315,8 +292,7 @@ def saving(config):
         saver = ckpt.Saver(folder, keep_last=1)
         trainer.run = SimpleNamespace(writes=True, save=saver.save)
         for _ in range(3):
-            trainer.train_step()
-            synchronize(trainer.device)
+            seconds_of(trainer.train_step, trainer.device)
             begin = time.perf_counter()
             trainer.save(None)
             blocked.append(time.perf_counter() - begin)
@@ -417,6 +393,7 @@ class Worker:
         name = re.sub(r'\W+', '-', f'{job.part} {job.name}')
         self.job, self.log, self.error = job, Path(config.out_dir, 'log', f'{name}.txt'), None
         # forked from a server that has done the slow imports, but has not touched CUDA
+        os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'  # nor is_available() in it
         context = multiprocessing.get_context('forkserver')
         context.set_forkserver_preload(['train', 'torch._inductor'])
         self.pipe, theirs = context.Pipe()
@@ -436,15 +413,7 @@ class Worker:
             lines = self.log.read_text(errors='replace').split('\n') if self.log.exists() else []
             last = next((line for line in reversed(lines) if line.strip()), '')
             self.error = f'exit code {self.process.exitcode}: {last[:300]}'
-
-    def measure(self):
-        """The row, or None."""
-        self.pipe.send('go')
-        row = self.receive(MEASURE_SECONDS)
-        if row:
-            self.process.join(5)
         self.end()
-        return row
 
     def end(self):
         """Kill the process and what it has started."""
@@ -466,25 +435,28 @@ def run_jobs(jobs, device, report):
     """Run all jobs, in waves; those that ran out of memory next to others once more, alone."""
     waiting, alone = sorted(jobs, key=lambda job: job.priority), []
     while waiting or alone:
-        n = n_at_once(device) if waiting else 1
-        wave, waiting = waiting[:n] or alone[:1], waiting[n:]
-        retry = wave[0] in alone
-        if retry:
-            alone.remove(wave[0])
+        retry = not waiting
+        source, n = (alone, 1) if retry else (waiting, n_at_once(device))
+        wave = source[:n]
+        del source[:n]
         if report.seconds_left() <= 0:
             for job in wave:
                 report.fail(job, f'not begun: --minutes={report.config.minutes:g} were over')
             continue
         report.progress(f'preparing {"; ".join(job.name for job in wave)}')
-        workers, end = [], time.monotonic() + PREPARE_SECONDS
+        workers, end = [], time.monotonic() + min(PREPARE_SECONDS, report.seconds_left())
         try:
             workers += (Worker(job, report.config) for job in wave)
             ready = [worker for worker in workers if worker.receive(end - time.monotonic())]
             for worker in ready:
                 report.progress(worker.job.name)
-                row = worker.measure()
+                with contextlib.suppress(OSError):  # it has just ended: receive says why
+                    worker.pipe.send('go')
+                row = worker.receive(MEASURE_SECONDS)
                 if row:
                     report.add(worker.job, row)
+                    worker.process.join(5)
+                worker.end()
         finally:
             for worker in workers:
                 worker.end()
@@ -546,16 +518,12 @@ class Report:
                 continue
             keys = [key for key, value in rows[0].items()
                     if key not in ('part', 'job') and not isinstance(value, dict)]
-            lines += ['', f'## {part}', '', table_row(keys), table_row('---' for _ in keys)]
-            lines += [table_row(cell(row[key]) for key in keys) for row in rows]
+            table = [keys, ['---'] * len(keys), *([cell(row[key]) for key in keys] for row in rows)]
+            lines += ['', f'## {part}', '', *(f'| {" | ".join(cells)} |' for cells in table)]
         if self.missing:
             lines += ['', '## not measured', '']
             lines += [f'- {entry["job"]}: {entry["reason"]}' for entry in self.missing]
         return '\n'.join(lines) + '\n'
-
-
-def table_row(cells):
-    return f'| {" | ".join(cells)} |'
 
 
 def cell(value):
