@@ -23,8 +23,10 @@ from lib.bpe import train_bpe
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings('default')]
 
 COMPILE_FAILED = 'torch.compile failed'
-# of a loss: products of fp32 are in TF32, whose 11 bits may round either way
-ROUNDING = 2e-3
+# of a loss: products of fp32 are in TF32, whose 11 bits may round either way; of bf16, 8 bits
+ROUNDING, BF16_ROUNDING = 2e-3, 2e-2
+# flex attention, in bf16 only
+DOCUMENTS = ('--dtype=bfloat16', '--doc_mask', '--position=rope')
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def assert_same_losses(out_dir, reference, tolerance=ROUNDING):
     """The same losses and gradient norms, up to rounding."""
     assert losses(out_dir) == pytest.approx(losses(reference), rel=0, abs=tolerance)
     norms = [[norm for *_, norm in step_losses(path)] for path in (out_dir, reference)]
-    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+    assert norms[0] == pytest.approx(norms[1], rel=10 * tolerance)
 
 
 # One process --------------------------------------------------------------------------------------
@@ -77,13 +79,13 @@ def test_fp16_trains_like_fp32(run, char_data, on_gpu, tmp_path):
     keys = (f'--dataset={char_data}', *TINY, '--max_iters=30', *on_gpu)
     for dtype in ('float32', 'float16'):
         run('train.py', f'--out_dir={tmp_path}/{dtype}', *keys, f'--dtype={dtype}')
-    assert_same_losses(tmp_path / 'float16', tmp_path / 'float32', 0.02)
+    assert_same_losses(tmp_path / 'float16', tmp_path / 'float32', BF16_ROUNDING)
     assert losses(tmp_path / 'float16')[-1] < losses(tmp_path / 'float16')[0] - 0.3
     scaler = ckpt.load(tmp_path / 'float16').scaler
     assert scaler['scale'] == 2**16 and scaler['_growth_tracker'] == 30  # no step was skipped
 
 
-@pytest.mark.parametrize('keys', [(), ('--optimizer=muon', '--doc_mask', '--position=rope')],
+@pytest.mark.parametrize('keys', [(), ('--optimizer=muon', *DOCUMENTS)],
                          ids=['adamw', 'muon with documents'])
 def test_compiled_run_matches_eager(run, gpu, documents, tmp_path, keys):
     """Muon's step is compiled too, and documents are masked by flex attention."""
@@ -93,7 +95,8 @@ def test_compiled_run_matches_eager(run, gpu, documents, tmp_path, keys):
     result = run('train.py', f'--out_dir={tmp_path}/compiled', *common, '--compile=True')
     assert 'compiling the model' in result.stdout and COMPILE_FAILED not in result.stdout
     assert len(losses(tmp_path / 'compiled')) == 8
-    assert_same_losses(tmp_path / 'compiled', tmp_path / 'eager')
+    tolerance = BF16_ROUNDING if keys else ROUNDING
+    assert_same_losses(tmp_path / 'compiled', tmp_path / 'eager', tolerance)
 
 
 # activations of a micro-batch take gigabytes, everything else megabytes
@@ -199,17 +202,18 @@ def test_torchrun_with_one_process(gpu, clone, parallel_run, tmp_path):
         ('--compile=False',),
         ('--compile=False', '--optimizer=muon'),
         ('--compile=True', '--optimizer=muon', '--activation_checkpointing'),
-        ('--compile=True', '--doc_mask', '--position=rope'),
+        ('--compile=True', *DOCUMENTS),
     ],
     ids=['adamw', 'muon', 'compiled checkpointing', 'compiled documents'],
 )
 def test_two_gpus_match_one_process(run, ranks, gpu, parallel_run, documents, tmp_path, keys):
     if gpu.type == 'cuda' and torch.cuda.device_count() < 2:
         pytest.skip('needs two GPUs')
+    tolerance = BF16_ROUNDING if '--doc_mask' in keys else ROUNDING
     keys = (*parallel_run, f'--dataset={documents}', '--dropout=0', *keys)
     run('train.py', f'--out_dir={tmp_path}/one', *keys)
     for parallel in ('ddp', 'fsdp'):
         output = ranks(2, f'--out_dir={tmp_path}/{parallel}', *keys, f'--parallel={parallel}')
         assert COMPILE_FAILED not in output
         assert len(losses(tmp_path / parallel)) == 8
-        assert_same_losses(tmp_path / parallel, tmp_path / 'one')
+        assert_same_losses(tmp_path / parallel, tmp_path / 'one', tolerance)
