@@ -73,7 +73,11 @@ class ModelConfig:
     norm_position: Literal['pre', 'post'] = 'pre'  # GPT-2 | Vaswani 2017, 3.1
     activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # MLP
     n_kv_head: Size | None = None  # key/value heads for GQA (Ainslie 2023); None: n_head
-    qk_norm: bool = False  # RMS-normalize queries and keys (Henry 2020)
+    head_size: Size | None = None  # of queries, keys and values; None: n_embd / n_head
+    n_hidden: Width | None = None  # width of the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)
+    rope_theta: Positive = 10000.0  # base of RoPE's wavelengths (Su 2021); larger: longer ones
+    norm_eps: Positive = 1e-5  # added to the variance, or to the mean square
+    qk_norm: bool | Literal['gain'] = False  # RMS-normalize queries, keys (Henry 2020; Qwen3: gain)
     tie_weights: bool = True  # lm_head shares the token embedding (Press & Wolf 2017)
     logit_softcap: Softcap = 0.0  # c > 0: logits become c * tanh(logits / c) (Gemma 2); 0: off
     zero_init: bool = False  # output projections start at 0, so each block starts as the identity
@@ -81,6 +85,22 @@ class ModelConfig:
     prefix_lm: bool = False  # pairs: bidirectional attention within a source (Raffel 2020, 3.2.1)
     attention: Literal['sdpa', 'math'] = 'sdpa'  # math is written out, and slower
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, more time
+
+    @property
+    def head_dim(self):
+        return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def mlp_width(self):
+        if self.activation == 'swiglu':
+            # three matrices instead of two: 2/3 of the width keeps the parameters equal
+            # (Shazeer 2020, section 3)
+            return self.n_hidden or 8 * math.ceil(self.n_embd / 3)
+        return self.n_hidden or 4 * self.n_embd
 
 
 @dataclass
@@ -92,16 +112,15 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self):
         check_bounds(self)
-        require(self.n_head <= self.n_embd,
+        require(self.head_size or self.n_head <= self.n_embd,
                 f'n_head = {self.n_head}: give at most n_embd = {self.n_embd}, and a divisor of it')
-        require(self.n_embd % self.n_head == 0,
+        require(self.head_size or self.n_embd % self.n_head == 0,
                 f'n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: '
                 f'try n_embd = {math.ceil(self.n_embd / self.n_head) * self.n_head}')
         require(self.n_kv_head is None or self.n_head % self.n_kv_head == 0,
                 f'n_kv_head = {self.n_kv_head} is not a divisor of n_head = {self.n_head}')
-        head_size = self.n_embd // self.n_head
-        require(self.position != 'rope' or head_size % 2 == 0,
-                f'position = rope needs an even n_embd / n_head, not {head_size}')
+        require(self.position != 'rope' or self.head_dim % 2 == 0,
+                f'position = rope needs an even n_embd / n_head, not {self.head_dim}')
         require(self.position != 'sinusoidal' or self.n_embd % 2 == 0,
                 f'position = sinusoidal needs an even n_embd, not {self.n_embd}')
         require(not self.prefix_lm or self.turns and self.eot_token is not None,

@@ -104,7 +104,7 @@ def collect_weights(model, tokenizer):
     compositions = interpret.composition_scores(model)
     facts = {
         'model': {key: getattr(config, key) for key in MODEL_KEYS},
-        'n_kv_head': config.n_kv_head or config.n_head,
+        'n_kv_head': config.kv_heads, 'head_size': config.head_dim,
         'parameters': model.get_num_params(False),
         'vocab_size': vocab_size,
         'tables': model.transformer.ngram.tables.weight.numel() if config.ngram > 1 else 0,

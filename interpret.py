@@ -174,7 +174,7 @@ def head_matrices(model):
     in. Biases, RoPE and QK-norm are not included.
     """
     n_head = model.config.n_head
-    hs = model.config.n_embd // n_head
+    hs = model.config.head_dim
     matrices = {'q': [], 'k': [], 'v': [], 'o': []}
     for block in model.transformer.h:
         n_kv_head = block.attn.n_kv_head

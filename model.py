@@ -5,7 +5,7 @@ default architecture) and nanoGPT, whose names and API are kept. GPTConfig (conf
 the source of every other choice. Generation with a KV cache is in lib/generation.py.
 
 Letters in shapes: B sequences, T tokens, C = n_embd, nh query heads, nkv key/value heads,
-hs = C / nh, S keys, V = vocab_size.
+hs = head size (C / nh), S keys, V = vocab_size.
 """
 import math
 
@@ -25,10 +25,10 @@ from optimizer import adamw
 
 # Positions ---------------------------------------------------------------------------------------
 
-def position_angles(position, dim):
-    """position / 10000^(2i/dim) (Vaswani et al. 2017, 3.5). (..., T) -> (..., T, dim/2), fp32"""
+def position_angles(position, dim, theta=10000.0):
+    """position / theta^(2i/dim) (Vaswani et al. 2017, 3.5). (..., T) -> (..., T, dim/2), fp32"""
     i = torch.arange(0, dim, 2, device=position.device, dtype=torch.float32)
-    frequency = 10000.0 ** (-i / dim)
+    frequency = theta ** (-i / dim)
     return position.float()[..., None] * frequency
 
 
@@ -82,27 +82,31 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer  # the KV cache keeps keys and values per layer
         self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_size = config.n_embd // config.n_head
-        self.qk_norm = config.qk_norm
+        self.n_kv_head = config.kv_heads
+        self.head_size = config.head_dim
+        self.qk_norm = bool(config.qk_norm)
         self.dropout = config.dropout
         # queries, keys and values of all heads in one matrix product
         n_out = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = Linear(config.n_embd, n_out, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
+        if self.qk_norm:
+            gain = config.qk_norm == 'gain'
+            self.q_norm = RMSNorm(self.head_size, config.norm_eps, elementwise_affine=gain)
+            self.k_norm = RMSNorm(self.head_size, config.norm_eps, elementwise_affine=gain)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.attend = math_attention if config.attention == 'math' else sdpa
         self.attend_in_training = self.attend  # see GPT.train_with_math_attention
 
     def project(self, x, rotary=None):
-        """x (B, T, C) -> q (B, nh, T, hs), k, v (B, nkv, T, hs), after RoPE and QK-norm."""
+        """x (B, T, C) -> q (B, nh, T, hs), k, v (B, nkv, T, hs), after QK-norm and RoPE."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_size).transpose(1, 2)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_size,)), F.rms_norm(k, (self.head_size,))
         return q, k, v
 
     def forward(self, x, rotary=None, mask=None, cache=None):
@@ -112,27 +116,23 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, nkv, S, hs)
         attend = self.attend_in_training if self.training else self.attend
         y = attend(q.type_as(k), k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
+        y = y.transpose(1, 2).reshape(B, T, -1)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
 
 # Blocks ------------------------------------------------------------------------------------------
 
 class MLP(nn.Module):
-    """The position-wise feed-forward network, 4 C wide (Vaswani et al. 2017, 3.3)."""
+    """The position-wise feed-forward network (Vaswani et al. 2017, 3.3)."""
 
     def __init__(self, config):
         super().__init__()
         self.activation = config.activation
-        hidden = 4 * config.n_embd
-        n_out = hidden
+        n_out = config.mlp_width
         if config.activation == 'swiglu':
-            # three matrices instead of two: 2/3 of the width keeps the parameters equal
-            # (Shazeer 2020, section 3)
-            hidden = 8 * math.ceil(config.n_embd / 3)
-            n_out = 2 * hidden
+            n_out *= 2  # gates, then values
         self.c_fc = Linear(config.n_embd, n_out, bias=config.bias)
-        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def activate(self, x):
@@ -156,8 +156,8 @@ class MLP(nn.Module):
 
 def make_norm(config):
     if config.norm == 'rmsnorm':
-        return RMSNorm(config.n_embd, eps=1e-5)
-    return LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class Block(nn.Module):
@@ -272,7 +272,7 @@ class GPT(nn.Module):
         """cos and sin for apply_rotary at position (T,) or (B, T); None without RoPE."""
         if self.config.position != 'rope':
             return None
-        angles = position_angles(position, self.config.n_embd // self.config.n_head)
+        angles = position_angles(position, self.config.head_dim, self.config.rope_theta)
         angles = angles.view(-1, 1, *angles.shape[-2:])  # (1 or B, 1, T, hs/2)
         return angles.cos(), angles.sin()
 
@@ -284,7 +284,7 @@ class GPT(nn.Module):
         return (tokens.is_cuda and torch.compiler.is_compiling()
                 and torch.is_autocast_enabled('cuda')
                 and torch.get_autocast_dtype('cuda') == torch.bfloat16
-                and c.dropout == 0 and c.attention == 'sdpa' and c.n_embd // c.n_head >= 16)
+                and c.dropout == 0 and c.attention == 'sdpa' and c.head_dim >= 16)
 
     def attention_mask(self, tokens, columns, mask=None):
         """True where a query sees a key, (B or 1, 1, T, S) or a BlockMask; None: plain causality.
@@ -404,7 +404,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of forward and backward: 6 N + 12 L H Q T (Chowdhery et al. 2022, appendix B)."""
         c = self.config
-        return 6 * self.num_matmul_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * self.num_matmul_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilization at fwdbwd_per_iter sequences in dt seconds. peak_flops: of the

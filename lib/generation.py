@@ -21,8 +21,7 @@ class KVCache:
 
     def __init__(self, config, batch_size, size, device=None, dtype=None, padding=None,
                  static=False):
-        n_kv_head, head_size = config.n_kv_head or config.n_head, config.n_embd // config.n_head
-        shape = (batch_size, n_kv_head, size, head_size)
+        shape = (batch_size, config.kv_heads, size, config.head_dim)
         # one tensor per layer: a compiled step would copy slices of a larger one; zeros, not empty:
         # 0 * NaN would leak through the mask
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]

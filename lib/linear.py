@@ -34,7 +34,8 @@ class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm, likewise."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+        weight = None if self.weight is None else self.weight.type_as(x)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Int8Linear(nn.Module):

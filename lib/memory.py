@@ -83,9 +83,8 @@ def require_batch_fits(config):
 def require_sampling_fits(model, n_sequences, longest, max_new_tokens, n_beams=1):
     """Raise UserError if the KV cache and the tokens of so many sequences cannot fit."""
     c, weight = model.config, model.transformer.wte.weight
-    head_size, n_kv_head = c.n_embd // c.n_head, c.n_kv_head or c.n_head
     size = min(c.block_size, longest + max_new_tokens)
-    per_token = 2 * c.n_layer * n_kv_head * head_size * weight.element_size()
+    per_token = 2 * c.n_layer * c.kv_heads * c.head_dim * weight.element_size()
     caches = 1 if n_beams == 1 else 2 * n_beams
     per_sequence = caches * (size * per_token + 8 * c.vocab_size) + 8 * (longest + max_new_tokens)
     require_memory(n_sequences * per_sequence, weight.device,
@@ -100,20 +99,21 @@ def activation_bytes(sizes, batch_size, half=False):
     which fused attention does not keep, and with an fp32 residual stream.
     """
     c, n = sizes.config, 2 if half else 4
-    C, kv = c.n_embd, (c.n_kv_head or c.n_head) * c.n_embd // c.n_head
+    C, q, kv = c.n_embd, c.n_head * c.head_dim, c.kv_heads * c.head_dim
     device = sizes.device
     dtype = torch.bfloat16 if half else torch.float32
     math = c.attention == 'math' or math_attention_is_faster(device, dtype, c.block_size)
-    attention = n * (C + (3 * C if math else C + 2 * kv) + C)  # its input; q, k, v; its output
-    attention += (4 + n) * (C + kv) * c.qk_norm
+    attention = n * (C + (3 * q if math else q + 2 * kv) + q)  # its input; q, k, v; its output
+    if c.qk_norm:
+        attention += (4 + n + n * (c.qk_norm == 'gain')) * (q + kv)
     if math:
         # the softmax; where autocast computes it in fp32 (not on a CPU), also a copy in 16 bits
         attention += c.n_head * c.block_size * (n if device.type == 'cpu' else 4 + n * half)
     else:
-        attention += n * (C + kv) * (c.position == 'rope')  # q and k again
+        attention += n * (q + kv) * (c.position == 'rope' and not c.qk_norm)  # q and k again
     if c.eot_token is not None:
         attention += c.block_size * n  # the mask, converted to numbers
-    hidden = sizes.one.transformer.h[0].mlp.c_proj.in_features
+    hidden = c.mlp_width
     # the MLP's input, before and after its activation
     mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)
     # the inputs of both norms, the masks of both dropouts
@@ -134,7 +134,7 @@ def step_bytes(sizes, config, half, parallel=None, world_size=1, gpu_memory=None
     activations = activation_bytes(sizes, config.batch_size, half)
     tokens = config.batch_size * config.block_size
     # gradients before and after an MLP's activation, and of the residual stream
-    hidden = sizes.one.transformer.h[0].mlp.c_proj.in_features
+    hidden = sizes.config.mlp_width
     backward = tokens * (2 * size * hidden + 2 * 4 * sizes.config.n_embd)
     # per logit: log-softmax and its gradient in fp32, and the 16 bits from which it came
     per_logit = 8 + 2 * half

@@ -100,7 +100,16 @@ ARCHITECTURES = (
             'n_kv_head': 2,
             'qk_norm': True,
             'bias': False,
-        }
+        },
+        {
+            'position': 'rope',
+            'qk_norm': 'gain',
+            'head_size': 6,
+            'n_hidden': 40,
+            'rope_theta': 500.0,
+            'norm_eps': 1e-3,
+            'n_kv_head': 2,
+        },
     ]
 )
 

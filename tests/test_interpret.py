@@ -101,7 +101,7 @@ def test_attribute_equals_ablation_with_frozen_norm(options):
 
     x = trace.residual[-1][0].double()
     torch.testing.assert_close(logits_of(x), trace.logits[0].double(), atol=1e-4, rtol=1e-4)
-    hs = 32 // model.config.n_head
+    hs = model.config.head_dim
     W_O = model.transformer.h[1].attn.c_proj.weight[:, hs:2 * hs]
     head = trace.mixed[1, 0, 1] @ W_O.T
     effect = parts[names.index(('head', 1, 1))].double()

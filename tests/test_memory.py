@@ -48,6 +48,7 @@ def forward_and_measure(model, idx, half=False):
         {'tie_weights': False},
         {'block_size': 512},
         {'position': 'rope', 'qk_norm': True, 'n_kv_head': 2},
+        {'position': 'rope', 'qk_norm': 'gain', 'head_size': 40, 'n_hidden': 300},
         {'ngram': 4, 'ngram_rows': 50},
     ],
     ids=str,

@@ -5,7 +5,7 @@ export const arrays = {}; // name -> {data: typed array, shape}
 export const T = facts.ids.length; // tokens
 export const L = facts.model.n_layer; // layers
 export const H = facts.model.n_head; // heads per layer
-export const HS = facts.model.n_embd / H; // head size
+export const HS = facts.head_size;
 
 // Data --------------------------------------------------------------------------------------------
 
