@@ -1,8 +1,8 @@
 """Checkpoints: a complete one is always on disk, and loading never runs code.
 
 A run's folder holds ckpt_{step:08d}.pt with a manifest, ckpt_{step:08d}.json, which is written last
-and carries the sha256: a file without its manifest is ignored. nanoGPT's ckpt.pt and GPT-2's
-weights in Hugging Face's layout are read too.
+and carries the sha256: a file without its manifest is ignored. nanoGPT's ckpt.pt and models in
+Hugging Face's layouts are read too.
 """
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from configurator import TrainConfig, check_type, key_types, read_model_config
-from lib import bins, files, formats, tokenizer
+from lib import bins, files, formats, huggingface, tokenizer
 from lib.distributed import job, print0
 from lib.errors import UserError, plural, reason_of, require, restate
 from model import GPT, GPTConfig
@@ -97,6 +97,8 @@ class Checkpoint:
 
 
 SAVED = [f.name for f in fields(Checkpoint) if f.name != 'path']  # the keys of a .pt file
+# and what tools/export.py writes into the header of a .safetensors file
+IN_SAFETENSORS = ('model_config', 'step', 'samples_seen', 'val_loss', 'config')
 
 
 def save(out_dir, checkpoint, keep_last=2):
@@ -250,24 +252,28 @@ def written_by_this_job(out_dir):
 
 
 def load(where, which='last', mmap=False, average_last=1):
-    """A Checkpoint from a run's folder, a .pt file, GPT-2 in Hugging Face's layout, or 'gpt2', ...
+    """A Checkpoint from a run's folder, a .pt file, a folder in Hugging Face's layout or a name on
+    its hub, such as gpt2 or owner/name.
 
     which: of a run's folder: 'last' (the newest whole one), 'best' (by val loss), a step, or
     'auto': the best if the run kept improvements only (always_save_checkpoint=False), else the
     last. mmap: read tensors from disk when they are used. average_last: with the mean weights
     of the last N checkpoints (Vaswani et al. 2017, 6.1). Raises UserError.
     """
-    where = Path(where) if formats.is_gpt2(where) else files.find(where)
-    huggingface = formats.is_gpt2(where) or (where / 'config.json').exists()
-    if not huggingface and (where / 'ckpt.pt').exists() and not manifests(where):  # nanoGPT's
+    on_hub = huggingface.on_hub(where)
+    where = Path(where) if on_hub else files.find(where)
+    in_their_layout = on_hub or (where / 'config.json').exists()
+    if not in_their_layout and (where / 'ckpt.pt').exists() and not manifests(where):  # nanoGPT's
         where = where / 'ckpt.pt'
-    is_run = where.is_dir() and not huggingface
+    is_run = where.is_dir() and not in_their_layout
     require(is_run or average_last == 1 and which in ('last', 'auto'),
             f'average_last = {average_last}, checkpoint = {which}: only for the folder of a run, '
             f'not for {where}: leave them out')
-    if huggingface:
-        config, weights, folder = formats.load_gpt2(where)
+    if in_their_layout:
+        config, weights, folder = huggingface.load(where)
         return Checkpoint(config, weights, path=str(folder))
+    if where.suffix == '.safetensors' and where.is_file():
+        return load_safetensors(where)
     require(where.suffix != '.json', f'{where} is a manifest: name the .pt file next to it')
     if where.is_file():
         manifest, wrong = read_manifest(where.with_suffix('.json'))
@@ -275,7 +281,7 @@ def load(where, which='last', mmap=False, average_last=1):
         require(not wrong, f'{where} is damaged: {wrong}; name another')
         return load_file(where, mmap)
     require(where.is_dir(), f'{where}: there is no checkpoint; train one first, or name a run\'s '
-                            f'folder, a .pt file or one of {", ".join(formats.GPT2_SIZES)}')
+                            f'folder, a .pt file, {", ".join(huggingface.HUB)} or owner/name')
     for _ in range(100):
         with contextlib.suppress(FileNotFoundError):  # a live run has just deleted it
             return load_run(where, which, mmap, average_last)
@@ -372,6 +378,21 @@ def damage(path, manifest):
         return None if files.sha256_of(path) == manifest['sha256'] else 'its sha256 does not match'
     except (PermissionError, UserError) as error:
         return reason_of(error, path)
+
+
+def load_safetensors(path):
+    """What tools/export.py --format=safetensors wrote. Raises UserError."""
+    metadata = {}
+    weights = formats.read_safetensors(path, metadata)
+    formats.check_weights(weights, path)
+    require('plaingpt' in metadata, f'{path}: of these weights tools/export.py knows nothing: name '
+                                    f'the folder, with the config.json of the model')
+    with restate((ValueError, TypeError, AttributeError), path, 'not a whole checkpoint'):
+        saved = files.parse_json(metadata['plaingpt'])
+        saved = {key: saved[key] for key in (*IN_SAFETENSORS, 'tokenizer') if key in saved}
+        if 'transformer.wte.weight' not in weights and 'lm_head.weight' in weights:
+            weights['transformer.wte.weight'] = weights['lm_head.weight']
+        return Checkpoint(model=weights, path=str(path), **saved)
 
 
 def load_file(path, mmap=False):

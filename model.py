@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from configurator import GPTConfig
-from lib import formats, generation
+from lib import generation, huggingface
 from lib.linear import LayerNorm, Linear, RMSNorm, make_embedding
 from lib.loss import MAX_LOGITS, chunked_cross_entropy, needs_chunks, softcap
 from lib.ngram import NgramEmbedding
@@ -365,9 +365,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or a folder in Hugging Face's layout.
+        """'gpt2', ..., 'gpt2-xl', 'owner/name' on Hugging Face's hub, or a folder in its layout.
         override_args: {'dropout': ...}, as in nanoGPT. Raises UserError."""
-        config, weights, _ = formats.load_gpt2(model_type)
+        config, weights, _ = huggingface.load(model_type)
         model = cls(GPTConfig(**config | (override_args or {})))
         model.load_state_dict(weights)
         return model

@@ -1,4 +1,6 @@
 """Downloads: https, resumed after a break, checked by sha256 before the file gets its name."""
+import hashlib
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -10,9 +12,10 @@ from lib.errors import UserError, require
 from lib.files import create, open_own, replace, sha256_of
 
 
-def download(url, path, sha256=None, advice='put the file there by hand'):
+def download(url, path, sha256=None, advice='put the file there by hand', optional=False):
     """Fetch url into path unless path exists; a broken download continues from path.part. sha256:
-    of the content; 'linked': from Hugging Face's X-Linked-Etag header. Raises UserError."""
+    of the content; 'linked': what Hugging Face's hub announces, a git hash for small files.
+    Returns path, or None if it is optional and not there (404). Raises UserError."""
     path = Path(path)
     if path.exists():
         return path
@@ -21,14 +24,18 @@ def download(url, path, sha256=None, advice='put the file there by hand'):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if sha256 == 'linked':
-            sha256 = linked_sha256(url)
+            sha256 = announced_hash(url)
         fetch(url, part)
+    except urllib.error.HTTPError as error:
+        if error.code == 404 and optional:
+            return None
+        raise UserError(f'{url} cannot be downloaded to {path} ({error}): {advice}') from None
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         reason = getattr(error, 'reason', error)
         raise UserError(f'{url} cannot be downloaded to {path} ({reason}): {advice}') from None
     except OSError as error:
         raise UserError(f'{path}: cannot write there: {error.strerror or error}') from None
-    found = sha256_of(part)
+    found = git_hash(part) if sha256 and len(sha256) == 40 else sha256_of(part)
     if sha256 and found != sha256:
         part.unlink()
         raise UserError(f'{url}: the download has sha256 {found}, not {sha256}; it was deleted: '
@@ -77,8 +84,15 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def linked_sha256(url):
-    """The sha256 that Hugging Face's hub announces before its redirect, or None."""
+def git_hash(path):
+    """What git calls a file of this content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+
+
+def announced_hash(url):
+    """What Hugging Face's hub announces before its redirect: the sha256 of a large file, the git
+    hash of a small one, or None."""
     request = urllib.request.Request(url, method='HEAD')
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as response:
@@ -87,5 +101,5 @@ def linked_sha256(url):
         if error.code not in (301, 302, 303, 307, 308):
             raise
         headers = error.headers
-    etag = headers.get('X-Linked-Etag', '').strip('"')
-    return etag if len(etag) == 64 else None
+    etag = (headers.get('X-Linked-Etag') or headers.get('Etag', '')).removeprefix('W/').strip('"')
+    return etag if re.fullmatch('[0-9a-f]{40}|[0-9a-f]{64}', etag) else None

@@ -256,9 +256,10 @@ def test_read_safetensors_matches_safetensors(tmp_path):
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'model_type': 'llama'}, 'llama'),
+        ({'model_type': 'mistral'}, 'mistral'),
+        ({'model_type': 'llama'}, 'max_position_embeddings'),
         ({'activation_function': 'tanh'}, 'tanh'),
-        ({'n_inner': 7}, 'n_inner = 7'),
+        ({'n_inner': 7}, 'do not fit'),
         ({'n_embd': 12}, 'do not fit'),
         ({'n_layer': 9}, 'do not fit'),
     ],

@@ -115,6 +115,9 @@ def test_gpt2_is_downloaded_once_and_verified(run, refused, gpt2_folder, tmp_pat
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path not in answers:
+                self.send_error(404)
+                return
             content = answers[self.path]
             self.send_response(200)
             self.send_header(
