@@ -157,6 +157,8 @@ def convert_config(saved):
     window, slides = saved.pop('sliding_window', None), saved.pop('use_sliding_window', True)
     if window and slides:  # a context that fits into it
         values['block_size'] = min(values['block_size'], window)
+    others = set(saved.pop('layer_types', ())) - {'full_attention', 'sliding_attention'}
+    require(not others, f'layer_types has {", ".join(map(str, others))}: no such choice here')
     own = saved.pop('plaingpt', {})
     values |= {key: own[key] for key in OWN_KEYS if key in own}
     for key, value in saved.items():
@@ -290,17 +292,16 @@ def fetch(name):
                         advice=f'{name} is no folder here; put config.json, the tokenizer and the '
                                f'weights into {folder} by hand')
 
-    get('config.json')
-    if not (folder / 'vocab.json').exists() and not get('tokenizer.json', optional=True):
-        if get('vocab.json', optional=True):
-            get('merges.txt', optional=True)
-    if (folder / 'pytorch_model.bin').exists():
+    weights = [folder / 'model.safetensors', folder / 'pytorch_model.bin']
+    if (folder / INDEX).exists():
+        weights = shards(folder / INDEX)[-1:]
+    if any(path.exists() for path in weights):  # they come last
         return folder
-    if (folder / INDEX).exists() or not get('model.safetensors', optional=True):
+    get('config.json')
+    if not get('tokenizer.json', optional=True) and get('vocab.json', optional=True):
+        get('merges.txt', optional=True)
+    if not get('model.safetensors', optional=True):
         index = get(INDEX, optional=True)
-        if index:
-            for path in shards(index):
-                get(path.name)
-        else:
-            get('pytorch_model.bin')
+        for path in shards(index) if index else [folder / 'pytorch_model.bin']:
+            get(path.name)
     return folder
