@@ -81,15 +81,17 @@ class Checkpoint:
     def get_tokenizer(self):
         """The stored tokenizer; for nanoGPT the data folder's, for GPT-2 its own. Raises UserError
         if it has more tokens than the model."""
+        vocab_size = self.model_config['vocab_size']
         if self.tokenizer is not None:
             with restate(UserError, self.path, remedy='name another checkpoint'):
                 found = tokenizer.Tokenizer.from_dict(self.tokenizer)
         elif os.path.isdir(self.path):
             found = tokenizer.from_huggingface(self.path)
+            require(found or vocab_size in (50257, 50304),
+                    f'{self.path}: there is no tokenizer.json in it, only weights: add it')
         else:
             found = bins.open_tokenizer(bins.find_dataset(self.config.get('dataset', '')))
         found = found or tokenizer.gpt2()
-        vocab_size = self.model_config['vocab_size']
         require(found.vocab_size <= vocab_size,
                 f'{self.path}: the model has {vocab_size} tokens, its tokenizer (or GPT-2\'s) '
                 f'{found.vocab_size}: put its own there, or meta.pkl into its data set\'s folder')

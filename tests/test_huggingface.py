@@ -220,6 +220,12 @@ def rename(folder, name):
     path.write_text(json.dumps(index))
 
 
+def test_a_folder_without_a_tokenizer_is_not_taken_for_gpt2(tmp_path):
+    make('llama').save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f'{tmp_path}: there is no tokenizer.json'):
+        ckpt.load(tmp_path).get_tokenizer()
+
+
 # The hub ------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,200 @@
+"""Write a GPT in the layout of one of Hugging Face's models that computes the same.
+
+config.json, model.safetensors, a model card: transformers, vLLM and MLX load them without any code
+of ours.
+"""
+import json
+import math
+import re
+from dataclasses import asdict
+
+import torch
+
+from lib.errors import plural, require
+from lib.files import create_synced, write_synced
+from lib.formats import DTYPES
+from lib.huggingface import LAYOUTS, OWN_KEYS, without_usual
+from lib.write_tokenizer import tokenizer_files
+from model import sinusoidal_embedding
+
+NOWHERE = {'ngram': (1, 'n-gram tables'), 'logit_softcap': (0.0, 'a softcap of the logits'),
+           'prefix_lm': (False, 'bidirectional attention within a source')}
+
+
+def require_common(config, where):
+    """Raise UserError if a GPTConfig has what is ours alone."""
+    for key, (usual, what) in NOWHERE.items():
+        value = getattr(config, key)
+        require(value == usual, f'{key} = {value}: {where} has no {what}: train with '
+                                f'--{key}={usual}, or export with --format=onnx')
+
+
+def choose_layout(config):
+    """(model_type, Layout) that computes what a GPTConfig does. Raises UserError if none does."""
+    require_common(config, 'no model of Hugging Face\'s')
+    like_llama = config.position == 'rope' or config.position != 'learned' and (
+        config.norm == 'rmsnorm')
+    if config.norm_position == 'post':
+        kind = 'openai-gpt'
+    elif not like_llama:
+        kind = 'gpt2'
+    elif config.norm == 'layernorm':
+        kind = 'starcoder2'
+    elif config.activation == 'swiglu':
+        kind = 'qwen3' if config.qk_norm else 'llama'
+    else:
+        kind = 'apertus' if config.qk_norm else 'arcee'
+    layout, found = LAYOUTS[kind], without_usual(config)
+    choices = layout.choices | {'activation': tuple(layout.activations)}
+    wrong = {key: values for key, values in choices.items() if found[key] not in values}
+    has = ', '.join(f'{key} = {" or ".join(map(str, values))}' for key, values in wrong.items())
+    require(not wrong, f'{", ".join(f"{key} = {found[key]}" for key in wrong)}: '
+                       f'{layout.architecture}, which comes closest, has {has}: train with '
+                       f'{" ".join(f"--{key}={values[0]}" for key, values in wrong.items())}')
+    return kind, layout
+
+
+def convert(config, weights):
+    """({key: value} of config.json, {their name: tensor}) of a GPTConfig and the weights of its
+    GPT. Raises UserError if no layout holds it."""
+    kind, layout = choose_layout(config)
+    weights, tied = dict(weights), config.tie_weights
+    if config.position == 'sinusoidal':  # positions as weights, the scale folded in: untied
+        wte, tied = weights['transformer.wte.weight'], False
+        weights['transformer.wte.weight'] = wte * math.sqrt(config.n_embd)
+        position = torch.arange(config.block_size)
+        weights['transformer.wpe.weight'] = sinusoidal_embedding(position, config.n_embd)
+    if tied:
+        del weights['lm_head.weight']
+    weights = fill(config, layout, weights)
+    heads = [config.n_head * config.head_dim] + 2 * [config.kv_heads * config.head_dim]
+    tensors = {}
+    for ours, theirs in layout.layers(config.n_layer):
+        for end in ('weight', 'bias'):
+            weight = weights.pop(f'{ours}.{end}', None)
+            if weight is None:
+                continue
+            if layout.conv1d and end == 'weight' and '.c_' in ours:
+                weight = weight.t()
+            sizes = heads if len(theirs) == 3 else len(weight) // len(theirs)
+            for name, part in zip(theirs, weight.split(sizes)):
+                tensors[f'{name}.{end}'] = part.contiguous()
+    return config_json(config, kind, layout, tied), tensors
+
+
+def fill(config, layout, weights):
+    """The weights, with those that are always there in a layout: gains of 1, biases of 0."""
+    filled = dict(weights)
+    if config.qk_norm is True:
+        for i in range(config.n_layer):
+            for norm in ('q_norm', 'k_norm'):
+                filled[f'transformer.h.{i}.attn.{norm}.weight'] = torch.ones(config.head_dim)
+    if layout.conv1d:
+        biased = r'\.(ln_|c_).*weight'
+    else:
+        biased = r'\.ln_.*weight' if config.norm == 'layernorm' else '$^'
+    for name, weight in weights.items():
+        if re.search(biased, name):
+            zeros = torch.zeros(len(weight), dtype=weight.dtype)
+            filled.setdefault(name.removesuffix('weight') + 'bias', zeros)
+    return filled
+
+
+def config_json(config, kind, layout, tied):
+    """{key: value} of config.json."""
+    values = asdict(config) | {'n_kv_head': config.kv_heads, 'head_size': config.head_dim,
+                               'n_hidden': config.mlp_width,
+                               'activation': layout.activations[config.activation]}
+    saved = {'architectures': [layout.architecture], 'model_type': kind}
+    saved |= {theirs: values[ours] for ours, theirs in layout.keys.items()}
+    if layout.conv1d:
+        saved |= {key: config.dropout for key in ('attn_pdrop', 'embd_pdrop', 'resid_pdrop')}
+    else:
+        rope = {'rope_theta': config.rope_theta}
+        saved |= rope | {'rope_parameters': rope | {'rope_type': 'default'}}  # of transformers 5
+        saved |= dict.fromkeys(('attention_bias', 'mlp_bias', 'use_bias'), config.bias)
+    return saved | {'tie_word_embeddings': tied, 'plaingpt': {key: values[key] for key in OWN_KEYS}}
+
+
+def write_folder(checkpoint, model, folder, dtype, name):
+    """Write config.json, weights, tokenizer and model card of a Checkpoint and its GPT into a
+    folder, the weights in dtype. Returns the name of the class. Raises UserError before it writes.
+    """
+    saved, tensors = convert(model.config, model.state_dict())
+    tokenizer, turns = checkpoint.get_tokenizer(), model.config.turns
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    special = {} if tokenizer.eot is None else {
+        key: tokenizer.eot for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    # both names: transformers 5 and 4
+    saved |= special | dict.fromkeys(('dtype', 'torch_dtype'), str(dtype).removeprefix('torch.'))
+    sampling = special | {'do_sample': True, 'temperature': 0.8, 'top_k': 200}  # as in sample.py
+    files = tokenizer_files(tokenizer, model.config.block_size, turns)
+    files |= {'config.json': saved, 'generation_config.json': sampling}
+    write_safetensors(folder / 'model.safetensors', tensors)
+    for file, content in files.items():
+        write_synced(folder / file, json.dumps(content, indent=2, ensure_ascii=False))
+    write_synced(folder / 'README.md', model_card(checkpoint, model, saved, name))
+    return saved['architectures'][0]
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write {name: tensor} (huggingface/safetensors, README, "Format"). metadata: {text: text}"""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {'__metadata__': {'format': 'pt'} | (metadata or {})}, 0
+    for name, tensor in tensors.items():
+        header[name] = {'dtype': names[tensor.dtype], 'shape': list(tensor.shape),
+                        'data_offsets': [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with create_synced(path) as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- plaingpt
+---
+
+# {name}
+
+A GPT with {parameters:,} parameters, trained with plainGPT, in the layout of {architecture}.
+
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+ids = tokenizer("{start}", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+```
+{note}"""
+NOTE = """
+In training attention did not cross `<|endoftext|>` between documents. Here it would: give the model
+one document at a time.
+"""
+
+
+def model_card(checkpoint, model, saved, name):
+    """The README.md of a folder: how the model was trained, and how it is used."""
+    config, trained = model.config, checkpoint.config
+    rows = {'context': f'{config.block_size:,} tokens', 'vocabulary': f'{config.vocab_size:,}'}
+    if checkpoint.step:
+        tokens = checkpoint.samples_seen * trained.get('block_size', config.block_size)
+        rows['training'] = f'{plural(checkpoint.step, "step")}, {plural(tokens, "token")}'
+    for key in ('dataset', 'init_from', 'optimizer', 'learning_rate', 'seed'):
+        if key in trained:
+            rows[key] = trained[key]
+    if checkpoint.val_loss is not None:
+        rows['val loss'] = f'{checkpoint.val_loss:.4f} nats per token'
+    lines = ['| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items())]
+    start = 'Once' if checkpoint.tokenizer is None else 'The'
+    return CARD.format(name=name, parameters=model.get_num_params(False),
+                       architecture=saved['architectures'][0], table='\n'.join(lines), start=start,
+                       note=NOTE * (config.eot_token is not None))

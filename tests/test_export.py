@@ -1,0 +1,110 @@
+"""tools/export.py: what leaves this repository computes the same elsewhere, or is refused by name."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+import transformers
+
+import checkpoint as ckpt
+from architectures import one_by_one
+from helpers import error_line
+from lib import huggingface, write_huggingface
+from lib.errors import UserError
+from model import GPT, GPTConfig
+
+SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'block_size': 64, 'vocab_size': 50}
+TABLE = {  # every choice that changes what is computed, for tokens of one document
+    'position': ['learned', 'sinusoidal', 'rope', 'none'],
+    'norm': ['layernorm', 'rmsnorm'],
+    'norm_position': ['pre', 'post'],
+    'activation': ['gelu_tanh', 'gelu', 'relu', 'relu2', 'swiglu'],
+    'n_kv_head': [None, 2],
+    'qk_norm': [False, True, 'gain'],
+    'bias': [True, False],
+    'tie_weights': [True, False],
+}
+EVERY = [dict(zip(TABLE, values)) for values in itertools.product(*TABLE.values())]
+
+
+def make(architecture):
+    """A model with random weights, gains and biases included."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES | architecture)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.2)
+            if 'norm' in name or 'ln_' in name:
+                p.add_('weight' in name)
+    return model
+
+
+def can_be_held(architecture):
+    try:
+        return write_huggingface.choose_layout(GPTConfig(**SIZES | architecture))[0]
+    except UserError as error:
+        named = [key for key in architecture if f'{key} = {architecture[key]}' in str(error)]
+        assert named, error
+        return None
+
+
+HELD = [architecture for architecture in EVERY if can_be_held(architecture)]
+FEW = {}  # one with, one without biases for each layout
+for held in HELD:
+    FEW[can_be_held(held), held['bias'], held['position']] = held
+
+
+def check(architecture, folder):
+    """Logits, greedy tokens and the way back."""
+    ours = make(architecture)
+    saved, tensors = write_huggingface.convert(ours.config, ours.state_dict())
+    (folder / 'config.json').write_text(json.dumps(saved))
+    write_huggingface.write_safetensors(folder / 'model.safetensors', tensors)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert [type(theirs).__name__] == saved['architectures']
+    low = 1 + (ours.config.eot_token or 0)  # within one document
+    idx = torch.randint(low, 50, (2, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
+    continued = theirs.generate(
+        idx[:1, :9], max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(ours.generate(idx[:1, :9], 50, temperature=0), continued)
+    if architecture.get('position') != 'sinusoidal':  # which become learned positions there
+        config, weights, _ = huggingface.load(folder)
+        expected = ours.state_dict()
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        for key in (*TABLE, 'head_size', 'n_hidden', 'norm_eps', 'eot_token', 'turns'):
+            assert config[key] == getattr(ours.config, key), key
+
+
+@pytest.mark.parametrize('architecture', FEW.values(), ids=str)
+def test_exported_models_compute_the_same_in_transformers(architecture, tmp_path):
+    check(architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('architecture', HELD, ids=str)
+def test_every_combination_computes_the_same_in_transformers(architecture, tmp_path):
+    check(architecture, tmp_path)
+
+
+def test_every_combination_is_held_or_refused_by_name():
+    """The other half of the table; can_be_held checks the names."""
+    assert len(EVERY) == 1920 and len(HELD) == 144
+
+
+OTHERS = [change for change in one_by_one() if not change.keys() & TABLE.keys()]
+
+
+@pytest.mark.parametrize('architecture', OTHERS, ids=str)
+def test_every_other_key_is_exported_or_refused_by_name(architecture, tmp_path):
+    for base in ({}, {'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu'}):
+        if can_be_held(base | architecture):
+            check(base | architecture, tmp_path)

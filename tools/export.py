@@ -1,0 +1,96 @@
+"""Take a model elsewhere: Hugging Face, llama.cpp, ONNX, or plain safetensors.
+
+    python tools/export.py --out_dir=out-x                   # out-x/hf, for transformers, vLLM, MLX
+    python tools/export.py --out_dir=out-x --format=gguf     # out-x/gguf/model.gguf, for llama.cpp
+    python tools/export.py --init_from=gpt2 --format=onnx --export_dir=gpt2-onnx
+
+hf and gguf have no n-gram tables: train with --ngram=1 for them. onnx holds every model.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configurator import Count, FilePath, Which, configure
+from lib.errors import plural, require, user_errors
+
+
+@dataclass
+class Config:
+    # model
+    init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, ..., gpt2-xl or a path
+    out_dir: FilePath = 'out'  # the folder of a run
+    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
+    average_last: Count = 1  # average the weights of the last N checkpoints
+    # export
+    format: Literal['hf', 'gguf', 'onnx', 'safetensors'] = 'hf'  # see above
+    export_dir: FilePath | None = None  # a new folder; None: out_dir/format
+    dtype: Literal['float32', 'bfloat16', 'q8_0'] = 'float32'  # of the weights; q8_0: gguf
+
+
+if __name__ == '__main__':  # so that --help and typos do not wait for the slow imports
+    with user_errors():
+        config, _ = configure(Config)
+
+import contextlib
+import json
+import os
+import shutil
+
+import torch
+
+import checkpoint as ckpt
+from lib.write_huggingface import write_folder, write_safetensors
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to write into, which gets its name when it is whole. Raises UserError if there is
+    one already."""
+    require(not path.exists() or path.is_dir() and not any(path.iterdir()),
+            f'export_dir = {path}: there is something already: move it or name another')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(checkpoint, model, folder, config, name):
+    """Write the files of a format into a folder. Returns what they are. Raises UserError."""
+    if config.format == 'hf':
+        return write_folder(checkpoint, model, folder, getattr(torch, config.dtype), name)
+    weights = {key: weight.to(getattr(torch, config.dtype))
+               for key, weight in model.state_dict().items()}
+    if model.config.tie_weights:
+        del weights['transformer.wte.weight']  # the format has no shared tensors
+    saved = {key: getattr(checkpoint, key) for key in ckpt.IN_SAFETENSORS}
+    saved |= {'tokenizer': checkpoint.get_tokenizer().to_dict()}
+    write_safetensors(folder / 'model.safetensors', weights, {'plaingpt': json.dumps(saved)})
+    return 'sample.py and train.py read it with --init_from'
+
+
+def main(config):
+    where = config.out_dir if config.init_from == 'resume' else config.init_from
+    require(config.export_dir or config.init_from == 'resume',
+            f'export_dir is missing: name a new folder for {where}')
+    require(config.dtype != 'q8_0' or config.format == 'gguf',
+            f'dtype = q8_0: only with --format=gguf; {config.format} has float32 and bfloat16')
+    folder = Path(config.export_dir or Path(config.out_dir, config.format))
+    checkpoint = ckpt.load_for(config)
+    model = checkpoint.build_model(dropout=0.0)
+    with new_folder(folder) as temporary:
+        what = write(checkpoint, model, temporary, config, Path(where).name)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f'{checkpoint.path}: {plural(model.get_num_params(False), "parameter")} written to '
+          f'{folder} ({size / 1e6:,.1f} MB): {what}')
+
+
+if __name__ == '__main__':
+    with user_errors():
+        main(config)
