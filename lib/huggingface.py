@@ -2,7 +2,7 @@
 
 gpt2        learned positions, LayerNorm (Radford et al. 2019)
 openai-gpt  the same with post-norm (Radford et al. 2018)
-llama       RoPE, RMSNorm, SwiGLU (Touvron et al. 2023)
+llama       RoPE, RMSNorm, SwiGLU (Touvron et al. 2023); qwen2: with some biases
 qwen3       the same with QK-norm
 apertus     RoPE, RMSNorm, an activation without gates, QK-norm
 arcee       the same without QK-norm
@@ -107,6 +107,7 @@ LAYOUTS = {
         {'transformer.wte': 'transformer.tokens_embed',
          'transformer.wpe': 'transformer.positions_embed'}, 'transformer.h', conv1d=True),
     'llama': Layout('LlamaForCausalLM', ROPE, {'swiglu': 'silu'}),
+    'qwen2': Layout('Qwen2ForCausalLM', ROPE, {'swiglu': 'silu'}),
     'qwen3': Layout('Qwen3ForCausalLM', QK_NORM, {'swiglu': 'silu'}),
     'apertus': Layout(
         'ApertusForCausalLM', QK_NORM, UNGATED, defaults={'rms_norm_eps': 1e-5},
@@ -127,17 +128,17 @@ HARMLESS = re.compile(
     'model_type|architectures|_name_or_path|torch_dtype|dtype|transformers_version|n_ctx|use_cache|'
     'initializer_range|summary_.*|task_specific_params|.*_token_id|(attn|embd|resid)_pdrop|'
     r'(attention|embedding|residual)_dropout|(attention|mlp|use)_bias|pretraining_tp|'
-    r'max_window_layers|is_llama_config|transformers\.js_config|plaingpt|'
+    r'max_window_layers|is_llama_config|transformers\.js_config|'
     'reorder_and_upcast_attn|output_.*|return_dict.*|gradient_checkpointing|id2label|label2id|'
     'problem_type|num_labels|tokenizer_class|prefix|chunk_size_feed_forward|keys_to_ignore.*|'
     '_attn_implementation.*|(min|max)_length|do_sample|temperature|top_[kp]|num_beams|'
     'num_return_sequences|(repetition|length)_penalty|no_repeat_ngram_size|early_stopping|'
-    'finetuning_task|is_decoder|tie_encoder_decoder|torchscript|tie_word_embeddings')
+    'finetuning_task|is_decoder|tie_encoder_decoder|torchscript')
 # and what can have one value only
 REQUIRED = {'add_cross_attention': (False,), 'scale_attn_weights': (True,),
             'scale_attn_by_inverse_layer_idx': (False,), 'partial_rotary_factor': (1,),
             'rope_interleaved': (False,), 'norm_type': ('layer_norm',), 'mlp_type': ('default',),
-            'post_norm': (False,)}
+            'qk_norm': (True,)}  # of Apertus
 
 
 def convert_config(saved):
@@ -159,6 +160,7 @@ def convert_config(saved):
         values['block_size'] = min(values['block_size'], window)
     others = set(saved.pop('layer_types', ())) - {'full_attention', 'sliding_attention'}
     require(not others, f'layer_types has {", ".join(map(str, others))}: no such choice here')
+    values['tie_weights'] = saved.pop('tie_word_embeddings', True)
     own = saved.pop('plaingpt', {})
     values |= {key: own[key] for key in OWN_KEYS if key in own}
     for key, value in saved.items():
@@ -211,20 +213,22 @@ def convert_weights(layout, config, tensors):
 
 
 def settle(config, weights):
-    """Set bias, qk_norm and tie_weights to what the weights are; add what is implied."""
-    biases = [name for name in weights if name.endswith('.bias')]
-    config['bias'] = bool(biases) and (config['bias'] or any(weights[b].any() for b in biases))
-    gains = [name for name in weights if name.endswith(('q_norm.weight', 'k_norm.weight'))]
-    if config['qk_norm'] and any((weights[name] != 1).any() for name in gains):
+    """Set bias, qk_norm and tie_weights to what the weights are. Biases and gains that do nothing
+    and that we would not have are left out; biases that we would have are added, as zeros."""
+    biases = {name: w for name, w in weights.items() if name.endswith('.bias')}
+    gains = {name: w for name, w in weights.items() if name.endswith(('q_norm.weight',
+                                                                      'k_norm.weight'))}
+    config['bias'] = bool(biases) and (config['bias'] or any(w.any() for w in biases.values()))
+    if config['qk_norm'] and any((w != 1).any() for w in gains.values()):
         config['qk_norm'] = 'gain'
-    drop = biases * (not config['bias']) + gains * (config['qk_norm'] is True)
-    for name in drop:
+    unused = {} if config['bias'] else biases
+    unused = unused | gains if config['qk_norm'] is True else unused
+    for name in unused:
         del weights[name]
-    if config['bias']:
-        for name in [name for name in weights if re.search(r'\.(ln_\w|c_\w+)\.weight', name)]:
-            if '.ln_' not in name or config['norm'] == 'layernorm':
-                bias = torch.zeros(len(weights[name]))
-                weights.setdefault(name.removesuffix('weight') + 'bias', bias)
+    biased = r'\.(ln_|c_).*\.weight' if config['norm'] == 'layernorm' else r'\.c_.*\.weight'
+    for name in [name for name in weights if config['bias'] and re.search(biased, name)]:
+        zeros = torch.zeros(len(weights[name]))
+        weights.setdefault(name.removesuffix('weight') + 'bias', zeros)
     if config['tie_weights'] and 'transformer.wte.weight' in weights:
         weights.setdefault('lm_head.weight', weights['transformer.wte.weight'])
     config['tie_weights'] = tied(weights)

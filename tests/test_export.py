@@ -1,6 +1,5 @@
-"""tools/export.py: what leaves this repository computes the same elsewhere, or is refused by name."""
+"""tools/export.py: a model computes the same elsewhere, or is refused by the name of a key."""
 
-import dataclasses
 import itertools
 import json
 
@@ -8,9 +7,7 @@ import pytest
 import torch
 import transformers
 
-import checkpoint as ckpt
 from architectures import one_by_one
-from helpers import error_line
 from lib import huggingface, write_huggingface
 from lib.errors import UserError
 from model import GPT, GPTConfig

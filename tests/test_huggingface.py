@@ -35,6 +35,7 @@ MODELS = {
     'llama': (transformers.LlamaConfig, LLAMA | ROPE | {'tie_word_embeddings': True}),
     'llama with biases': (transformers.LlamaConfig, LLAMA | {'attention_bias': True}),
     'qwen3': (transformers.Qwen3Config, LLAMA | ROPE | {'head_dim': 6, 'sliding_window': None}),
+    'qwen2': (transformers.Qwen2Config, LLAMA | {'tie_word_embeddings': True}),
     'qwen3 with biases': (transformers.Qwen3Config, LLAMA | {'attention_bias': True}),
     'apertus': (transformers.ApertusConfig, LLAMA | ROPE | {'hidden_act': 'relu2'}),
     'arcee': (transformers.ArceeConfig, LLAMA | {'mlp_bias': True}),
@@ -178,7 +179,7 @@ def test_a_sliding_window_shortens_the_context(tmp_path):
         ('starcoder2', {'hidden_act': 'silu'}, 'hidden_act = .silu'),
         ('llama', {'quantization_config': {'bits': 4}}, 'quantization_config'),
         ('llama', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
-        ('qwen3', {'model_type': 'qwen2'}, 'qwen2'),
+        ('qwen3', {'model_type': 'qwen'}, 'qwen'),
         ('qwen3', {'model_type': 'llama'}, 'q_norm'),
         ('arcee', {'model_type': 'apertus'}, 'input_layernorm'),
         ('llama', {'num_hidden_layers': 1}, 'layers.1'),
@@ -186,6 +187,7 @@ def test_a_sliding_window_shortens_the_context(tmp_path):
         ('llama', {'num_key_value_heads': 4}, 'do not fit'),
         ('llama', {'head_dim': 3}, 'even'),
         ('gpt2', {'n_layer': '2'}, 'n_layer'),
+        ('gpt2', {'tie_word_embeddings': False}, 'lm_head.weight'),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, kind, change, says):
