@@ -27,9 +27,14 @@ from model import (
 
 
 @pytest.mark.parametrize(
-    'shape', [(1, 1, 16, 50, 8), (2, 4, 32, 100, 16), (3, 3, 48, 257, 64), (2, 12, 768, 50257, 32)]
+    'shape, suffix',
+    [
+        ((1, 1, 16, 50, 8), 'bin'),
+        ((2, 4, 32, 100, 16), 'safetensors'),
+        ((3, 3, 48, 257, 64), 'bin'),
+        ((2, 12, 768, 50257, 32), 'safetensors'),
+    ],
 )
-@pytest.mark.parametrize('suffix', ['safetensors', 'bin'])
 def test_gpt2_matches_transformers(shape, suffix, tmp_path):
     n_layer, n_head, n_embd, vocab_size, n_positions = shape
     torch.manual_seed(0)
