@@ -28,6 +28,9 @@ DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
 # GPT-4, Llama 3 (\p{N}{1,3}), Qwen2 and Qwen3 (\p{N})
 GPT4_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# how tokenizer.json splits text into characters; (?m) lets the dot match newlines in Oniguruma
+CHARACTERS = {'type': 'Split', 'pattern': {'Regex': '(?m:.)'}, 'behavior': 'Isolated',
+              'invert': False}
 
 
 class Tokenizer:
@@ -250,8 +253,9 @@ def gpt2():
 
 
 def from_huggingface(folder):
-    """The byte-level BPE of a folder with tokenizer.json, or with vocab.json (and merges.txt); None
-    if there is neither. Ids are the file's. Raises UserError."""
+    """The byte-level BPE of a folder with tokenizer.json, or with vocab.json (and merges.txt), or a
+    tokenizer that tools/export.py wrote; None if there is none. Ids are the file's. Raises
+    UserError."""
     folder = Path(folder)
     whole, vocab = folder / 'tokenizer.json', folder / 'vocab.json'
     path = whole if whole.exists() else vocab
@@ -260,12 +264,27 @@ def from_huggingface(folder):
     with restate((ValueError, KeyError, TypeError, AttributeError), path,
                  'cannot read a byte-level BPE, such as GPT-2\'s, from it'):
         if path == whole:
-            return make_byte_level(*read_tokenizer_json(read_json(path)))
+            saved = read_json(path)
+            if saved.get('pre_tokenizer') == CHARACTERS:
+                return read_characters(saved)
+            return make_byte_level(*read_tokenizer_json(saved))
         vocabulary, merges = read_json(path), None
         if (folder / 'merges.txt').exists():
             lines = read_text(folder / 'merges.txt').splitlines()
             merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
         return make_byte_level(vocabulary, merges, read_added_tokens(folder, vocabulary))
+
+
+def read_characters(saved):
+    """The CharTokenizer of a tokenizer.json that lib/write_tokenizer.py wrote. Raises UserError."""
+    vocabulary = saved['model']['vocab']
+    added = {token['content']: token['id'] for token in saved['added_tokens']}
+    characters = [c for c in sorted(vocabulary, key=vocabulary.get) if c not in added]
+    tokenizer = CharTokenizer(''.join(characters), END_OF_TEXT in added)
+    ids = {token.decode('utf-8'): id_ for id_, token in enumerate(tokenizer.token_bytes)}
+    require(saved['model']['type'] == 'WordLevel' and not saved['normalizer']
+            and added == tokenizer.special and ids == vocabulary, 'it was changed after its export')
+    return tokenizer
 
 
 def read_tokenizer_json(saved):
@@ -292,7 +311,8 @@ def read_tokenizer_json(saved):
 
 
 def read_pattern(pre_tokenizer):
-    """The pattern of words that a pre_tokenizer of tokenizer.json stands for. Raises UserError.
+    """The pattern of words that a pre_tokenizer of tokenizer.json stands for, '' if it leaves the
+    text whole. Raises UserError.
 
     Only patterns that we know: another might mean something else in tiktoken's regex engine than
     in Hugging Face's, and read_pieces (lib/text.py) must know where words end.
@@ -300,8 +320,8 @@ def read_pattern(pre_tokenizer):
     *before, byte_level = pre_tokenizer.get('pretokenizers') or [pre_tokenizer]
     words, pattern = byte_level.get('use_regex', True), None
     match before:
-        case [] if words:
-            pattern = GPT2_PATTERN
+        case []:
+            pattern = GPT2_PATTERN if words else ''
         case [{'type': 'Digits', 'individual_digits': True}] if words:
             pattern = DIGITS_PATTERN
         case [{'type': 'Split', 'pattern': {'Regex': str(regex)}, 'behavior': 'Isolated',
@@ -309,7 +329,7 @@ def read_pattern(pre_tokenizer):
             if re.sub(r'\{1,\d\}', '', regex) == GPT4_PATTERN.replace('{1,3}', ''):
                 pattern = regex
     byte_level_alone = (byte_level.get('type'), byte_level.get('add_prefix_space', True))
-    require(pattern and byte_level_alone == ('ByteLevel', False),
+    require(pattern is not None and byte_level_alone == ('ByteLevel', False),
             f'pre_tokenizer = {str(pre_tokenizer)[:300]} splits text into other words than those '
             f'of GPT-2, StarCoder2, Qwen2 and Llama 3')
     return pattern
@@ -356,6 +376,11 @@ def make_byte_level(vocabulary, merges, added, pattern=GPT2_PATTERN, normalizer=
     """A BPETokenizer of Hugging Face's {text: id}, [(left, right)] or None, {text: id}."""
     byte_of = printable_bytes()
     vocabulary = vocabulary | added
+    if not pattern:
+        tokenizer = ByteTokenizer(END_OF_TEXT in added)
+        require(not merges and vocabulary == byte_of | tokenizer.special,
+                'use_regex = False in its pre_tokenizer')
+        return tokenizer
     if merges is None:  # ids were given in the order of the merges
         ordered = [text for text in sorted(vocabulary, key=vocabulary.get) if text != END_OF_TEXT]
     else:
