@@ -55,13 +55,15 @@ def read_pieces(path, size=PIECE_CHARACTERS, cuts_anywhere=False):
 
 
 def cut_before_blank(text):
-    """The last position where GPT-2's pattern cuts anyway, 0 if there is none: a word takes the
-    space before it, and no token has white space after another character."""
+    """The last position where the patterns of lib/tokenizer.py cut anyway, 0 if there is none: a
+    word takes the space before it, and white space in a token comes first, but for the line ends
+    after GPT-4's punctuation."""
     end = text.rfind(' ', 1, -1)
     while end > 0 and (text[end - 1].isspace() or text[end + 1].isspace()):
         end = text.rfind(' ', 1, end)
     if end < 0:
-        end = max((match.end() - 1 for match in re.finditer(r'\S[ \t\n]', text)), default=0)
+        cuts = re.finditer(r'\S(?=[ \t])|\S\n(?=\S)', text)
+        end = max((match.end() for match in cuts), default=0)
     return end
 
 

@@ -10,6 +10,7 @@ import base64
 import itertools
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,15 @@ from lib.pairs import join_turns
 END_OF_TEXT = '<|endoftext|>'
 # how GPT-2 splits text before merging (Radford et al. 2019; openai/gpt-2, encoder.py)
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+# the same within what is left when each digit is a word (StarCoder2, SmolLM)
+DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+                  r"|\s+(?![^\s\p{N}])|\s")
+# GPT-4, Llama 3 (\p{N}{1,3}), Qwen2 and Qwen3 (\p{N})
+GPT4_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# how tokenizer.json splits text into characters; (?m) lets the dot match newlines in Oniguruma
+CHARACTERS = {'type': 'Split', 'pattern': {'Regex': '(?m:.)'}, 'behavior': 'Isolated',
+              'invert': False}
 
 
 class Tokenizer:
@@ -171,17 +181,19 @@ class BPETokenizer(Tokenizer):
     """Byte-pair encoding (Sennrich et al. 2016) on bytes, by tiktoken."""
     cuts_anywhere = False
 
-    def __init__(self, kind, pattern, tokens, ids=None, special=None, unused=None):
+    def __init__(self, kind, pattern, tokens, ids=None, special=None, unused=None, normalizer=None):
         """tokens: bytes, in the order of their merges. ids: of the tokens; None: 0, 1, ... special:
         {text: id}; None: `<|endoftext|>` after the tokens. unused: {text: id} of what no text
-        becomes. Raises UserError, ValueError."""
+        becomes. normalizer: 'NFC': tokens stand for the text in this form. Raises UserError,
+        ValueError."""
         import tiktoken  # char and byte tokenizers don't need it
 
         ids = list(range(len(tokens))) if ids is None else ids
         special = {END_OF_TEXT: len(tokens)} if special is None else special
         unused = unused or {}
         self.kind, self.pattern, self.tokens, self.ids = kind, pattern, tokens, ids
-        self.unused = unused
+        self.unused, self.normalizer = unused, normalizer
+        require(normalizer in (None, 'NFC'), f'its normalizer is {normalizer!r}, not NFC')
         require(all(isinstance(text, str) and text for text in [*special, *unused]),
                 'a special token is empty')
         every = [*ids, *special.values(), *unused.values()]
@@ -205,6 +217,8 @@ class BPETokenizer(Tokenizer):
         self._n_bytes = np.array([len(token) for token in tokens])
 
     def encode_ordinary(self, text):
+        if self.normalizer:
+            text = unicodedata.normalize(self.normalizer, text)
         ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
         if self.pattern != GPT2_PATTERN:
             require(self._n_bytes[ranks].sum() == len(text.encode('utf-8')),
@@ -219,6 +233,8 @@ class BPETokenizer(Tokenizer):
             saved['ids'] = self.ids
         if self.unused:
             saved['unused'] = self.unused
+        if self.normalizer:
+            saved['normalizer'] = self.normalizer
         return saved if self.special == {END_OF_TEXT: n} else saved | {'special': self.special}
 
 
@@ -237,8 +253,9 @@ def gpt2():
 
 
 def from_huggingface(folder):
-    """The byte-level BPE of a folder with tokenizer.json, or with vocab.json (and merges.txt); None
-    if there is neither. Ids are the file's. Raises UserError."""
+    """The byte-level BPE of a folder with tokenizer.json, or with vocab.json (and merges.txt), or a
+    tokenizer that tools/export.py wrote; None if there is none. Ids are the file's. Raises
+    UserError."""
     folder = Path(folder)
     whole, vocab = folder / 'tokenizer.json', folder / 'vocab.json'
     path = whole if whole.exists() else vocab
@@ -247,7 +264,10 @@ def from_huggingface(folder):
     with restate((ValueError, KeyError, TypeError, AttributeError), path,
                  'cannot read a byte-level BPE, such as GPT-2\'s, from it'):
         if path == whole:
-            return make_byte_level(*read_tokenizer_json(read_json(path)))
+            saved = read_json(path)
+            if saved.get('pre_tokenizer') == CHARACTERS:
+                return read_characters(saved)
+            return make_byte_level(*read_tokenizer_json(saved))
         vocabulary, merges = read_json(path), None
         if (folder / 'merges.txt').exists():
             lines = read_text(folder / 'merges.txt').splitlines()
@@ -255,23 +275,64 @@ def from_huggingface(folder):
         return make_byte_level(vocabulary, merges, read_added_tokens(folder, vocabulary))
 
 
+def read_characters(saved):
+    """The CharTokenizer of a tokenizer.json that lib/write_tokenizer.py wrote. Raises UserError."""
+    vocabulary = saved['model']['vocab']
+    added = {token['content']: token['id'] for token in saved['added_tokens']}
+    characters = [c for c in sorted(vocabulary, key=vocabulary.get) if c not in added]
+    tokenizer = CharTokenizer(''.join(characters), END_OF_TEXT in added)
+    ids = {token.decode('utf-8'): id_ for id_, token in enumerate(tokenizer.token_bytes)}
+    require(saved['model']['type'] == 'WordLevel' and not saved['normalizer']
+            and added == tokenizer.special and ids == vocabulary, 'it was changed after its export')
+    return tokenizer
+
+
 def read_tokenizer_json(saved):
-    """(vocabulary, merges, added tokens {text: id}) of tokenizer.json. Raises UserError if its
-    tokens are not made as GPT-2's."""
-    model = saved['model']
+    """(vocabulary, merges, added tokens {text: id}, pattern, normalizer) of tokenizer.json. Raises
+    UserError if we cannot make the same tokens."""
+    model, normalizer = saved['model'], (saved.get('normalizer') or {}).get('type')
     require(model.get('type', 'BPE') == 'BPE', f'its type is {model.get("type")!r}, not BPE')
-    before = saved.get('pre_tokenizer') or {}
-    like_gpt2 = before.get('type') == 'ByteLevel' and before.get('use_regex', True)
-    require(like_gpt2 and not before.get('add_prefix_space', True),
-            f'pre_tokenizer = {str(before)[:80]} is not GPT-2\'s')
-    for key, supported in (('normalizer', None), ('post_processor', 'ByteLevel'),
-                           ('decoder', 'ByteLevel')):
-        kind = (saved.get(key) or {}).get('type', supported)
-        require(kind == supported, f'its {key}, {kind}, changes the text or its ids')
+    pattern = read_pattern(saved.get('pre_tokenizer') or {})
+    for key, supported in (('normalizer', ('NFC',)), ('decoder', ('ByteLevel',)),
+                           ('post_processor', ('ByteLevel',))):
+        kind = (saved.get(key) or {}).get('type', supported[0])
+        require(kind in supported, f'its {key}, {kind}, changes the text or its ids')
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
         require(not model.get(key), f'{key} = {model.get(key)!r}')
+    tokens = saved.get('added_tokens') or []
+    require(not normalizer or not any(token.get('normalized') for token in tokens),
+            f'its normalizer, {normalizer}, also changes the text in which added tokens are found')
     merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
-    return model['vocab'], merges, check_added(saved.get('added_tokens') or [], model['vocab'])
+    added, made = check_added(tokens, model['vocab']), {left + right for left, right in merges}
+    for text in model['vocab'] if model.get('ignore_merges') else ():
+        require(len(text) == 1 or text in made or text in added,
+                f'ignore_merges = True, and no merge makes the token {text!r}')
+    return model['vocab'], merges, added, pattern, normalizer
+
+
+def read_pattern(pre_tokenizer):
+    """The pattern of words that a pre_tokenizer of tokenizer.json stands for, '' if it leaves the
+    text whole. Raises UserError.
+
+    Only patterns that we know: another might mean something else in tiktoken's regex engine than
+    in Hugging Face's, and read_pieces (lib/text.py) must know where words end.
+    """
+    *before, byte_level = pre_tokenizer.get('pretokenizers') or [pre_tokenizer]
+    words, pattern = byte_level.get('use_regex', True), None
+    match before:
+        case []:
+            pattern = GPT2_PATTERN if words else ''
+        case [{'type': 'Digits', 'individual_digits': True}] if words:
+            pattern = DIGITS_PATTERN
+        case [{'type': 'Split', 'pattern': {'Regex': str(regex)}, 'behavior': 'Isolated',
+               'invert': False}] if not words:
+            if re.sub(r'\{1,\d\}', '', regex) == GPT4_PATTERN.replace('{1,3}', ''):
+                pattern = regex
+    byte_level_alone = (byte_level.get('type'), byte_level.get('add_prefix_space', True))
+    require(pattern is not None and byte_level_alone == ('ByteLevel', False),
+            f'pre_tokenizer = {str(pre_tokenizer)[:300]} splits text into other words than those '
+            f'of GPT-2, StarCoder2, Qwen2 and Llama 3')
+    return pattern
 
 
 def read_added_tokens(folder, vocabulary):
@@ -311,10 +372,15 @@ def check_added(tokens, vocabulary):
     return added
 
 
-def make_byte_level(vocabulary, merges, added):
+def make_byte_level(vocabulary, merges, added, pattern=GPT2_PATTERN, normalizer=None):
     """A BPETokenizer of Hugging Face's {text: id}, [(left, right)] or None, {text: id}."""
     byte_of = printable_bytes()
     vocabulary = vocabulary | added
+    if not pattern:
+        tokenizer = ByteTokenizer(END_OF_TEXT in added)
+        require(not merges and vocabulary == byte_of | tokenizer.special,
+                'use_regex = False in its pre_tokenizer')
+        return tokenizer
     if merges is None:  # ids were given in the order of the merges
         ordered = [text for text in sorted(vocabulary, key=vocabulary.get) if text != END_OF_TEXT]
     else:
@@ -333,8 +399,8 @@ def make_byte_level(vocabulary, merges, added):
     require(merges or sorted(vocabulary.values()) == list(range(len(vocabulary))),
             'the ids are not 0, 1, 2, ...')
     check_merges(tokens, [[bytes_of[left], bytes_of[right]] for left, right in merges or []])
-    kind = 'gpt2' if len(tokens) == 50256 else 'bpe'
-    return BPETokenizer(kind, GPT2_PATTERN, tokens, ids, added, unused)
+    kind = 'gpt2' if len(tokens) == 50256 and pattern == GPT2_PATTERN else 'bpe'
+    return BPETokenizer(kind, pattern, tokens, ids, added, unused, normalizer)
 
 
 def check_merges(tokens, merges):
