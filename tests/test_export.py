@@ -6,8 +6,11 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
+import checkpoint as ckpt
 from architectures import one_by_one
+from helpers import TINY
 from lib import huggingface, write_huggingface
 from lib.errors import UserError
 from model import GPT, GPTConfig
@@ -105,3 +108,76 @@ def test_every_other_key_is_exported_or_refused_by_name(architecture, tmp_path):
     for base in ({}, {'position': 'rope', 'norm': 'rmsnorm', 'activation': 'swiglu'}):
         if can_be_held(base | architecture):
             check(base | architecture, tmp_path)
+
+
+# The program --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def exported(run, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('exported') / 'hf'
+    result = run('tools/export.py', f'--out_dir={trained}', f'--export_dir={folder}')
+    assert f'parameters written to {folder}' in result.stdout
+    return folder
+
+
+def test_exported_run_loads_in_transformers(exported, trained):
+    """Model and tokenizer, by the classes that anybody would use."""
+    checkpoint = ckpt.load(trained)
+    ours, tokenizer = ckpt.load_model(trained)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    text = 'def main(config):\n    return'
+    ids = transformers.AutoTokenizer.from_pretrained(exported)(text, return_tensors='pt').input_ids
+    assert ids[0].tolist() == tokenizer.encode(text)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, ids)[0], theirs(ids).logits, atol=1e-4, rtol=0)
+    card = (exported / 'README.md').read_text()
+    assert f'{checkpoint.val_loss:.4f}' in card and '20 steps' in card
+
+
+def test_exported_run_comes_back(run, exported, trained):
+    """sample.py writes the same with the folder as with the run, tokenizer included."""
+    options = ('--start=def ', '--num_samples=1', '--max_new_tokens=20', '--dtype=float32')
+    first = run('sample.py', f'--out_dir={trained}', *options).stdout
+    assert run('sample.py', f'--init_from={exported}', *options).stdout == first
+    expected = ckpt.load(trained).model
+    for name, weight in ckpt.load(exported).model.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_safetensors_of_any_run(run, trained, tmp_path):
+    """--format=safetensors: one file that no code can hide in, with model and tokenizer."""
+    folder = tmp_path / 'plain'
+    run('tools/export.py', f'--out_dir={trained}', '--format=safetensors', f'--export_dir={folder}')
+    path = folder / 'model.safetensors'
+    before, after = ckpt.load(trained), ckpt.load(path)
+    assert after.get_tokenizer().to_dict() == before.get_tokenizer().to_dict()
+    assert (after.step, after.val_loss) == (before.step, before.val_loss)
+    assert after.model_config == before.model_config
+    assert all(torch.equal(after.model[name], before.model[name]) for name in before.model)
+    assert load_file(path).keys() == before.model.keys() - {'transformer.wte.weight'}  # tied
+
+
+def test_bf16_halves_the_file(run, trained, tmp_path, exported):
+    folder = tmp_path / 'half'
+    run('tools/export.py', f'--out_dir={trained}', f'--export_dir={folder}', '--dtype=bfloat16')
+    weights, whole = (load_file(f / 'model.safetensors') for f in (folder, exported))
+    assert all(torch.equal(weights[name], whole[name].bfloat16()) for name in whole)
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_export_refuses_in_one_sentence(refused, trained, exported, tmp_path):
+    common = ('tools/export.py', f'--out_dir={trained}')
+    refused(*common, f'--export_dir={exported}', says=(str(exported), 'name another'))
+    refused(*common, '--dtype=q8_0', says='dtype = q8_0')
+    refused('tools/export.py', '--init_from=gpt2', says='export_dir')
+    refused('tools/export.py', f'--out_dir={tmp_path}/none', says='none')
+    assert not (tmp_path / 'none').exists()
+
+
+def test_models_with_ngrams_are_told_where_they_can_go(run, refused, char_data, tmp_path):
+    common = ('--ngram=3', '--ngram_rows=97', '--max_iters=1', *TINY)
+    run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}/out', *common)
+    before = sorted((tmp_path / 'out').iterdir())
+    refused('tools/export.py', f'--out_dir={tmp_path}/out', says=('ngram = 3', '--ngram=1', 'onnx'))
+    assert sorted((tmp_path / 'out').iterdir()) == before

@@ -89,6 +89,9 @@ def main(config):
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f'{checkpoint.path}: {plural(model.get_num_params(False), "parameter")} written to '
           f'{folder} ({size / 1e6:,.1f} MB): {what}')
+    if model.config.eot_token is not None and config.format in ('hf', 'gguf'):
+        print('note: here attention does not cross <|endoftext|>, there it does: give it one '
+              'document at a time')
 
 
 if __name__ == '__main__':
