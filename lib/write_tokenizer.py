@@ -13,10 +13,9 @@ from lib.tokenizer import (
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
               'use_regex': False}
 DIGITS = {'type': 'Digits', 'individual_digits': True}
-# Jinja: the ids of lib.tokenizer.encode_turns, with the rules of data/pairs/prepare.py. Messages
-# of one side in a row are one part, in which <|endoftext|> would not be plain text, as it is for
-# us: transformers has sanitize_control_tokens for it. A generation prompt needs no tokens: a source
-# ends with the <|endoftext|> after which its target begins.
+# Jinja: the ids of lib.tokenizer.encode_turns, with the rules of data/pairs/prepare.py. A
+# generation prompt adds nothing: a target begins after the <|endoftext|> that ends its source. In a
+# message we read <|endoftext|> as plain text; a template cannot say so and refuses it.
 CHAT_TEMPLATE = """
 {%- set end = '<|endoftext|>' %}
 {%- set ns = namespace(side='', part='') %}
@@ -40,7 +39,7 @@ CHAT_TEMPLATE = """
     {%- elif not text | trim %}
         {{- raise_exception('the content of a message is empty') }}
     {%- elif end in text %}
-        {{- raise_exception(end ~ ' in a message: pass sanitize_control_tokens=True') }}
+        {{- raise_exception(end ~ ' in a message would end it') }}
     {%- endif %}
     {%- set side = 'target' if message['role'] == 'assistant' else 'source' %}
     {%- if not ns.side and side == 'target' %}
