@@ -398,22 +398,31 @@ def make_byte_level(vocabulary, merges, added, pattern=GPT2_PATTERN, normalizer=
         require(re.fullmatch(r'<.+>|\[.+\]', text), f'no merge makes the token {text!r}')
     require(merges or sorted(vocabulary.values()) == list(range(len(vocabulary))),
             'the ids are not 0, 1, 2, ...')
-    check_merges(tokens, [[bytes_of[left], bytes_of[right]] for left, right in merges or []])
+    if merges:  # tiktoken merges any two tokens whose bytes together are a token
+        theirs = [(bytes_of[left], bytes_of[right]) for left, right in merges]
+        require(theirs == bpe_merges(tokens),
+                'its merges are not in the order in which a BPE is trained')
     kind = 'gpt2' if len(tokens) == 50256 and pattern == GPT2_PATTERN else 'bpe'
     return BPETokenizer(kind, pattern, tokens, ids, added, unused, normalizer)
 
 
-def check_merges(tokens, merges):
-    """Raise UserError unless merging any two tokens whose bytes together are a token, lowest rank
-    first, as tiktoken does, is the same as these merges."""
+def bpe_merges(tokens):
+    """[(left, right), ...] in order: of each token longer than a byte, the two tokens that the
+    merges before it leave of its bytes. tokens: bytes, in the order of their merges. Raises
+    UserError if more than two are left, so that no merge makes the token."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    for pair in merges:
-        parts = [bytes([b]) for b in b''.join(pair)]
+    merges = []
+    for rank, token in enumerate(tokens):
+        parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            i = joined.index(min(joined))
+            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            first = min(joined)
+            require(first < rank, f'the merges before it do not make the token {token!r}')
+            i = joined.index(first)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        require(parts == pair, f'its merges are not in the order in which a BPE is trained: {pair}')
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
 
 
 def printable_bytes():

@@ -6,6 +6,7 @@ from lib.tokenizer import (
     DIGITS_PATTERN,
     END_OF_TEXT,
     GPT2_PATTERN,
+    bpe_merges,
     printable_bytes,
     read_pattern,
 )
@@ -140,22 +141,3 @@ def split_rule(pattern):
         CHARACTERS | {'pattern': {'Regex': pattern}}, BYTE_LEVEL]}
     read_pattern(rule)  # no pattern that other programs might read in another way
     return rule
-
-
-def bpe_merges(tokens):
-    """[(left, right), ...] in order: of each token longer than a byte, the two tokens that the
-    merges before it leave of its bytes. tokens: bytes, in the order of their merges. Raises
-    UserError if more than two are left, so that no merge makes the token."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    merges = []
-    for rank, token in enumerate(tokens):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            first = min(joined)
-            require(first < rank, f'no merge of two tokens makes the token {token!r}')
-            i = joined.index(first)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges
