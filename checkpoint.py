@@ -43,6 +43,7 @@ class Checkpoint:
     scaler: dict | None = None
     tokenizer: dict | None = None  # Tokenizer.to_dict()
     environment: dict = field(default_factory=dict)  # torch, data, ...: for bitwise resume
+    lora: dict | None = None  # name -> tensor before the updates were merged into the model
     path: str = ''
 
     def __post_init__(self):
@@ -178,7 +179,8 @@ class Saver:
         if self.thread is None:
             self.write(checkpoint)
             return
-        copied = cpu_copy({'model': checkpoint.model, 'optimizer': checkpoint.optimizer})
+        copied = cpu_copy({'model': checkpoint.model, 'optimizer': checkpoint.optimizer,
+                           'lora': checkpoint.lora})
         self.pending = self.thread.submit(self.write, dataclasses.replace(checkpoint, **copied))
 
     def write(self, checkpoint):
@@ -345,7 +347,8 @@ def mean_of(checkpoints):
         for name, weight in first.model.items():
             weights = (other.model[name].float() for other in others)
             first.model[name] = sum(weights, weight.float()) / len(checkpoints)
-        first.val_loss, first.path = None, f'{first.path} and {len(others)} before it'
+        first.val_loss = first.lora = None
+        first.path = f'{first.path} and {len(others)} before it'
     return first
 
 
@@ -409,6 +412,7 @@ def load_file(path, mmap=False):
                      'not a whole checkpoint'):
             values = formats.convert_nanogpt(state, path)
         return Checkpoint(**values, path=str(path))
+    formats.check_weights(state.setdefault('lora', None) or {}, path)  # None before 0.3
     missing = {'format', *SAVED} - state.keys()
     require(not missing, f'{path}: not a whole checkpoint: {", ".join(sorted(missing))} is missing')
     require(state['format'] == FORMAT,

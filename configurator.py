@@ -186,6 +186,10 @@ class TrainConfig(ModelConfig):
     grad_clip: NonNegative = 1.0  # maximum gradient norm; 0: no clipping
     nonfinite: Literal['stop', 'skip'] = 'stop'  # what to do on an infinite or nan loss or gradient
     max_skips: Count = 10  # consecutive skipped steps before the run stops anyway
+    # LoRA
+    lora_rank: WholeNumber = 0  # finetune updates of this rank only (Hu 2021); 0: all weights
+    lora_alpha: Positive = 16.0  # scales the updates, by lora_alpha / lora_rank
+    lora_dropout: Fraction = 0.0  # on the input of the updates
     # learning rate schedule
     decay_lr: bool = True  # False: constant learning_rate, no warmup
     schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'  # decay
@@ -504,6 +508,7 @@ SYNONYMS = {  # what other programs call a key
     'gradient_accumulation_steps': 'grad_accum accum accumulation grad_acc_steps grad_accum_steps',
     'warmup_iters': 'warmup warmup_steps', 'grad_clip': 'clip max_grad_norm clip_grad clip_norm',
     'adam_eps': 'eps', 'dropout': 'drop', 'optimizer': 'optim', 'muon_momentum': 'momentum',
+    'lora_rank': 'lora lora_r rank r', 'lora_alpha': 'alpha',
     'temperature': 'temp', 'start': 'prompt text', 'num_samples': 'n samples',
     'max_new_tokens': 'max_tokens length n_tokens max_length', 'num_beams': 'beams beam_size',
     'dataset': 'data data_dir', 'input': 'file path text in', 'val_fraction': 'val val_split split',

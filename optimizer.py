@@ -18,6 +18,7 @@ def make_optimizer(model, config):
         tables.append(model.transformer.wte.weight)
     if config.embedding_learning_rate is not None and model.config.ngram > 1:
         tables.append(model.transformer.ngram.tables.weight)
+    tables = [p for p in tables if p.requires_grad]
     taken = {id(p) for p in muon + tables}
     params = [p for p in model.parameters() if id(p) not in taken]
     groups = adamw_groups(params, config.weight_decay, config.learning_rate)
@@ -200,10 +201,15 @@ def orthogonalize(x):
     return y if wide else y.mT
 
 
+def n_trained(model):
+    """Number of parameters that are not frozen."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def state_bytes(model, config):
     """Bytes of optimizer state: two fp32 numbers per AdamW parameter, one per Muon parameter."""
     n_muon = sum(p.numel() for p in muon_matrices(model, config))
-    return 8 * model.get_num_params(False) - 4 * n_muon
+    return 8 * n_trained(model) - 4 * n_muon
 
 
 def lr_multiplier(step, config):

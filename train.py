@@ -28,10 +28,11 @@ from lib import device as devices
 from lib.distributed import fail, gather, main_process_first, print0, rank, world_size
 from lib.evaluation import evaluate_run
 from lib.files import command, find
+from lib.lora import add_lora, load_lora, merge_lora
 from lib.loss import max_logits
 from lib.run import Run, StepLog
 from model import GPT, GPTConfig
-from optimizer import lr_multiplier, make_optimizer, orthogonalize, state_bytes
+from optimizer import lr_multiplier, make_optimizer, n_trained, orthogonalize
 
 
 class Trainer:
@@ -78,7 +79,7 @@ class Trainer:
                                                   config.seed)  # over all processes
         losses = []
         for micro_step in range(self.accumulation):
-            if config.dropout > 0:  # masks are a function of (seed, step, micro-batch)
+            if config.dropout + config.lora_dropout > 0:  # masks depend on (seed, number)
                 number = self.step * config.gradient_accumulation_steps
                 number += rank() * self.accumulation + micro_step
                 torch.manual_seed(bins.derive_seed(config.seed, number))
@@ -138,7 +139,7 @@ class Trainer:
         # nothing to save at step 0, or right after resuming at this step
         fresh = step > 0 or done or self.stop
         known = self.resumed == (step, True) or val_loss is None and self.resumed == (step, False)
-        if save and fresh and not known:
+        if save and fresh and not known and not config.eval_only:
             self.save(val_loss)
         self.saves_done = self.saves_requested
 
@@ -152,18 +153,17 @@ class Trainer:
                    f'the best checkpoint is kept')
 
     def save(self, val_loss):
-        if self.config.eval_only:
-            return
         self.best_saved_loss = min(self.best_saved_loss, val_loss or math.inf)
         weights = distributed.gather_on_main(self.raw_model.state_dict())
         state = distributed.gather_on_main(self.optimizer.state_dict())
         if self.raw_model.config.tie_weights:  # one tensor, even if FSDP gathered it twice
             weights['transformer.wte.weight'] = weights['lm_head.weight']
         if self.run.writes:
+            weights, lora = merge_lora(weights, self.config.lora_alpha)
             self.run.save(ckpt.Checkpoint(
                 asdict(self.raw_model.config), weights, self.step, self.samples_seen, val_loss,
                 self.best_val_loss, asdict(self.config), state, self.scaler.state_dict(),
-                self.data.tokenizer.to_dict(), self.environment))
+                self.data.tokenizer.to_dict(), self.environment, lora))
 
     def loop(self):
         """Train until max_iters or a signal."""
@@ -193,6 +193,7 @@ class Trainer:
         resume.check_environment(checkpoint, self.environment, self.data, other_data,
                                  note=self.optimizer is not None)
         if self.optimizer:
+            load_lora(self.raw_model, checkpoint)
             resume.load_optimizer(self.optimizer, self.scaler, checkpoint)
 
     def wrap(self, parallel, compiled):
@@ -200,7 +201,7 @@ class Trainer:
         torch.compile works; FSDP's blocks are compiled already."""
         config, raw_model = self.config, self.raw_model
         half = self.dtype != torch.float32
-        sizes = memory.Sizes(raw_model.config, self.device)
+        sizes = memory.Sizes(raw_model.config, self.device, config.lora_rank)
         gpu_memory = devices.total_memory(self.device)
         raw_model.max_logits = max_logits(gpu_memory)
         parts = memory.step_bytes(sizes, config, half, parallel, world_size(), gpu_memory)
@@ -293,6 +294,7 @@ def open_data(run, config, given, checkpoint):
 def build_model(config, checkpoint, data, model_config, device, dtype, compiled):
     """(model on the device, 'ddp', 'fsdp' or None): new, or with the checkpoint's weights.
     compiled: compile the blocks of FSDP."""
+    torch.manual_seed(config.seed)
     if checkpoint is None:
         gpt_config = GPTConfig(**model_config, vocab_size=data.tokenizer.vocab_size)
         memory.require_model_fits(gpt_config, device, world_size(), training=not config.eval_only)
@@ -303,6 +305,8 @@ def build_model(config, checkpoint, data, model_config, device, dtype, compiled)
         from_data = {key: model_config[key] for key in resume.DATA_KEYS}
         model = checkpoint.build_model(**free, **from_data)
         model.crop_block_size(model_config['block_size'])
+        if config.lora_rank and not config.eval_only:
+            add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
     for key in resume.MODEL_KEYS:
         setattr(config, key, getattr(model.config, key))  # save and print what the run uses
     if devices.math_attention_is_faster(device, dtype, model.config.block_size):
@@ -320,7 +324,6 @@ def build_model(config, checkpoint, data, model_config, device, dtype, compiled)
         distributed.wrap_fsdp(model, device, dtype, compiled)
     if config.deterministic_sum and world_size() & (world_size() - 1):
         fail(f'deterministic_sum = True: give 1, 2, 4, 8, ... processes, not {world_size()}')
-    torch.manual_seed(config.seed)
     if checkpoint is None:
         distributed.init_weights(model, device)
     return model.to(device), parallel
@@ -337,6 +340,7 @@ def describe(run, config, given, model, device, dtype, T, step):
     tables = model.transformer.ngram.tables.weight.numel() if model.config.ngram > 1 else 0
     n_params = f'{model.get_num_params() - tables:,} parameters'
     n_params += f' and {tables:,} in n-gram tables' * (tables > 0)
+    n_params += f', LoRA trains {n_trained(model):,}' * (not model.lm_head.weight.requires_grad)
     processes = '1 process' if world_size() == 1 else f'{world_size()} processes'
     tokens = config.gradient_accumulation_steps * config.batch_size * T
     print0(f'{n_params}, vocabulary {model.config.vocab_size:,}; {device}, '
@@ -394,7 +398,7 @@ def main(config, given):
         describe(run, config, given, model, device, dtype, data.train.block_size, trainer.step)
         with main_process_first():
             run.claim()
-            resume.check_disk(run, 4 * model.get_num_params(False) + state_bytes(model, config))
+            resume.check_disk(run, model)
         if not config.eval_only:
             trainer.wrap(parallel, compiled)
         saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save)

@@ -333,7 +333,8 @@ class TreeSum(GradientSync):
     def __init__(self, model, n_leaves):
         """n_leaves: micro-batches of a step in this process."""
         super().__init__(None)
-        self.params, self.joins = list(model.parameters()), joins(n_leaves)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.joins = joins(n_leaves)
         self.nodes, self.n = [], 0
 
     def scale(self, fraction):

@@ -51,7 +51,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             w = F.pad(w, (0, 0, 0, padding))  # (V + padding, C)
         loss = torch.zeros((), device=x.device)
         dx = torch.empty_like(x)
-        dw = torch.zeros_like(weight) if needs_grad else None
+        dw = torch.zeros_like(weight) if needs_grad and weight.requires_grad else None
         chunks = (t.tensor_split(n_chunks) for t in (x.to(dtype), targets, dx))
         for x_i, targets_i, dx_i in zip(*chunks):
             target = targets_i.clamp(min=0)[:, None]  # (n, 1)
@@ -78,8 +78,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             del logits, logp
             if padding:
                 dlogits = F.pad(dlogits, (0, padding))  # (n, V + padding)
-            for dw_j, dlogits_j in zip(dw.split(dw_rows), dlogits[:, :V].T.split(dw_rows)):
-                dw_j += mm_fp32(dlogits_j, x_i)
+            if dw is not None:  # None: a frozen head
+                for dw_j, dlogits_j in zip(dw.split(dw_rows), dlogits[:, :V].T.split(dw_rows)):
+                    dw_j += mm_fp32(dlogits_j, x_i)
             dx_i.copy_(dlogits @ w)
         n = (targets >= 0).sum()
         ctx.save_for_backward(dx, dw, n)
@@ -88,7 +89,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, n = ctx.saved_tensors
-        return dx * (grad / n), dw.mul_(grad / n), None, None, None, None, None, None
+        dw = None if dw is None else dw.mul_(grad / n)
+        return dx * (grad / n), dw, None, None, None, None, None, None
 
 
 def chunked_cross_entropy(x, weight, targets, cap=0.0, smoothing=0.0, at_once=MAX_LOGITS):

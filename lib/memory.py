@@ -8,6 +8,7 @@ import torch
 
 from lib.device import math_attention_is_faster, total_memory
 from lib.errors import plural, require
+from lib.lora import add_lora
 from lib.loss import max_logits
 from model import GPT
 from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, state_bytes
@@ -21,10 +22,13 @@ class Sizes:
     """Numbers about GPT(config) on a device, from models of one and two layers without memory: in
     milliseconds for any n_layer."""
 
-    def __init__(self, config, device):
-        self.config, self.device = config, device
+    def __init__(self, config, device, lora_rank=0):
+        self.config, self.device, self.lora_rank = config, device, lora_rank
         with torch.device('meta'):
             self.one, self.two = (GPT(replace(config, n_layer=n)) for n in (1, 2))
+            if lora_rank:
+                for model in (self.one, self.two):
+                    add_lora(model, lora_rank, 1.0, 0.0)
 
     def of(self, number):
         """number(model), which is linear in n_layer, of the whole model."""

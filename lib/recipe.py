@@ -31,6 +31,11 @@ def check(config):
     low, resuming = config.min_lr, config.init_from == 'resume'  # then the rate is in a file
     if low is not None and config.decay_lr and not resuming:
         require(low <= config.learning_rate, f'min_lr = {low}: give at most learning_rate')
+    if config.lora_rank:
+        require(config.init_from != 'scratch', f'lora_rank = {config.lora_rank}: only to finetune '
+                                               f'trained weights: name them with --init_from')
+        require(config.optimizer == 'adamw', f'lora_rank = {config.lora_rank}: its updates are '
+                                             f'trained with --optimizer=adamw only')
     require(config.out_dir and config.init_from and config.dataset,
             'out_dir, init_from or dataset is empty: name a folder')
 

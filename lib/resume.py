@@ -12,7 +12,8 @@ from lib.device import device_name, dtype_name
 from lib.distributed import fail, gather, job, print0, require_same, world_size
 from lib.errors import UserError, reason_of, require
 from lib.files import command
-from optimizer import EXTENDED_PEAK, lr_multiplier
+from lib.lora import lora_layers
+from optimizer import EXTENDED_PEAK, lr_multiplier, state_bytes
 
 # may differ from the checkpoint's
 FREE_KEYS = ('dropout', 'label_smoothing', 'attention', 'activation_checkpointing')
@@ -57,8 +58,10 @@ def check_same_data(data, name):
 def take_saved_config(config, given, checkpoint):
     """Resuming: keys that are not given are as they were. Raises UserError."""
     saved = checkpoint.config
-    require('depth' not in given or config.depth == saved.get('depth'),
-            f'depth = {config.depth} but {checkpoint.path} has {saved.get("depth")}: leave it out')
+    for key in ('depth', 'lora_rank', 'lora_alpha'):
+        now, then = getattr(config, key), saved.get(key, getattr(TrainConfig, key))
+        require(key not in given or now == then,
+                f'{key} = {now} but {checkpoint.path} has {then}: leave it out')
     own = (set(given) - {'init_from'}) | {'out_dir', 'eval_only'}
     for field in fields(config):
         if field.name in saved and field.name not in own:
@@ -185,12 +188,15 @@ def load_optimizer(optimizer, scaler, checkpoint):
         scaler.load_state_dict(checkpoint.scaler)
 
 
-def check_disk(run, checkpoint_bytes):
+def check_disk(run, model):
     """Room for the checkpoints to keep, and the one being written. Raises UserError."""
     if not run.writes:
         return
     config, n = run.config, 1 if run.resuming else run.config.keep_last + 2
-    need, free = n * checkpoint_bytes, shutil.disk_usage(config.out_dir).free
+    n_saved = model.get_num_params(False)
+    n_saved += sum(layer.weight.numel() for layer in lora_layers(model).values())  # not merged
+    need = n * (4 * n_saved + state_bytes(model, config))
+    free = shutil.disk_usage(config.out_dir).free
     require(free >= need,
             f'out_dir = {config.out_dir!r}: checkpoints need {need / 1e6:,.1f} MB, '
             f'{free / 1e6:,.1f} MB are free: free some, lower --keep_last or name another folder')
