@@ -201,7 +201,7 @@ class Trainer:
         torch.compile works; FSDP's blocks are compiled already."""
         config, raw_model = self.config, self.raw_model
         half = self.dtype != torch.float32
-        sizes = memory.Sizes(raw_model.config, self.device, config.lora_rank)
+        sizes = memory.Sizes(raw_model.config, self.device, config.lora_rank, config.lora_dropout)
         gpu_memory = devices.total_memory(self.device)
         raw_model.max_logits = max_logits(gpu_memory)
         parts = memory.step_bytes(sizes, config, half, parallel, world_size(), gpu_memory)

@@ -11,7 +11,7 @@ from lib.errors import plural, require
 from lib.lora import add_lora
 from lib.loss import max_logits
 from model import GPT
-from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, state_bytes
+from optimizer import MUON_MAX_NUMEL, block_matrices, muon_matrices, n_trained, state_bytes
 
 CGROUP_LIMIT = Path('/sys/fs/cgroup/memory.max')  # of a container
 BLOCK_OBJECTS = 30_000  # bytes of Python objects per block
@@ -22,13 +22,14 @@ class Sizes:
     """Numbers about GPT(config) on a device, from models of one and two layers without memory: in
     milliseconds for any n_layer."""
 
-    def __init__(self, config, device, lora_rank=0):
-        self.config, self.device, self.lora_rank = config, device, lora_rank
+    def __init__(self, config, device, lora_rank=0, lora_dropout=0.0):
+        self.config, self.device = config, device
+        self.lora_rank, self.lora_dropout = lora_rank, lora_dropout
         with torch.device('meta'):
             self.one, self.two = (GPT(replace(config, n_layer=n)) for n in (1, 2))
             if lora_rank:
                 for model in (self.one, self.two):
-                    add_lora(model, lora_rank, 1.0, 0.0)
+                    add_lora(model, lora_rank, 1.0, lora_dropout)
 
     def of(self, number):
         """number(model), which is linear in n_layer, of the whole model."""
@@ -122,6 +123,9 @@ def activation_bytes(sizes, batch_size, half=False):
     mlp = n * (C + {'relu': 1, 'swiglu': 4}.get(c.activation, 2) * hidden)
     # the inputs of both norms, the masks of both dropouts
     block = attention + mlp + 2 * 4 * C + 2 * C * (c.dropout > 0)
+    block += 4 * n * sizes.lora_rank  # A x of its four matrices, and the masks of x
+    if sizes.lora_rank and sizes.lora_dropout:
+        block += (n if device.type == 'cpu' else 1) * (2 * C + q + hidden)
     blocks = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block
     weights = 0  # their copies in 16 bits
     if half:
@@ -132,8 +136,8 @@ def activation_bytes(sizes, batch_size, half=False):
 
 def step_bytes(sizes, config, half, parallel=None, world_size=1, gpu_memory=None):
     """{part: bytes} at the peak of a step in each process. parallel: 'ddp', 'fsdp' or None."""
-    n, size = sizes.n_params(), 2 if half else 4
-    weights, gradients = 4 * n, 4 * n
+    n, trained, size = sizes.n_params(), sizes.of(n_trained), 2 if half else 4
+    weights, gradients = 4 * n, 4 * trained
     state = sizes.of(lambda model: state_bytes(model, config))
     activations = activation_bytes(sizes, config.batch_size, half)
     tokens = config.batch_size * config.block_size
@@ -145,7 +149,8 @@ def step_bytes(sizes, config, half, parallel=None, world_size=1, gpu_memory=None
     logits = tokens * sizes.config.vocab_size * per_logit
     at_once = max_logits(gpu_memory)
     if logits > at_once * per_logit:  # in chunks, and the gradient of the head
-        logits = at_once * per_logit + (4 + 2 * half) * sizes.one.lm_head.weight.numel()
+        head = sizes.one.lm_head.weight
+        logits = at_once * per_logit + (4 * head.requires_grad + 2 * half) * head.numel()
     accumulating = config.gradient_accumulation_steps > world_size
     if parallel == 'ddp' and accumulating:
         gradients *= 2  # the sums, and the buckets in which they are reduced
@@ -156,7 +161,7 @@ def step_bytes(sizes, config, half, parallel=None, world_size=1, gpu_memory=None
         rest = n - in_blocks
         weights = weights // world_size + 4 * rest + 2 * size * block
         state = state // world_size
-        gradients = gradients // world_size + 4 * rest + 4 * block
+        gradients = gradients // world_size + 4 * (rest + block) * trained // n
         if half:
             activations -= 2 * in_blocks  # the copies in 16 bits are the gathered weights
     # Muon holds about five copies of the matrices it orthogonalizes together, after backward
