@@ -412,7 +412,7 @@ def load_file(path, mmap=False):
                      'not a whole checkpoint'):
             values = formats.convert_nanogpt(state, path)
         return Checkpoint(**values, path=str(path))
-    formats.check_weights(state.setdefault('lora', None) or {}, path)  # None before 0.3
+    formats.check_weights(state.setdefault('lora', None) or {}, path)  # not in earlier versions
     missing = {'format', *SAVED} - state.keys()
     require(not missing, f'{path}: not a whole checkpoint: {", ".join(sorted(missing))} is missing')
     require(state['format'] == FORMAT,

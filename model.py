@@ -402,9 +402,12 @@ class GPT(nn.Module):
         return n
 
     def flops_per_token(self):
-        """FLOPs of forward and backward: 6 N + 12 L H Q T (Chowdhery et al. 2022, appendix B)."""
+        """FLOPs of forward and backward: 6 N + 12 L H Q T (Chowdhery et al. 2022, appendix B), and
+        4 N for frozen weights (LoRA), which need no gradients."""
         c = self.config
-        return 6 * self.num_matmul_params() + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        per_param = 4 + 2 * self.lm_head.weight.requires_grad
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        return per_param * self.num_matmul_params() + attention
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model FLOPs utilization at fwdbwd_per_iter sequences in dt seconds. peak_flops: of the

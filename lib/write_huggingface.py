@@ -67,7 +67,6 @@ def convert(config, weights):
     if tied:
         del weights['lm_head.weight']
     weights = fill(config, layout, weights)
-    heads = [config.n_head * config.head_dim] + 2 * [config.kv_heads * config.head_dim]
     tensors = {}
     for ours, theirs in layout.layers(config.n_layer):
         for end in ('weight', 'bias'):
@@ -76,10 +75,16 @@ def convert(config, weights):
                 continue
             if layout.conv1d and end == 'weight' and '.c_' in ours:
                 weight = weight.t()
-            sizes = heads if len(theirs) == 3 else len(weight) // len(theirs)
-            for name, part in zip(theirs, weight.split(sizes)):
+            for name, part in split_like(theirs, config, weight):
                 tensors[f'{name}.{end}'] = part.contiguous()
     return config_json(config, kind, layout, tied), tensors
+
+
+def split_like(theirs, config, weight):
+    """(their name, its rows of our weight), one below the other: q, k, v, or equal parts."""
+    heads = [config.n_head * config.head_dim] + 2 * [config.kv_heads * config.head_dim]
+    sizes = heads if len(theirs) == 3 else len(weight) // len(theirs)
+    return zip(theirs, weight.split(sizes))
 
 
 def fill(config, layout, weights):

@@ -3,6 +3,7 @@
     python tools/export.py --out_dir=out-x                   # out-x/hf, for transformers, vLLM, MLX
     python tools/export.py --out_dir=out-x --format=gguf     # out-x/gguf/model.gguf, for llama.cpp
     python tools/export.py --init_from=gpt2 --format=onnx --export_dir=gpt2-onnx
+    python tools/export.py --out_dir=out-lora --format=peft  # the updates of --lora_rank alone
 
 hf and gguf have no n-gram tables: train with --ngram=1 for them. onnx holds every model.
 """
@@ -25,7 +26,7 @@ class Config:
     checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     average_last: Count = 1  # average the weights of the last N checkpoints
     # export
-    format: Literal['hf', 'gguf', 'onnx', 'safetensors'] = 'hf'  # see above
+    format: Literal['hf', 'gguf', 'onnx', 'safetensors', 'peft'] = 'hf'  # see above
     export_dir: FilePath | None = None  # a new folder; None: out_dir/format
     dtype: Literal['float32', 'bfloat16', 'q8_0'] = 'float32'  # of the weights; q8_0: gguf
 
@@ -43,6 +44,7 @@ import torch
 
 import checkpoint as ckpt
 from lib.write_huggingface import write_folder, write_safetensors
+from lib.write_peft import write_adapter
 
 
 @contextlib.contextmanager
@@ -63,10 +65,12 @@ def new_folder(path):
 
 def write(checkpoint, model, folder, config, name):
     """Write the files of a format into a folder. Returns what they are. Raises UserError."""
+    dtype = getattr(torch, config.dtype, None)
     if config.format == 'hf':
-        return write_folder(checkpoint, model, folder, getattr(torch, config.dtype), name)
-    weights = {key: weight.to(getattr(torch, config.dtype))
-               for key, weight in model.state_dict().items()}
+        return write_folder(checkpoint, model, folder, dtype, name)
+    if config.format == 'peft':
+        return f'an adapter for PEFT, on top of {write_adapter(checkpoint, folder, dtype)}'
+    weights = {key: weight.to(dtype) for key, weight in model.state_dict().items()}
     if model.config.tie_weights:
         del weights['transformer.wte.weight']  # the format has no shared tensors
     saved = {key: getattr(checkpoint, key) for key in ckpt.IN_SAFETENSORS}
