@@ -28,7 +28,6 @@ LORA = (
     *TINY,
     '--lora_rank=4',
     '--lora_dropout=0.1',
-    '--dropout=0.1',
     '--gradient_accumulation_steps=2',
     '--max_iters=8',
     '--eval_interval=4',
@@ -258,6 +257,7 @@ def test_merged_checkpoint_is_a_model_like_any_other(run, lora_run, char_data, t
     again, before = ckpt.load(tmp_path / 'out'), ckpt.load(out_dir)
     name = 'transformer.h.0.mlp.c_fc.weight'
     assert torch.equal(again.lora[name], before.model[name])
+    assert ckpt.load(out_dir, average_last=2).lora is None  # a mean of updates has a higher rank
 
 
 def test_resume_is_bitwise_exact(run, lora_run, tmp_path):
@@ -291,6 +291,13 @@ def test_resumed_run_keeps_rank_and_scale(lora_run, trained, key, value, then):
     config = TrainConfig(init_from='resume', **{key: value})
     with pytest.raises(UserError, match=f'{key} = {value} but .* has {then}: leave it out'):
         take_saved_config(config, {key: None}, checkpoint)
+
+
+def test_checkpoint_of_an_earlier_version_loads(trained, tmp_path):
+    state = torch.load(next(trained.glob('*.pt')), weights_only=True)
+    assert state.pop('lora') is None
+    torch.save(state, tmp_path / 'old.pt')
+    assert ckpt.load(tmp_path / 'old.pt').lora is None
 
 
 def test_checkpoint_whose_updates_do_not_fit_is_refused(lora_run):
