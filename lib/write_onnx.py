@@ -3,17 +3,14 @@ torch.onnx. Needs the packages onnx and onnxscript.
 """
 import contextlib
 import logging
-import tempfile
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from lib.errors import UserError, os_errors
-from lib.files import replace as rename
 from model import GPT
 
 MAX_PROTOBUF = 2**31 - 2**24  # bytes; weights of larger models go into a second file
@@ -37,7 +34,7 @@ def write_onnx(model, path):
         import onnxscript  # noqa: F401
     except ImportError:
         raise UserError('--format=onnx needs two packages: pip install onnx onnxscript') from None
-    path, T = Path(path), model.config.block_size
+    T = model.config.block_size
     shapes = {0: torch.export.Dim('batch')}
     if T > 1:
         shapes[1] = torch.export.Dim('length', max=T)
@@ -47,12 +44,8 @@ def write_onnx(model, path):
             Logits(exportable(model)), (torch.zeros(2, min(3, T), dtype=torch.long),),
             input_names=['input_ids'], output_names=['logits'],
             dynamic_shapes={'input_ids': shapes}, dynamo=True, verbose=False)
-    # the file names the one with its weights, so both have their names before they are moved
-    with os_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as folder:
-        with quiet():
-            program.save(Path(folder, path.name), external_data=size > MAX_PROTOBUF)
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights first
-            rename(file, path.parent / file.name)
+        with os_errors(path):
+            program.save(path, external_data=size > MAX_PROTOBUF)
 
 
 def exportable(model):
@@ -61,6 +54,8 @@ def exportable(model):
     with torch.device('meta'):  # no memory for weights that are replaced
         copy = GPT(config)
     copy.load_state_dict(model.state_dict(), assign=True)
+    if config.tie_weights:
+        copy.transformer.wte.weight = copy.lm_head.weight
     if config.ngram > 1:
         ngram = copy.transformer.ngram  # F.embedding_bag would become a loop over tokens
         ngram.forward = lambda tokens: F.embedding(ngram.hash(tokens), ngram.tables.weight).sum(2)
