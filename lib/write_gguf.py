@@ -14,6 +14,7 @@ from lib.errors import UserError, os_errors, require
 from lib.huggingface import without_usual
 from lib.tokenizer import GPT2_PATTERN, printable_bytes
 from lib.write_huggingface import choose_layout, convert, require_common
+from lib.write_tokenizer import CHAT_TEMPLATE, bpe_merges
 
 ACTIVATIONS = {'gpt2': 'gelu_tanh', 'llama': 'swiglu', 'qwen3': 'swiglu', 'apertus': 'relu2',
                'arcee': 'relu2', 'starcoder2': 'gelu_tanh'}
@@ -41,6 +42,8 @@ def write_gguf(checkpoint, model, path, dtype, name):
         writer.add_xielu_beta(config.n_layer * [0.0])
         writer.add_xielu_eps(config.n_layer * [-1e-6])
     vocabulary.add_to(writer)
+    if config.turns:
+        writer.add_chat_template(CHAT_TEMPLATE)
     matrices = gguf.GGMLQuantizationType[{'float32': 'F32', 'bfloat16': 'BF16'}.get(dtype, 'Q8_0')]
     for key, tensor in rename(kind, config, model.state_dict(), len(vocabulary.tokens)).items():
         type_ = gguf.GGMLQuantizationType.F32
@@ -140,9 +143,10 @@ class Vocabulary:
         """Raises UserError if llama.cpp cannot tokenize like this."""
         require(tokenizer.kind != 'ids', 'tokenizer = ids: nothing makes these ids from text: '
                                          'export with --format=onnx or safetensors')
-        require(getattr(tokenizer, 'pattern', GPT2_PATTERN) == GPT2_PATTERN,
-                'the tokenizer splits text by another pattern than GPT-2\'s: convert the original '
-                'model with llama.cpp\'s converter, or train with --tokenizer=bpe')
+        found = [getattr(tokenizer, key, None) for key in ('pattern', 'normalizer')]
+        require(found in ([None, None], [GPT2_PATTERN, None]),
+                'the tokenizer splits text in another way than GPT-2\'s: export with --format=hf, '
+                'and convert that with llama.cpp\'s convert_hf_to_gguf.py')
         self.character = {b: c for c, b in printable_bytes().items()}
         found = {i: (self.text(token), 'NORMAL')
                  for i, token in enumerate(tokenizer.token_bytes) if token}
@@ -178,18 +182,3 @@ class Vocabulary:
         writer.add_bos_token_id(self.end)
         writer.add_eos_token_id(self.end)
         writer.add_add_bos_token(False)
-
-
-def bpe_merges(tokens):
-    """[(left bytes, right bytes)]: the merges by which a BPE makes its tokens, in their order."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    merges = []
-    for token in tokens:
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            i = joined.index(min(joined))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
-    return merges

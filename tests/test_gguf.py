@@ -1,4 +1,4 @@
-"""GGUF files, read back by the package gguf, and by transformers where it knows the architecture."""
+"""GGUF files: what the package gguf reads, and transformers where it knows the architecture."""
 
 import random
 import sys
@@ -16,8 +16,9 @@ import checkpoint as ckpt
 from helpers import awake, tokens
 from lib import bpe, tokenizer
 from lib.errors import UserError
-from lib.write_gguf import bpe_merges, write_gguf
+from lib.write_gguf import write_gguf
 from lib.write_huggingface import convert
+from lib.write_tokenizer import CHAT_TEMPLATE
 
 ROPE = {'position': 'rope', 'norm': 'rmsnorm', 'bias': False, 'n_kv_head': 2}
 KINDS = {
@@ -138,7 +139,7 @@ def test_transformers_computes_the_same_from_the_file(name, tmp_path):
         torch.testing.assert_close(model(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
 
 
-def test_metadata(tmp_path):
+def test_the_metadata(tmp_path):
     options = KINDS['llama'] | {'norm_eps': 1e-3, 'n_layer': 3, 'n_hidden': 40}
     reader, _ = write(tmp_path, make(**options))
     expected = {
@@ -259,13 +260,6 @@ def test_the_file_tokenizes_as_we_do(name, tmp_path):
         assert theirs.encode(text).ids == tok.encode(text), text
 
 
-def test_gpt2s_merges():
-    """Those of the file that came with it, of which `tokenizers` has none here: by their order."""
-    tok = TOKENIZERS['bpe']
-    merges = bpe_merges(tok.tokens)
-    assert [left + right for left, right in merges] == tok.tokens[256:]
-
-
 def test_ids_that_are_not_generated(tmp_path):
     """Padding, and an end of text for a tokenizer that has none: llama.cpp would take id 11."""
     tok = TOKENIZERS['byte']
@@ -285,6 +279,19 @@ def test_ids_that_are_not_generated(tmp_path):
 def test_ids_without_text_are_refused(tmp_path):
     with pytest.raises(UserError, match='tokenizer = ids.*--format=onnx'):
         write(tmp_path, make(), tok=tokenizer.IdTokenizer(['a', None]))
+
+
+def test_a_tokenizer_that_llama_cpp_would_split_differently_is_refused(tmp_path):
+    tok = tokenizer.BPETokenizer('bpe', tokenizer.DIGITS_PATTERN, TOKENIZERS['bpe'].tokens)
+    with pytest.raises(UserError, match='splits text in another way.*--format=hf'):
+        write(tmp_path, make(vocab_size=304), tok=tok)
+
+
+def test_chat_data_brings_its_template(tmp_path):
+    key = 'tokenizer.chat_template'
+    reader, _ = write(tmp_path, make(eot_token=256, turns=4))
+    assert value(reader, key) == CHAT_TEMPLATE
+    assert key not in write(tmp_path, make())[0].fields
 
 
 def test_without_the_package_one_line_says_so(tmp_path, monkeypatch):
