@@ -136,10 +136,15 @@ def write_folder(checkpoint, model, folder, dtype, name):
     files = tokenizer_files(tokenizer, model.config.block_size, turns)
     files |= {'config.json': saved, 'generation_config.json': sampling}
     write_safetensors(folder / 'model.safetensors', tensors)
-    for file, content in files.items():
-        write_synced(folder / file, json.dumps(content, indent=2, ensure_ascii=False))
+    write_json(folder, files)
     write_synced(folder / 'README.md', model_card(checkpoint, model, saved, name))
     return saved['architectures'][0]
+
+
+def write_json(folder, files):
+    """Write {name: content}."""
+    for name, content in files.items():
+        write_synced(folder / name, json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def write_safetensors(path, tensors, metadata=None):

@@ -158,6 +158,33 @@ def test_safetensors_of_any_run(run, trained, tmp_path):
     assert load_file(path).keys() == before.model.keys() - {'transformer.wte.weight'}  # tied
 
 
+def test_gguf_of_a_run(run, refused, trained, tmp_path):
+    """The file's content: tests/test_gguf.py."""
+    common = ('tools/export.py', f'--out_dir={trained}', '--format=gguf')
+    whole = run(*common, f'--export_dir={tmp_path}/whole')
+    assert 'gpt2 of llama.cpp' in whole.stdout
+    run(*common, f'--export_dir={tmp_path}/small', '--dtype=q8_0')
+    sizes = [(tmp_path / name / 'model.gguf').stat().st_size for name in ('whole', 'small')]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+@pytest.mark.slow  # torch.onnx takes seconds
+def test_onnx_of_a_run(run, refused, trained, tmp_path):
+    import onnxruntime
+
+    common = ('tools/export.py', f'--out_dir={trained}', '--format=onnx')
+    run(*common, f'--export_dir={tmp_path}/onnx')
+    session = onnxruntime.InferenceSession(tmp_path / 'onnx' / 'model.onnx')
+    ours, tokenizer = ckpt.load_model(trained)
+    ids = torch.tensor([tokenizer.encode('def main(config):')])
+    with torch.no_grad():
+        expected = ours(ids, ids)[0]
+    found = torch.from_numpy(session.run(None, {'input_ids': ids.numpy()})[0])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    files = {path.name for path in (tmp_path / 'onnx').iterdir()}
+    assert files == {'model.onnx', 'tokenizer.json', 'tokenizer_config.json'}
+
+
 def test_bf16_halves_the_file(run, trained, tmp_path, exported):
     folder = tmp_path / 'half'
     run('tools/export.py', f'--out_dir={trained}', f'--export_dir={folder}', '--dtype=bfloat16')
@@ -170,6 +197,8 @@ def test_export_refuses_in_one_sentence(refused, trained, exported, tmp_path):
     common = ('tools/export.py', f'--out_dir={trained}')
     refused(*common, f'--export_dir={exported}', says=(str(exported), 'name another'))
     refused(*common, '--dtype=q8_0', says='dtype = q8_0')
+    refused(*common, '--format=onnx', '--dtype=bfloat16', says='dtype = bfloat16')
+    refused(*common, '--format=peft', says='--lora_rank')
     refused('tools/export.py', '--init_from=gpt2', says='export_dir')
     refused('tools/export.py', f'--out_dir={tmp_path}/none', says='none')
     assert not (tmp_path / 'none').exists()

@@ -43,8 +43,11 @@ import shutil
 import torch
 
 import checkpoint as ckpt
-from lib.write_huggingface import write_folder, write_safetensors
+from lib.write_gguf import write_gguf
+from lib.write_huggingface import write_folder, write_json, write_safetensors
+from lib.write_onnx import write_onnx
 from lib.write_peft import write_adapter
+from lib.write_tokenizer import tokenizer_files
 
 
 @contextlib.contextmanager
@@ -67,24 +70,39 @@ def write(checkpoint, model, folder, config, name):
     """Write the files of a format into a folder. Returns what they are. Raises UserError."""
     dtype = getattr(torch, config.dtype, None)
     if config.format == 'hf':
-        return write_folder(checkpoint, model, folder, dtype, name)
+        return f'{write_folder(checkpoint, model, folder, dtype, name)} of transformers'
     if config.format == 'peft':
         return f'an adapter for PEFT, on top of {write_adapter(checkpoint, folder, dtype)}'
+    if config.format == 'gguf':
+        kind = write_gguf(checkpoint, model, folder / 'model.gguf', config.dtype, name)
+        return f'{kind} of llama.cpp'
+    if config.format == 'onnx':
+        write_onnx(model, folder / 'model.onnx')
+        write_json(folder, tokenizer_files(checkpoint.get_tokenizer(), model.config.block_size,
+                                           model.config.turns))
+        return 'input_ids (B, T) -> logits (B, T, V)'
+    write_own(checkpoint, model, folder / 'model.safetensors', dtype)
+    return 'sample.py and train.py read model.safetensors with --init_from'
+
+
+def write_own(checkpoint, model, path, dtype):
+    """Our names in one file of safetensors, with what checkpoint.load_safetensors needs."""
     weights = {key: weight.to(dtype) for key, weight in model.state_dict().items()}
     if model.config.tie_weights:
         del weights['transformer.wte.weight']  # the format has no shared tensors
     saved = {key: getattr(checkpoint, key) for key in ckpt.IN_SAFETENSORS}
     saved |= {'tokenizer': checkpoint.get_tokenizer().to_dict()}
-    write_safetensors(folder / 'model.safetensors', weights, {'plaingpt': json.dumps(saved)})
-    return 'sample.py and train.py read it with --init_from'
+    write_safetensors(path, weights, {'plaingpt': json.dumps(saved)})
 
 
 def main(config):
     where = config.out_dir if config.init_from == 'resume' else config.init_from
     require(config.export_dir or config.init_from == 'resume',
             f'export_dir is missing: name a new folder for {where}')
-    require(config.dtype != 'q8_0' or config.format == 'gguf',
-            f'dtype = q8_0: only with --format=gguf; {config.format} has float32 and bfloat16')
+    dtypes = {'gguf': ('float32', 'bfloat16', 'q8_0'), 'onnx': ('float32',)}
+    dtypes = dtypes.get(config.format, ('float32', 'bfloat16'))
+    require(config.dtype in dtypes,
+            f'dtype = {config.dtype}: {config.format} files have {" or ".join(dtypes)} here')
     folder = Path(config.export_dir or Path(config.out_dir, config.format))
     checkpoint = ckpt.load_for(config)
     model = checkpoint.build_model(dropout=0.0)
