@@ -60,7 +60,7 @@ def write_gguf(checkpoint, model, path, dtype, name):
 
 def choose_architecture(config):
     """llama.cpp's architecture that computes what a GPTConfig does. Raises UserError."""
-    require_common(config, 'llama.cpp')
+    require_common(config, 'llama.cpp has')
     require(config.norm_position == 'pre', f'norm_position = {config.norm_position}: llama.cpp has '
                                            f'no such GPT: train with --norm_position=pre')
     kind, _ = choose_layout(config)

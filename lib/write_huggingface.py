@@ -25,13 +25,13 @@ def require_common(config, where):
     """Raise UserError if a GPTConfig has what is ours alone."""
     for key, (usual, what) in NOWHERE.items():
         value = getattr(config, key)
-        require(value == usual, f'{key} = {value}: {where} has no {what}: train with '
+        require(value == usual, f'{key} = {value}: {where} no {what}: train with '
                                 f'--{key}={usual}, or export with --format=onnx')
 
 
 def choose_layout(config):
     """(model_type, Layout) that computes what a GPTConfig does. Raises UserError if none does."""
-    require_common(config, 'no model of Hugging Face\'s')
+    require_common(config, 'Hugging Face\'s models have')
     like_llama = config.position == 'rope' or config.position != 'learned' and (
         config.norm == 'rmsnorm')
     if config.norm_position == 'post':

@@ -27,6 +27,7 @@ def check(model, folder, shapes=SHAPES):
         torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_model_with_documents_and_ngrams_computes_the_same(tmp_path):
     model = awake(
         n_layer=1,
