@@ -6,7 +6,7 @@ init_from = 'gpt2'
 dataset = 'shakespeare'
 
 lora_rank = 8
-learning_rate = 3e-4  # ten times that of all weights
+learning_rate = 3e-4  # higher than for all weights: Hu et al. 2021 take 2e-4 for GPT-2
 decay_lr = False
 
 eval_interval = 5
