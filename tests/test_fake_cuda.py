@@ -18,9 +18,8 @@ def environment(tmp_path_factory):
     return fake_cuda.environment(tmp_path_factory.mktemp('fake_cuda'))
 
 
-@pytest.mark.parametrize(
-    'groups', ['training', pytest.param('sampling details', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('groups', ['training', 'sampling details'])
 def test_fake_gpu(environment, groups):
     script = Path(__file__).with_name('fake_cuda_cases.py')
     command = [sys.executable, script, *groups.split()]

@@ -275,6 +275,7 @@ def test_manifests(trained, tmp_path):
     fuzz(json.loads(source.read_text()), json_writer(path), read)
 
 
+@pytest.mark.slow
 def test_progress_of_an_interrupted_prepare(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(write, 'COMMIT_BYTES', 100)
     monkeypatch.setattr(write, 'encode_pieces', partial(write.encode_pieces, size=100))

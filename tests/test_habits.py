@@ -146,7 +146,7 @@ def test_hints_know_the_words_of_the_field(typed, meant):
 
 
 def test_unrelated_words_get_no_hint():
-    for word in ('foo', 'lora_rank', 'zzz', 'rope_theta', 'use_flash'):
+    for word in ('foo', 'n_experts', 'zzz', 'sliding_window', 'use_flash'):
         with pytest.raises(UserError, match='--help lists them all'):
             read_train_config([f'--{word}=1'])
 
@@ -316,6 +316,7 @@ def test_help_may_be_cut_off_by_head(clone, script):
     assert 'Traceback' not in result.stderr
 
 
+@pytest.mark.slow
 def test_interactive_drops_only_the_line_that_is_not_utf8(clone, trained):
     command = [sys.executable, 'sample.py', f'--out_dir={trained}', '--interactive',
                '--max_new_tokens=1', '--device=cpu']  # fmt: skip

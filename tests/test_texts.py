@@ -216,6 +216,7 @@ def test_prepare_reads_pipes_links_and_compressed_files(prepare, tmp_path, clone
     refused('data/text/prepare.py', f'--input={tmp_path / "cut.gz"}', says='damaged')
 
 
+@pytest.mark.slow
 def test_bpe_of_text_without_blanks_takes_seconds():
     """A megabyte without blanks took half an hour."""
     dna = ''.join(random.Random(0).choices('ACGT', k=300_000))

@@ -191,6 +191,7 @@ def test_plan_handles_large_models_and_reports_mistakes(run, refused):
     refused('tools/plan.py', '--n_head=7', says='n_head')
 
 
+@pytest.mark.slow
 def test_compare_rnn_trains_lstm_and_gpt_on_same_tokens(run, char_data, tmp_path):
     out = tmp_path / 'compare'
     out.mkdir()

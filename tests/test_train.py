@@ -212,6 +212,7 @@ def init(**kwargs):
 """
 
 
+@pytest.mark.slow
 def test_wandb_logs_offline_and_survives_failure(run, char_data, tmp_path):
     common = (f'--dataset={char_data}', *TINY, '--max_iters=2', '--wandb_log')
     no_account = {'WANDB_API_KEY': '', 'HOME': str(tmp_path), 'WANDB_SILENT': 'true'}

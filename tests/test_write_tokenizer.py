@@ -85,6 +85,7 @@ def test_exported_tokenizer_equals_ours_on_random_strings(kind, tmp_path):
     assert tokenizer.from_huggingface(tmp_path).to_dict() == ours.to_dict()
 
 
+@pytest.mark.slow
 def test_exported_gpt2_equals_ours(tmp_path):
     """The merges that follow from the ranks of OpenAI's file, 50,000."""
     ours = tokenizer.gpt2()
