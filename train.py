@@ -313,8 +313,8 @@ def build_model(config, checkpoint, data, model_config, device, dtype, compiled)
         model.train_with_math_attention()
     parallel = None
     if dist.is_initialized() and not config.eval_only:
-        parallel = distributed.choose_parallel(config.parallel, model.get_num_params(False),
-                                               devices.total_memory(device))
+        size = 4 * model.get_num_params(False) + 12 * n_trained(model)  # bytes, with AdamW's state
+        parallel = distributed.choose_parallel(config.parallel, size, devices.total_memory(device))
     if parallel == 'fsdp':
         if config.deterministic_sum:
             fail('deterministic_sum = True: needs --parallel=ddp')

@@ -199,12 +199,12 @@ def job():
     return None if name == 'none' else name
 
 
-def choose_parallel(parallel, n_params, memory):
+def choose_parallel(parallel, size, memory):
     """'ddp' or 'fsdp'. auto: fsdp if weights, gradients and AdamW's state would fill half of a GPU.
-    memory: of the GPU, in bytes; None: not a GPU."""
+    size: of all three, memory: of the GPU, both in bytes; None: not a GPU."""
     if parallel != 'auto':
         return parallel
-    return 'fsdp' if memory and 4 * 4 * n_params > memory / 2 else 'ddp'
+    return 'fsdp' if memory and size > memory / 2 else 'ddp'
 
 
 def wrap_fsdp(model, device, dtype, compile):

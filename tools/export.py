@@ -15,7 +15,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configurator import Count, FilePath, Which, configure
-from lib.errors import plural, require, user_errors
+from lib.errors import require, user_errors
 
 
 @dataclass
@@ -109,8 +109,7 @@ def main(config):
     with new_folder(folder) as temporary:
         what = write(checkpoint, model, temporary, config, Path(where).name)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f'{checkpoint.path}: {plural(model.get_num_params(False), "parameter")} written to '
-          f'{folder} ({size / 1e6:,.1f} MB): {what}')
+    print(f'{checkpoint.path} written to {folder} ({size / 1e6:,.1f} MB): {what}')
     if model.config.eot_token is not None and config.format in ('hf', 'gguf'):
         print('note: here attention does not cross <|endoftext|>, there it does: give it one '
               'document at a time')

@@ -217,7 +217,7 @@ def print_step(config, gpu, step):
 
 def print_run(config, sizes, gpu, step):
     """Time and cost of all steps."""
-    how = choose_parallel(config.parallel, sizes.n_params(), gpu.memory)
+    how = choose_parallel(config.parallel, 16 * sizes.n_params(), gpu.memory)
     step_seconds = max((step.compute + step.muon) / config.mfu + step.update[how],
                        step.total[how])
     hours = config.max_iters * step_seconds / 3600
