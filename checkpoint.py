@@ -66,6 +66,11 @@ class Checkpoint:
                 f'{plural(len(layers), "layer")}, n_layer = {config.n_layer}')
         with torch.device('meta'):  # no memory for weights that are replaced
             model = GPT(config)
+        for name, expected in model.state_dict().items():
+            shape = tuple(self.model.get(name, expected).shape)
+            require(shape == expected.shape,
+                    f'{self.path}: the weights do not fit the model: {name} has shape {shape}, by '
+                    f'its config {tuple(expected.shape)}')
         try:
             model.load_state_dict(self.model, assign=True)
         except RuntimeError as error:
@@ -267,8 +272,9 @@ def load(where, which='last', mmap=False, average_last=1):
     on_hub = huggingface.on_hub(where)
     where = Path(where) if on_hub else files.find(where)
     in_their_layout = on_hub or (where / 'config.json').exists()
-    if not in_their_layout and (where / 'ckpt.pt').exists() and not manifests(where):  # nanoGPT's
-        where = where / 'ckpt.pt'
+    for name in ('ckpt.pt', 'model.safetensors'):  # nanoGPT's, or an export's
+        if not in_their_layout and (where / name).exists() and not manifests(where):
+            where = where / name
     is_run = where.is_dir() and not in_their_layout
     require(is_run or average_last == 1 and which in ('last', 'auto'),
             f'average_last = {average_last}, checkpoint = {which}: only for the folder of a run, '
@@ -278,6 +284,8 @@ def load(where, which='last', mmap=False, average_last=1):
         return Checkpoint(config, weights, path=str(folder))
     if where.suffix == '.safetensors' and where.is_file():
         return load_safetensors(where)
+    require(not (where / 'adapter_config.json').exists() and where.suffix not in ('.gguf', '.onnx'),
+            f'{where}: only whole models in safetensors or .pt files are read: name the run')
     require(where.suffix != '.json', f'{where} is a manifest: name the .pt file next to it')
     if where.is_file():
         manifest, wrong = read_manifest(where.with_suffix('.json'))

@@ -71,6 +71,12 @@ class Layout:
                 f'{self.keys["activation"]} = {shorten(theirs)} is not one of {", ".join(names)}')
         return names[theirs]
 
+    def needs(self, ours, config):
+        """Whether a model cannot do without our layer of that name."""
+        if ours == 'lm_head':
+            return not config['tie_weights']
+        return bool(config['qk_norm']) or not ours.endswith(('.q_norm', '.k_norm'))
+
     def layers(self, n_layer):
         """(our layer, [theirs]) of all with weights."""
         for ours, theirs in self.outside.items():
@@ -92,7 +98,7 @@ ROPE = PRE_NORM | {'position': ('rope',), 'norm': ('rmsnorm',), 'qk_norm': (Fals
 QK_NORM = ROPE | {'qk_norm': (True, 'gain'), 'bias': (False,)}
 LAYOUTS = {
     'gpt2': Layout(
-        'GPT2LMHeadModel', LEARNED,
+        'GPT2LMHeadModel', LEARNED | {'position': ('learned', 'sinusoidal')},
         {'gelu_tanh': 'gelu_new', 'gelu': 'gelu', 'relu': 'relu', 'relu2': 'relu2'},
         GPT_KEYS | {'n_hidden': 'n_inner', 'activation': 'activation_function'},
         {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5}, GPT_NAMES,
@@ -154,12 +160,16 @@ def convert_config(saved):
         values[ours] = saved.pop(theirs) if ours not in OPTIONAL else saved.pop(theirs, None)
     values['activation'] = layout.our_activation(values['activation'])
     if values['position'] == 'rope':
+        require(kind != 'apertus' or 'rope_parameters' in saved,
+                'rope_parameters is missing: without it versions of transformers differ; write '
+                '{"rope_type": "default", "rope_theta": ...} if RoPE is not scaled')
         values['rope_theta'] = pop_rope_theta(saved)
     window, slides = saved.pop('sliding_window', None), saved.pop('use_sliding_window', True)
     if window and slides:  # a context that fits into it
         values['block_size'] = min(values['block_size'], window)
-    others = set(saved.pop('layer_types', ())) - {'full_attention', 'sliding_attention'}
-    require(not others, f'layer_types has {", ".join(map(str, others))}: no such choice here')
+    kinds = saved.pop('layer_types', [])
+    require(isinstance(kinds, list) and {*kinds} <= {'full_attention', 'sliding_attention'},
+            f'layer_types = {shorten(kinds)}: no such choice here')
     values['tie_weights'] = saved.pop('tie_word_embeddings', True)
     own = saved.pop('plaingpt', {})
     values |= {key: own[key] for key in OWN_KEYS if key in own}
@@ -180,11 +190,15 @@ def without_usual(config):
 
 def pop_rope_theta(saved):
     """The base of RoPE's wavelengths. Raises UserError if they are scaled."""
-    rope = saved.pop('rope_parameters', {}) | saved.pop('rope_scaling', {})
-    theta = saved.pop('rope_theta', 10000.0)
-    scaled = rope.keys() - {'rope_theta', 'rope_type', 'type'}
-    require(not scaled and rope.get('rope_type', rope.get('type', 'default')) == 'default',
-            f'rope_scaling = {shorten(rope)}: no such choice here')
+    rope, theta = {}, saved.pop('rope_theta', 10000.0)
+    for key in ('rope_parameters', 'rope_scaling'):
+        value = saved.pop(key, {})
+        require(isinstance(value, dict), f'{key} = {shorten(value)} is not a table')
+        rope |= value
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    scaled = [*(rope.keys() - {'rope_theta', 'rope_type', 'type'})]
+    require(not scaled and kind == 'default',
+            f'rope_scaling with rope_type = {shorten(kind)}: RoPE is not scaled here')
     return rope.get('rope_theta', theta)
 
 
@@ -207,6 +221,8 @@ def convert_weights(layout, config, tensors):
                 parts = [part.t().contiguous() for part in parts]
             if parts:
                 weights[f'{ours}.{kind}'] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            elif kind == 'weight' and layout.needs(ours, config):
+                raise UserError(f'{names[0]} is missing: the weights do not fit config.json')
     require(not tensors, f'{next(iter(tensors), "")}: there is no such weight in a '
                          f'{layout.architecture} of this config.json')
     return weights
@@ -243,6 +259,7 @@ def read_weights(folder):
         raise UserError(f'{folder}: there is no model.safetensors or pytorch_model.bin')
     tensors = {}
     for path in shards(folder / name) if name.endswith('.json') else [folder / name]:
+        require(path.exists(), f'{path} is missing: {name} names it; copy it there')
         found = read_safetensors(path) if path.suffix == '.safetensors' else load_torch(path)
         check_weights(found, path)
         twice = found.keys() & tensors.keys()

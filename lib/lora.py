@@ -69,8 +69,9 @@ def load_lora(model, checkpoint):
     saved, params = checkpoint.lora or {}, {}
     for layer, module in lora_layers(model).items():
         params |= {f'{layer}.{kind}': getattr(module, kind) for kind in ('weight', *TRAINED)}
-    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (saved, params)]
-    require(shapes[0] == shapes[1],
+    fits = saved.keys() == params.keys() and all(
+        saved[name].shape == p.shape for name, p in params.items())
+    require(fits,
             f'{checkpoint.path}: its LoRA weights do not fit its lora_rank: start another run '
             f'from the merged weights with --init_from={checkpoint.path}')
     for name, p in params.items():

@@ -36,7 +36,9 @@ def write_gguf(checkpoint, model, path, dtype, name):
                                              'q8_0': 'MOSTLY_Q8_0'}[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, config)
-    if kind == 'apertus':  # xIELU is alpha_p x^2 above 0 and 0 below: alphas are after a softplus
+    if kind == 'apertus':
+        # xIELU is squared ReLU if its alphas are 1 above 0 and 0 below; llama.cpp takes the
+        # softplus of what is in the file, log(e - 1) and -1000
         writer.add_xielu_alpha_p(config.n_layer * [math.log(math.e - 1)])
         writer.add_xielu_alpha_n(config.n_layer * [-1000.0])
         writer.add_xielu_beta(config.n_layer * [0.0])

@@ -5,7 +5,6 @@ of ours.
 """
 import json
 import math
-import re
 from dataclasses import asdict
 
 import torch
@@ -32,11 +31,11 @@ def require_common(config, where):
 def choose_layout(config):
     """(model_type, Layout) that computes what a GPTConfig does. Raises UserError if none does."""
     require_common(config, 'Hugging Face\'s models have')
-    like_llama = config.position == 'rope' or config.position != 'learned' and (
-        config.norm == 'rmsnorm')
     if config.norm_position == 'post':
         kind = 'openai-gpt'
-    elif not like_llama:
+    elif config.position == 'learned':
+        kind = 'gpt2'
+    elif config.position != 'rope' and config.norm == 'layernorm':
         kind = 'gpt2'
     elif config.norm == 'layernorm':
         kind = 'starcoder2'
@@ -50,7 +49,8 @@ def choose_layout(config):
     has = ', '.join(f'{key} = {" or ".join(map(str, values))}' for key, values in wrong.items())
     require(not wrong, f'{", ".join(f"{key} = {found[key]}" for key in wrong)}: '
                        f'{layout.architecture}, which comes closest, has {has}: train with '
-                       f'{" ".join(f"--{key}={values[0]}" for key, values in wrong.items())}')
+                       f'{" ".join(f"--{key}={values[0]}" for key, values in wrong.items())}, or '
+                       f'export with --format=onnx')
     return kind, layout
 
 
@@ -94,12 +94,13 @@ def fill(config, layout, weights):
         for i in range(config.n_layer):
             for norm in ('q_norm', 'k_norm'):
                 filled[f'transformer.h.{i}.attn.{norm}.weight'] = torch.ones(config.head_dim)
+    biased = []  # layers that always have a bias
+    if config.norm == 'layernorm':
+        biased.append('.ln_')
     if layout.conv1d:
-        biased = r'\.(ln_|c_).*weight'
-    else:
-        biased = r'\.ln_.*weight' if config.norm == 'layernorm' else '$^'
+        biased.append('.c_')
     for name, weight in weights.items():
-        if re.search(biased, name):
+        if name.endswith('.weight') and any(part in name for part in biased):
             zeros = torch.zeros(len(weight), dtype=weight.dtype)
             filled.setdefault(name.removesuffix('weight') + 'bias', zeros)
     return filled
@@ -116,15 +117,17 @@ def config_json(config, kind, layout, tied):
         saved |= {key: config.dropout for key in ('attn_pdrop', 'embd_pdrop', 'resid_pdrop')}
     else:
         rope = {'rope_theta': config.rope_theta}
-        saved |= rope | {'rope_parameters': rope | {'rope_type': 'default'}}  # of transformers 5
+        # transformers 5 reads the last; in 4 Apertus scales unless the second is null
+        saved |= rope | {'rope_scaling': None,
+                         'rope_parameters': rope | {'rope_type': 'default'}}
         saved |= dict.fromkeys(('attention_bias', 'mlp_bias', 'use_bias'), config.bias)
     return saved | {'tie_word_embeddings': tied, 'plaingpt': {key: values[key] for key in OWN_KEYS}}
 
 
-def write_folder(checkpoint, model, folder, dtype, name):
+def write_folder(checkpoint, model, folder, dtype, where):
     """Write config.json, weights, tokenizer and model card of a Checkpoint and its GPT into a
-    folder, the weights in dtype. Returns the name of the class. Raises UserError before it writes.
-    """
+    folder, which will be called `where`, the weights in dtype. Returns the name of the class.
+    Raises UserError before it writes."""
     saved, tensors = convert(model.config, model.state_dict())
     tokenizer, turns = checkpoint.get_tokenizer(), model.config.turns
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
@@ -137,7 +140,7 @@ def write_folder(checkpoint, model, folder, dtype, name):
     files |= {'config.json': saved, 'generation_config.json': sampling}
     write_safetensors(folder / 'model.safetensors', tensors)
     write_json(folder, files)
-    write_synced(folder / 'README.md', model_card(checkpoint, model, saved, name))
+    write_synced(folder / 'README.md', model_card(checkpoint, model, saved, where))
     return saved['architectures'][0]
 
 
@@ -170,17 +173,17 @@ tags:
 - plaingpt
 ---
 
-# {name}
+# {where}
 
-A GPT with {parameters:,} parameters, trained with plainGPT, in the layout of {architecture}.
+A GPT with {parameters:,} parameters{origin}, in the layout of {architecture}.
 
 {table}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+model = AutoModelForCausalLM.from_pretrained("{where}")
 ids = tokenizer("{start}", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 ```
@@ -191,8 +194,8 @@ one document at a time.
 """
 
 
-def model_card(checkpoint, model, saved, name):
-    """The README.md of a folder: how the model was trained, and how it is used."""
+def model_card(checkpoint, model, saved, where):
+    """The README.md of a folder `where`: how the model was trained, and how it is used."""
     config, trained = model.config, checkpoint.config
     rows = {'context': f'{config.block_size:,} tokens', 'vocabulary': f'{config.vocab_size:,}'}
     if checkpoint.step:
@@ -205,6 +208,7 @@ def model_card(checkpoint, model, saved, name):
         rows['val loss'] = f'{checkpoint.val_loss:.4f} nats per token'
     lines = ['| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items())]
     start = 'Once' if checkpoint.tokenizer is None else 'The'
-    return CARD.format(name=name, parameters=model.get_num_params(False),
+    origin = ', trained with plainGPT' if checkpoint.step else ''
+    return CARD.format(where=where, origin=origin, parameters=model.get_num_params(False),
                        architecture=saved['architectures'][0], table='\n'.join(lines), start=start,
                        note=NOTE * (config.eot_token is not None))

@@ -61,7 +61,7 @@ CHAT_TEMPLATE = """
 
 def tokenizer_files(tokenizer, block_size, turns):
     """{name: content} of the JSON files from which transformers' AutoTokenizer makes a tokenizer
-    with the same ids: tokenizer.json, tokenizer_config.json. None for one of kind ids, which has
+    with the same ids: tokenizer.json, tokenizer_config.json. {} for one of kind ids, which has
     no rule for text. turns > 0: with a chat template (lib/pairs.py). Raises UserError."""
     if tokenizer.kind == 'ids':
         return {}

@@ -60,6 +60,8 @@ def check(architecture, folder):
     """Logits, greedy tokens and the way back."""
     ours = make(architecture)
     saved, tensors = write_huggingface.convert(ours.config, ours.state_dict())
+    # in transformers 4 ApertusConfig scales RoPE unless this is null
+    assert saved.get('rope_scaling', 'absent') == (None if 'rope_theta' in saved else 'absent')
     (folder / 'config.json').write_text(json.dumps(saved))
     write_huggingface.write_safetensors(folder / 'model.safetensors', tensors)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -68,7 +70,7 @@ def check(architecture, folder):
     assert not any(report.values()), report
     assert [type(theirs).__name__] == saved['architectures']
     low = 1 + (ours.config.eot_token or 0)  # within one document
-    idx = torch.randint(low, 50, (2, 64))
+    idx = torch.randint(low, 50, (2, ours.config.block_size))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-4, rtol=0)
     continued = theirs.generate(
@@ -97,7 +99,13 @@ def test_every_combination_computes_the_same_in_transformers(architecture, tmp_p
 
 def test_every_combination_is_held_or_refused_by_name():
     """The other half of the table; can_be_held checks the names."""
-    assert len(EVERY) == 1920 and len(HELD) == 144
+    assert len(EVERY) == 1920 and len(HELD) == 160
+
+
+def test_long_wavelengths_of_rope_are_not_scaled(tmp_path):
+    """which short contexts and small heads would not show"""
+    sizes = {'position': 'rope', 'norm': 'rmsnorm', 'activation': 'relu2', 'qk_norm': True}
+    check(sizes | {'bias': False, 'block_size': 512, 'n_embd': 128, 'n_head': 2}, tmp_path)
 
 
 OTHERS = [change for change in one_by_one() if not change.keys() & TABLE.keys()]
@@ -155,6 +163,7 @@ def test_safetensors_of_any_run(run, trained, tmp_path):
     assert (after.step, after.val_loss) == (before.step, before.val_loss)
     assert after.model_config == before.model_config
     assert all(torch.equal(after.model[name], before.model[name]) for name in before.model)
+    assert ckpt.load(folder).step == before.step
     assert load_file(path).keys() == before.model.keys() - {'transformer.wte.weight'}  # tied
 
 
@@ -202,6 +211,15 @@ def test_export_refuses_in_one_sentence(refused, trained, exported, tmp_path):
     refused('tools/export.py', '--init_from=gpt2', says='export_dir')
     refused('tools/export.py', f'--out_dir={tmp_path}/none', says='none')
     assert not (tmp_path / 'none').exists()
+    (tmp_path / 'file').write_text('mine')
+    refused(*common, f'--export_dir={tmp_path}/file', says='there is something already')
+    refused(*common, f'--export_dir={tmp_path}/file/sub', says=('file/sub', 'name another'))
+    (tmp_path / 'adapter').mkdir()
+    (tmp_path / 'adapter' / 'adapter_config.json').write_text('{}')
+    for path in ('adapter', 'model.gguf'):
+        (tmp_path / 'model.gguf').touch()
+        with pytest.raises(UserError, match=f'{path}: only whole models'):
+            ckpt.load(tmp_path / path)
 
 
 def test_models_with_ngrams_are_told_where_they_can_go(run, refused, char_data, tmp_path):

@@ -200,7 +200,6 @@ REFUSED = [
     ({'logit_softcap': 5.0}, 'logit_softcap = 5.0', '--logit_softcap=0.0'),
     ({'prefix_lm': True, 'turns': 1, 'eot_token': 3}, 'prefix_lm = True', '--prefix_lm=False'),
     ({'norm_position': 'post'}, 'norm_position = post', '--norm_position=pre'),
-    ({'position': 'sinusoidal'}, 'position = sinusoidal', '--position=learned'),
     ({'position': 'none'}, 'position = none', '--position=learned'),
     ({'activation': 'gelu'}, 'activation = gelu:', '--activation=gelu_tanh'),
     ({'activation': 'relu2'}, 'activation = relu2', '--activation=gelu_tanh'),

@@ -15,7 +15,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configurator import Count, FilePath, Which, configure
-from lib.errors import require, user_errors
+from lib.errors import os_errors, require, user_errors
 
 
 @dataclass
@@ -49,32 +49,33 @@ from lib.write_onnx import write_onnx
 from lib.write_peft import write_adapter
 from lib.write_tokenizer import tokenizer_files
 
+DTYPES = {'gguf': ('float32', 'bfloat16', 'q8_0'), 'onnx': ('float32',)}
+
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A folder to write into, which gets its name when it is whole. Raises UserError if there is
-    one already."""
-    require(not path.exists() or path.is_dir() and not any(path.iterdir()),
-            f'export_dir = {path}: there is something already: move it or name another')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A folder to write into, which gets its name when it is whole. Raises UserError if it cannot
+    be written."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with os_errors(f'export_dir = {path}: cannot write there', 'free some room or name another'):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write(checkpoint, model, folder, config, name):
-    """Write the files of a format into a folder. Returns what they are. Raises UserError."""
+def write(checkpoint, model, folder, config, where):
+    """Write the files of a format into a folder. where: what its name will be. Returns what they
+    are. Raises UserError."""
     dtype = getattr(torch, config.dtype, None)
     if config.format == 'hf':
-        return f'{write_folder(checkpoint, model, folder, dtype, name)} of transformers'
+        return f'{write_folder(checkpoint, model, folder, dtype, where)} of transformers'
     if config.format == 'peft':
         return f'an adapter for PEFT, on top of {write_adapter(checkpoint, folder, dtype)}'
     if config.format == 'gguf':
-        kind = write_gguf(checkpoint, model, folder / 'model.gguf', config.dtype, name)
+        kind = write_gguf(checkpoint, model, folder / 'model.gguf', config.dtype, str(where))
         return f'{kind} of llama.cpp'
     if config.format == 'onnx':
         write_onnx(model, folder / 'model.onnx')
@@ -99,15 +100,17 @@ def main(config):
     where = config.out_dir if config.init_from == 'resume' else config.init_from
     require(config.export_dir or config.init_from == 'resume',
             f'export_dir is missing: name a new folder for {where}')
-    dtypes = {'gguf': ('float32', 'bfloat16', 'q8_0'), 'onnx': ('float32',)}
-    dtypes = dtypes.get(config.format, ('float32', 'bfloat16'))
+    dtypes = DTYPES.get(config.format, ('float32', 'bfloat16'))
     require(config.dtype in dtypes,
             f'dtype = {config.dtype}: {config.format} files have {" or ".join(dtypes)} here')
     folder = Path(config.export_dir or Path(config.out_dir, config.format))
+    with os_errors(folder):
+        require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+                f'export_dir = {folder}: there is something already: move it or name another')
     checkpoint = ckpt.load_for(config)
     model = checkpoint.build_model(dropout=0.0)
     with new_folder(folder) as temporary:
-        what = write(checkpoint, model, temporary, config, Path(where).name)
+        what = write(checkpoint, model, temporary, config, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f'{checkpoint.path} written to {folder} ({size / 1e6:,.1f} MB): {what}')
     if model.config.eot_token is not None and config.format in ('hf', 'gguf'):
