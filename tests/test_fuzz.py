@@ -168,6 +168,7 @@ def gpt2(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['config.json', 'vocab.json', 'tokenizer.json', 'merges.txt'])
 def test_huggingface_folder(gpt2, tmp_path, name):
     folder = tmp_path / 'gpt2'
@@ -221,6 +222,7 @@ def model_and_optimizer():
     return config, model, make_optimizer(model, config), tok
 
 
+@pytest.mark.slow
 def test_checkpoints_of_ours(tmp_path):
     config, model, optimizer, tok = model_and_optimizer()
     state = {
@@ -263,6 +265,7 @@ def test_checkpoints_of_nanogpt(tmp_path):
     fuzz(state, lambda v: torch.save(v, path), read, ignored=('bias', 'iter_num'))
 
 
+@pytest.mark.slow
 def test_manifests(trained, tmp_path):
     (source,) = trained.glob('ckpt_*20.json')
     path = tmp_path / source.name
