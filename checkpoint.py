@@ -398,8 +398,8 @@ def load_safetensors(path):
     metadata = {}
     weights = formats.read_safetensors(path, metadata)
     formats.check_weights(weights, path)
-    require('plaingpt' in metadata, f'{path}: of these weights tools/export.py knows nothing: name '
-                                    f'the folder, with the config.json of the model')
+    require('plaingpt' in metadata, f'{path}: it does not say of which model these weights are: '
+                                    f'name its folder, with a config.json')
     with restate((ValueError, TypeError, AttributeError), path, 'not a whole checkpoint'):
         saved = files.parse_json(metadata['plaingpt'])
         saved = {key: saved[key] for key in (*IN_SAFETENSORS, 'tokenizer') if key in saved}

@@ -15,7 +15,7 @@ max_iters = 400
 n_layer = 4
 n_head = 4
 n_embd = 256
-ngram = 2  # bigram embeddings; --ngram=1 for a model that leaves by tools/export.py
+ngram = 2  # bigram embeddings; --ngram=1 to export to Hugging Face or llama.cpp
 position = 'rope'
 norm = 'rmsnorm'
 activation = 'relu2'

@@ -16,7 +16,7 @@ max_iters = 500
 n_layer = 2
 n_head = 3
 n_embd = 192
-ngram = 6  # hashed embeddings of the last 2, 3, ..., 6 characters; --ngram=1: for tools/export.py
+ngram = 6  # hashed embeddings of the last 2, 3, ..., 6 characters; 1: to export it
 position = 'rope'
 norm = 'rmsnorm'
 activation = 'relu2'

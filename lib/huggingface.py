@@ -41,7 +41,9 @@ LLAMA_NAMES = {'ln_1': ['input_layernorm'], 'ln_2': ['post_attention_layernorm']
                'attn.q_norm': ['self_attn.q_norm'], 'attn.k_norm': ['self_attn.k_norm'],
                'attn.c_proj': ['self_attn.o_proj'],
                'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
-UNGATED = {'relu2': 'relu2', 'gelu_tanh': 'gelu_pytorch_tanh', 'gelu': 'gelu', 'relu': 'relu'}
+UNGATED = {'relu2': ['relu2'], 'gelu_tanh': ['gelu_pytorch_tanh', 'gelu_new'], 'gelu': ['gelu'],
+           'relu': ['relu']}
+SWIGLU = {'swiglu': ['silu']}
 
 
 @dataclass
@@ -49,8 +51,9 @@ class Layout:
     """architecture: the class in transformers. keys: {our key: theirs in config.json}. defaults:
     {their key: value} of what config.json may leave out. choices: {our key: its values}, what a
     model of this layout can have; the first is what it has unless config.json says otherwise.
-    activations: {ours: theirs}. names: {our layer: theirs} in a block, several where ours is theirs
-    one below the other; outside: the same for the rest. conv1d: their matrices are (in, out).
+    activations: {ours: theirs}, of which the first is written. names: {our layer: theirs} in a
+    block, several where ours stacks the rows of theirs; outside: the same for the rest. conv1d:
+    their matrices are (in, out).
     """
     architecture: str
     choices: dict
@@ -64,9 +67,7 @@ class Layout:
     conv1d: bool = False
 
     def our_activation(self, theirs):
-        names = {name: ours for ours, name in self.activations.items()}
-        if 'gelu_tanh' in self.activations and names.get('gelu') != 'gelu_tanh':
-            names |= {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}
+        names = {name: ours for ours, names in self.activations.items() for name in names}
         require(isinstance(theirs, str) and theirs in names,
                 f'{self.keys["activation"]} = {shorten(theirs)} is not one of {", ".join(names)}')
         return names[theirs]
@@ -91,15 +92,15 @@ def ungated(names, **others):
     return names | {'mlp.c_fc': ['mlp.up_proj']} | others
 
 
-PRE_NORM = {'norm_position': ('pre',)}
-LEARNED = PRE_NORM | {'position': ('learned',), 'norm': ('layernorm',), 'qk_norm': (False,),
-                      'n_kv_head': (None,), 'head_size': (None,)}
-ROPE = PRE_NORM | {'position': ('rope',), 'norm': ('rmsnorm',), 'qk_norm': (False,)}
+ROPE = {'norm_position': ('pre',), 'position': ('rope',), 'norm': ('rmsnorm',), 'qk_norm': (False,)}
+LEARNED = ROPE | {'position': ('learned',), 'norm': ('layernorm',), 'n_kv_head': (None,),
+                  'head_size': (None,)}
 QK_NORM = ROPE | {'qk_norm': (True, 'gain'), 'bias': (False,)}
 LAYOUTS = {
     'gpt2': Layout(
         'GPT2LMHeadModel', LEARNED | {'position': ('learned', 'sinusoidal')},
-        {'gelu_tanh': 'gelu_new', 'gelu': 'gelu', 'relu': 'relu', 'relu2': 'relu2'},
+        {'gelu_tanh': ['gelu_new', 'gelu_pytorch_tanh'], 'gelu': ['gelu'], 'relu': ['relu'],
+         'relu2': ['relu2']},
         GPT_KEYS | {'n_hidden': 'n_inner', 'activation': 'activation_function'},
         {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5}, GPT_NAMES,
         {name: name for name in ('transformer.wte', 'transformer.wpe', 'transformer.ln_f')},
@@ -108,13 +109,13 @@ LAYOUTS = {
         'OpenAIGPTLMHeadModel',
         LEARNED | {'norm_position': ('post',), 'position': ('learned', 'sinusoidal'),
                    'n_hidden': (None,)},
-        {'relu': 'relu', 'gelu_tanh': 'gelu'}, GPT_KEYS | {'activation': 'afn'},
+        {'relu': ['relu'], 'gelu_tanh': ['gelu']}, GPT_KEYS | {'activation': 'afn'},
         {'afn': 'gelu', 'layer_norm_epsilon': 1e-5}, GPT_NAMES,
         {'transformer.wte': 'transformer.tokens_embed',
          'transformer.wpe': 'transformer.positions_embed'}, 'transformer.h', conv1d=True),
-    'llama': Layout('LlamaForCausalLM', ROPE, {'swiglu': 'silu'}),
-    'qwen2': Layout('Qwen2ForCausalLM', ROPE, {'swiglu': 'silu'}),
-    'qwen3': Layout('Qwen3ForCausalLM', QK_NORM, {'swiglu': 'silu'}),
+    'llama': Layout('LlamaForCausalLM', ROPE, SWIGLU),
+    'qwen2': Layout('Qwen2ForCausalLM', ROPE, SWIGLU),
+    'qwen3': Layout('Qwen3ForCausalLM', QK_NORM, SWIGLU),
     'apertus': Layout(
         'ApertusForCausalLM', QK_NORM, UNGATED, defaults={'rms_norm_eps': 1e-5},
         names=ungated(LLAMA_NAMES, ln_1=['attention_layernorm'], ln_2=['feedforward_layernorm'])),
@@ -228,23 +229,32 @@ def convert_weights(layout, config, tensors):
     return weights
 
 
+def add_zero_biases(weights, parts):
+    """Add biases of 0 to our layers whose names have one of these parts, where they have none."""
+    for name, weight in list(weights.items()):
+        if name.endswith('.weight') and any(part in name for part in parts):
+            bias = name.removesuffix('weight') + 'bias'
+            weights.setdefault(bias, weight.new_zeros(len(weight)))
+
+
+def pop_all(weights, endings):
+    """Remove the weights whose names end so, and return them."""
+    return {name: weights.pop(name) for name in list(weights) if name.endswith(endings)}
+
+
 def settle(config, weights):
-    """Set bias, qk_norm and tie_weights to what the weights are. Biases and gains that do nothing
-    and that we would not have are left out; biases that we would have are added, as zeros."""
-    biases = {name: w for name, w in weights.items() if name.endswith('.bias')}
-    gains = {name: w for name, w in weights.items() if name.endswith(('q_norm.weight',
-                                                                      'k_norm.weight'))}
+    """Set bias, qk_norm and tie_weights to what the weights are, and give these the form that our
+    model has: no biases of 0 or gains of 1 that it does without, zeros where it has a bias."""
+    biases = pop_all(weights, '.bias')
     config['bias'] = bool(biases) and (config['bias'] or any(w.any() for w in biases.values()))
-    if config['qk_norm'] and any((w != 1).any() for w in gains.values()):
-        config['qk_norm'] = 'gain'
-    unused = {} if config['bias'] else biases
-    unused = unused | gains if config['qk_norm'] is True else unused
-    for name in unused:
-        del weights[name]
-    biased = r'\.(ln_|c_).*\.weight' if config['norm'] == 'layernorm' else r'\.c_.*\.weight'
-    for name in [name for name in weights if config['bias'] and re.search(biased, name)]:
-        zeros = torch.zeros(len(weights[name]))
-        weights.setdefault(name.removesuffix('weight') + 'bias', zeros)
+    if config['bias']:
+        weights |= biases
+        add_zero_biases(weights, ['.c_', '.ln_'] if config['norm'] == 'layernorm' else ['.c_'])
+    if config['qk_norm']:
+        gains = pop_all(weights, ('q_norm.weight', 'k_norm.weight'))
+        if config['qk_norm'] == 'gain' or any((w != 1).any() for w in gains.values()):
+            config['qk_norm'] = 'gain'
+            weights |= gains
     if config['tie_weights'] and 'transformer.wte.weight' in weights:
         weights.setdefault('lm_head.weight', weights['transformer.wte.weight'])
     config['tie_weights'] = tied(weights)
@@ -262,8 +272,8 @@ def read_weights(folder):
         require(path.exists(), f'{path} is missing: {name} names it; copy it there')
         found = read_safetensors(path) if path.suffix == '.safetensors' else load_torch(path)
         check_weights(found, path)
-        twice = found.keys() & tensors.keys()
-        require(not twice, f'{path}: {", ".join(sorted(twice)[:1])} is there twice')
+        for name in found.keys() & tensors.keys():
+            raise UserError(f'{path}: {name} is there twice')
         tensors |= found
     return tensors
 
@@ -296,7 +306,7 @@ def on_hub(where):
     """Whether it names a model on the hub, such as gpt2 or owner/name, and nothing here."""
     name = str(where)
     owner = re.fullmatch(r'(\w[\w.-]*)/\w[\w.-]*', name)
-    if name not in HUB and not (owner and not name.endswith(('.pt', '.json'))):
+    if name not in HUB and (not owner or name.endswith(('.pt', '.json'))):
         return False
     return not find(name).exists() and not (owner and find(owner[1]).exists())
 

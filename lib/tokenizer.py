@@ -23,8 +23,7 @@ END_OF_TEXT = '<|endoftext|>'
 # how GPT-2 splits text before merging (Radford et al. 2019; openai/gpt-2, encoder.py)
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 # the same within what is left when each digit is a word (StarCoder2, SmolLM)
-DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-                  r"|\s+(?![^\s\p{N}])|\s")
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s"
 # GPT-4, Llama 3 (\p{N}{1,3}), Qwen2 and Qwen3 (\p{N})
 GPT4_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -293,10 +292,10 @@ def read_tokenizer_json(saved):
     model, normalizer = saved['model'], (saved.get('normalizer') or {}).get('type')
     require(model.get('type', 'BPE') == 'BPE', f'its type is {model.get("type")!r}, not BPE')
     pattern = read_pattern(saved.get('pre_tokenizer') or {})
-    for key, supported in (('normalizer', ('NFC',)), ('decoder', ('ByteLevel',)),
-                           ('post_processor', ('ByteLevel',))):
-        kind = (saved.get(key) or {}).get('type', supported[0])
-        require(kind in supported, f'its {key}, {kind}, changes the text or its ids')
+    for key, supported in (('normalizer', 'NFC'), ('decoder', 'ByteLevel'),
+                           ('post_processor', 'ByteLevel')):
+        kind = (saved.get(key) or {}).get('type', supported)
+        require(kind == supported, f'its {key}, {kind}, changes the text or its ids')
     for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback'):
         require(not model.get(key), f'{key} = {model.get(key)!r}')
     tokens = saved.get('added_tokens') or []

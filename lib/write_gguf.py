@@ -7,14 +7,13 @@ in; here the file has what llama.cpp tokenizes with: GPT-2's pattern, tokens and
 import contextlib
 import math
 
-import torch
 from torch.nn import functional as F
 
 from lib.errors import UserError, os_errors, require
-from lib.huggingface import without_usual
-from lib.tokenizer import GPT2_PATTERN, printable_bytes
+from lib.huggingface import add_zero_biases, without_usual
+from lib.tokenizer import GPT2_PATTERN, bpe_merges, printable_bytes
 from lib.write_huggingface import choose_layout, convert, require_common
-from lib.write_tokenizer import CHAT_TEMPLATE, bpe_merges
+from lib.write_tokenizer import CHAT_TEMPLATE
 
 ACTIVATIONS = {'gpt2': 'gelu_tanh', 'llama': 'swiglu', 'qwen3': 'swiglu', 'apertus': 'relu2',
                'arcee': 'relu2', 'starcoder2': 'gelu_tanh'}
@@ -103,9 +102,7 @@ def rename(kind, config, weights, n_tokens):
 
     weights = dict(weights)
     if kind == 'starcoder2':  # llama.cpp requires the biases
-        for name in [name for name in weights if '.c_' in name and name.endswith('.weight')]:
-            zeros = torch.zeros(len(weights[name]))
-            weights.setdefault(name.removesuffix('weight') + 'bias', zeros)
+        add_zero_biases(weights, ['.c_'])
     _, tensors = convert(config, weights)
     if kind == 'apertus':  # likewise
         tensors.setdefault('lm_head.weight', tensors['model.embed_tokens.weight'])

@@ -12,7 +12,7 @@ import torch
 from lib.errors import plural, require
 from lib.files import create_synced, write_synced
 from lib.formats import DTYPES
-from lib.huggingface import LAYOUTS, OWN_KEYS, without_usual
+from lib.huggingface import LAYOUTS, OWN_KEYS, add_zero_biases, without_usual
 from lib.write_tokenizer import tokenizer_files
 from model import sinusoidal_embedding
 
@@ -33,9 +33,7 @@ def choose_layout(config):
     require_common(config, 'Hugging Face\'s models have')
     if config.norm_position == 'post':
         kind = 'openai-gpt'
-    elif config.position == 'learned':
-        kind = 'gpt2'
-    elif config.position != 'rope' and config.norm == 'layernorm':
+    elif config.position == 'learned' or config.position != 'rope' and config.norm == 'layernorm':
         kind = 'gpt2'
     elif config.norm == 'layernorm':
         kind = 'starcoder2'
@@ -58,7 +56,7 @@ def convert(config, weights):
     """({key: value} of config.json, {their name: tensor}) of a GPTConfig and the weights of its
     GPT. Raises UserError if no layout holds it."""
     kind, layout = choose_layout(config)
-    weights, tied = dict(weights), config.tie_weights
+    weights, tied = fill(config, layout, weights), config.tie_weights
     if config.position == 'sinusoidal':  # positions as weights, the scale folded in: untied
         wte, tied = weights['transformer.wte.weight'], False
         weights['transformer.wte.weight'] = wte * math.sqrt(config.n_embd)
@@ -66,7 +64,6 @@ def convert(config, weights):
         weights['transformer.wpe.weight'] = sinusoidal_embedding(position, config.n_embd)
     if tied:
         del weights['lm_head.weight']
-    weights = fill(config, layout, weights)
     tensors = {}
     for ours, theirs in layout.layers(config.n_layer):
         for end in ('weight', 'bias'):
@@ -88,21 +85,16 @@ def split_like(theirs, config, weight):
 
 
 def fill(config, layout, weights):
-    """The weights, with those that are always there in a layout: gains of 1, biases of 0."""
+    """A copy of the weights, with those that a layout always has: gains of 1, biases of 0."""
     filled = dict(weights)
     if config.qk_norm is True:
         for i in range(config.n_layer):
             for norm in ('q_norm', 'k_norm'):
                 filled[f'transformer.h.{i}.attn.{norm}.weight'] = torch.ones(config.head_dim)
-    biased = []  # layers that always have a bias
     if config.norm == 'layernorm':
-        biased.append('.ln_')
+        add_zero_biases(filled, ['.ln_'])
     if layout.conv1d:
-        biased.append('.c_')
-    for name, weight in weights.items():
-        if name.endswith('.weight') and any(part in name for part in biased):
-            zeros = torch.zeros(len(weight), dtype=weight.dtype)
-            filled.setdefault(name.removesuffix('weight') + 'bias', zeros)
+        add_zero_biases(filled, ['.c_'])
     return filled
 
 
@@ -110,7 +102,7 @@ def config_json(config, kind, layout, tied):
     """{key: value} of config.json."""
     values = asdict(config) | {'n_kv_head': config.kv_heads, 'head_size': config.head_dim,
                                'n_hidden': config.mlp_width,
-                               'activation': layout.activations[config.activation]}
+                               'activation': layout.activations[config.activation][0]}
     saved = {'architectures': [layout.architecture], 'model_type': kind}
     saved |= {theirs: values[ours] for ours, theirs in layout.keys.items()}
     if layout.conv1d:

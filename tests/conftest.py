@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a clone of the repository to run programs in, data, and runs."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,7 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -279,3 +282,50 @@ def reference_run(run, train_args, tmp_path_factory):
 def out_dir(reference_run, tmp_path):
     """A copy of the reference run, to be damaged."""
     return shutil.copytree(reference_run, tmp_path / 'out')
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """hub(folder, 'owner/name'): a local server with this model, which announces hashes as Hugging
+    Face's does: the sha256 of large files, the git hash of small ones."""
+    answers, servers = {}, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path not in answers:
+                self.send_error(404)
+                return
+            content, announced = answers[self.path]
+            self.send_response(200)
+            if self.path.endswith('.safetensors'):
+                self.send_header('X-Linked-Etag', f'"{hashlib.sha256(announced).hexdigest()}"')
+            else:
+                blob = b'blob %d\0' % len(announced) + announced
+                self.send_header('ETag', f'"{hashlib.sha1(blob).hexdigest()}"')
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            if self.command == 'GET':
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    def hub(folder, name, corrupt=None):
+        for path in folder.iterdir():
+            content = path.read_bytes()
+            sent = content.replace(b'0', b'1') if path.name == corrupt else content
+            answers[f'/{name}/resolve/main/{path.name}'] = sent, content
+        server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return {
+            'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
+            'XDG_CACHE_HOME': str(tmp_path / 'cache'),
+        }
+
+    yield hub
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -1,6 +1,7 @@
 """Constants and plain functions shared by several test files; fixtures are in conftest.py."""
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -134,6 +135,25 @@ def awake(**options):
         if p.dim() == 1:
             torch.nn.init.normal_(p, mean=0.5, std=0.3)
     return model
+
+
+@torch.no_grad()
+def randomize(model, std):
+    """Give a model, ours or of transformers, random weights, also biases and gains (around 1)."""
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        p.normal_(std=std)
+        if 'norm' in name or 'ln_' in name:
+            p.add_('weight' in name)
+    return model.eval()
+
+
+def peak_bytes(profiler):
+    """The most memory that was allocated at once under torch.profiler with profile_memory."""
+    events = profiler.profiler.kineto_results.events()
+    allocated = [event for event in events if event.name() == '[memory]']
+    allocated.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in allocated))
 
 
 def tokens(*shape, vocab_size=40, seed=1):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import checkpoint as ckpt
 from architectures import one_by_one
-from helpers import TINY
+from helpers import TINY, randomize
 from lib import huggingface, write_huggingface
 from lib.errors import UserError
 from model import GPT, GPTConfig
@@ -30,15 +30,7 @@ EVERY = [dict(zip(TABLE, values)) for values in itertools.product(*TABLE.values(
 
 
 def make(architecture):
-    """A model with random weights, gains and biases included."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SIZES | architecture)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(std=0.2)
-            if 'norm' in name or 'ln_' in name:
-                p.add_('weight' in name)
-    return model
+    return randomize(GPT(GPTConfig(**SIZES | architecture)), std=0.2)
 
 
 def can_be_held(architecture):

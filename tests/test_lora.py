@@ -1,6 +1,5 @@
 """LoRA: against full finetuning, PEFT and the profiler; and as a run that is saved and resumed."""
 
-import itertools
 import json
 import re
 import shutil
@@ -13,7 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import checkpoint as ckpt
 from configurator import TrainConfig
-from helpers import TINY, assert_same_run, awake, deep_equal, step_losses, tiny, tokens
+from helpers import (
+    TINY,
+    assert_same_run,
+    awake,
+    deep_equal,
+    peak_bytes,
+    step_losses,
+    tiny,
+    tokens,
+)
 from lib import bins, memory, write_huggingface
 from lib.errors import UserError
 from lib.lora import add_lora, load_lora, lora_layers, merge_lora
@@ -198,11 +206,7 @@ def test_memory_estimate_matches_torch_profiler(dropout):
             model(idx, idx, return_logits=False)[1].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    allocated = [
-        event for event in events.profiler.kineto_results.events() if event.name() == '[memory]'
-    ]
-    allocated.sort(key=lambda event: event.start_ns())
-    peak = max(itertools.accumulate(event.nbytes() for event in allocated))
+    peak = peak_bytes(events)
     sizes = memory.Sizes(model.config, idx.device, 16, dropout)
     parts = memory.step_bytes(sizes, config, half=False)
     assert sum(parts.values()) == pytest.approx(peak, rel=0.15)

@@ -1,12 +1,12 @@
 """Memory: the estimates, against autograd and the profiler, and activation checkpointing."""
 
-import itertools
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from configurator import TrainConfig
+from helpers import peak_bytes
 from lib import memory
 from lib.device import math_attention_is_faster
 from lib.resume import MODEL_KEYS
@@ -146,11 +146,7 @@ def test_memory_estimate_matches_torch_profiler(vocab_size, options, accumulatio
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    allocated = [
-        event for event in events.profiler.kineto_results.events() if event.name() == '[memory]'
-    ]
-    allocated.sort(key=lambda event: event.start_ns())
-    peak = max(itertools.accumulate(event.nbytes() for event in allocated))
+    peak = peak_bytes(events)
     sizes = memory.Sizes(model.config, idx.device)
     estimate = sum(memory.step_bytes(sizes, config, half=False).values())
     assert estimate == pytest.approx(peak, rel=0.15)

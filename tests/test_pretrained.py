@@ -106,65 +106,30 @@ def test_gpt2_weights_can_be_finetuned_and_sampled(
     )
 
 
-def test_gpt2_is_downloaded_once_and_verified(run, refused, gpt2_folder, tmp_path):
-    """A local server announces each file's sha256, as Hugging Face does."""
-    answers = {
-        f'/openai-community/gpt2/resolve/main/{path.name}': path.read_bytes()
-        for path in gpt2_folder.iterdir()
-    }
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path not in answers:
-                self.send_error(404)
-                return
-            content = answers[self.path]
-            self.send_response(200)
-            self.send_header(
-                'X-Linked-Etag',
-                f'"{hashlib.sha256(announced.get(self.path, content)).hexdigest()}"',
-            )
-            self.send_header('Content-Length', str(len(content)))
-            self.end_headers()
-            if self.command == 'GET':
-                self.wfile.write(content)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    announced = {'/openai-community/gpt2/resolve/main/model.safetensors': b'another file'}
-    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        hub = {
-            'HF_ENDPOINT': f'http://127.0.0.1:{server.server_port}',
-            'XDG_CACHE_HOME': str(tmp_path),
-        }
-        common = (
-            'sample.py',
-            '--init_from=gpt2',
-            '--start=def ',
-            '--num_samples=1',
-            '--max_new_tokens=5',
-            '--dtype=float32',
-        )
-        result = run(*common, code=2, env=hub)
-        assert 'sha256' in result.stderr and 'Traceback' not in result.stderr
-        announced.clear()
-        first = run(*common, env=hub)
-        server.shutdown()
-        thread.join()
-    assert sorted(p.name for p in (tmp_path / 'plaingpt' / 'gpt2').iterdir()) == [
+def test_gpt2_is_downloaded_once_and_verified(run, refused, gpt2_folder, hub, tmp_path):
+    common = (
+        'sample.py',
+        '--init_from=gpt2',
+        '--start=def ',
+        '--num_samples=1',
+        '--max_new_tokens=5',
+        '--dtype=float32',
+    )
+    env = hub(gpt2_folder, 'openai-community/gpt2', corrupt='model.safetensors')
+    result = run(*common, code=2, env=env)
+    assert 'sha256' in result.stderr and 'Traceback' not in result.stderr
+    first = run(*common, env=hub(gpt2_folder, 'openai-community/gpt2'))
+    cache = tmp_path / 'cache' / 'plaingpt' / 'gpt2'
+    assert sorted(p.name for p in cache.iterdir()) == [
         'config.json',
         'model.safetensors',
         'vocab.json',
     ]
-    assert run(*common, env=hub).stdout == first.stdout
+    offline = env | {'HF_ENDPOINT': 'http://127.0.0.1:9'}
+    assert run(*common, env=offline).stdout == first.stdout
     assert run(*common, f'--init_from={gpt2_folder}').stdout == first.stdout
     refused(
-        'sample.py', '--init_from=gpt2-medium', env=hub, says=('gpt2-medium', 'put config.json')
+        'sample.py', '--init_from=gpt2-medium', env=offline, says=('gpt2-medium', 'put config.json')
     )
 
 

@@ -16,12 +16,14 @@ from lib import tokenizer
 from lib.bpe import train_bpe, train_char
 from lib.errors import UserError
 from lib.text import cut_before_blank
-from lib.write_tokenizer import bpe_merges, tokenizer_files
+from lib.tokenizer import bpe_merges
+from lib.write_tokenizer import tokenizer_files
 
 PIECES = [
-    *("'s", "'S", "'ſ", "'LL", " '", "'", '\n', '\r\n', ' ', '  ', '\t', '\u3000', '\x1c', '\x85'),
+    *("'s", "'S", "'ſ", "'LL", " '", "'", '\n', '\r\n', ' ', '  ', '\t', '\u3000', '\x1c'),
     *('12', '½', '٣', 'é', 'e\u0301', '\u0301', '中文', '。', '🙂', '//', '!', '...', 'The'),
     *('<|endoftext|>', '<|im_start|>', '<|im_', '\0', 'K', 'ﬆ', 'İ', '>\u0338', ' the', '1'),
+    '\x85',
 ]
 
 
