@@ -112,6 +112,7 @@ def test_the_file_decides_whether_the_head_is_tied(tmp_path, says):
     theirs.save_pretrained(tmp_path)
     edit(tmp_path, tie_word_embeddings=says)
     assert not assert_same_logits(tmp_path, theirs).config.tie_weights
+    assert not GPT.from_pretrained(tmp_path).config.tie_weights
 
 
 def test_buffers_of_older_versions_are_left_out(tmp_path):
