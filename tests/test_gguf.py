@@ -103,6 +103,15 @@ def paired(rows, head_size):
     return rows[order]
 
 
+def test_biases_that_llama_cpp_requires_are_zeros(tmp_path):
+    """It does not open a StarCoder2 or GPT-2 without them."""
+    for options, layer in ((KINDS['starcoder2'], 'attn_q'), ({'bias': False}, 'attn_qkv')):
+        reader, _ = write(tmp_path, make(**options | {'bias': False}))
+        tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+        for name in (layer, 'attn_output', 'ffn_up', 'ffn_down'):
+            assert not tensors[f'blk.0.{name}.bias'].any(), name
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', KINDS)
 def test_every_tensor_reads_back(name, dtype, tmp_path):
