@@ -107,8 +107,8 @@ def test_bench_start_is_not_disturbed_by_a_slow_first_start(run, patched_env, tm
     options = ('--parts=start', '--repeats=1', '--device=cpu', '--json')
     output = run('tools/bench.py', *options, env=env).stdout
     seconds = {row['name']: row['value'] for row in json.loads(output)['rows']}
-    assert all(value > 0 for value in seconds.values())
-    assert seconds['import torch'] < 20
+    first_step = seconds['train.py config/quickstart.py to its first step']  # imports torch too
+    assert 0 < seconds['import torch'] < first_step
 
 
 def plan(run, *arguments):
