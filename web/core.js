@@ -270,12 +270,21 @@ export function ticks(low, high, n = 4) {
   return values;
 }
 
+const UNITS = [
+  [1e12, 'T'],
+  [1e9, 'G'],
+  [1e6, 'M']
+];
+
 /** A number in a few characters, for an axis. */
 export function compact(x) {
   const size = Math.abs(x);
   if (x === 0) return '0';
-  if (size >= 1e6) return x / 1e6 + 'M';
-  if (size >= 1e4) return x / 1e3 + 'k';
+  if (size >= 1e15) return x.toExponential(1).replace('e+', 'e');
+  for (const [unit, letter] of UNITS) {
+    if (size >= unit) return Number((x / unit).toPrecision(4)) + letter;
+  }
+  if (size >= 1e4) return Number((x / 1e3).toPrecision(4)) + 'k';
   if (size < 0.01) return x.toExponential(0).replace('e-', 'e−');
   return String(Number(x.toPrecision(4)));
 }
