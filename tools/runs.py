@@ -91,7 +91,7 @@ import numpy as np
 import torch
 
 import checkpoint as ckpt
-from configurator import GPTConfig, ModelConfig
+from configurator import GPTConfig, ModelConfig, read_model_config
 from lib import bins
 from lib.files import command, create, printable, write_text
 from lib.memory import Sizes
@@ -111,9 +111,6 @@ EVALUATION_CURVES = ('val_loss', 'train_loss', 'val_bits_per_byte')
 # not a difference between runs: names, and where they began
 NAMES = {'out_dir', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log', 'extended_at'}
 POLL_SECONDS = 3
-# what reading a checkpoint, a config or a data set of another version or a damaged one may raise
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError,
-              AssertionError, pickle.UnpicklingError)
 
 
 # Reading runs -------------------------------------------------------------------------------------
@@ -272,28 +269,29 @@ def draw_curves(lines, evaluations, config):
     return curves, evaluated
 
 
-@functools.cache
-def model_size(model_config, lora_rank):
-    """(parameters, FLOPs per token) of a GPTConfig."""
-    sizes = Sizes(model_config, torch.device('meta'), lora_rank)
-    return sizes.n_params(), sizes.of(GPT.flops_per_token)
-
-
-def size_of(folder, config):
-    """model_size of a run, or (None, None): its vocabulary is that of its last checkpoint, or of
-    its data."""
+def model_config_of(folder, config):
+    """The fields of GPTConfig of a run, from its last checkpoint, or from its keys and its data;
+    None if neither can be read."""
     try:
         paths = sorted(folder.glob('ckpt_[0-9]*.pt'))
         if paths:
-            state = torch.load(paths[-1], mmap=True, weights_only=True)
-            vocab_size = state['model_config']['vocab_size']
+            model_config = torch.load(paths[-1], mmap=True, weights_only=True)['model_config']
         else:
-            vocab_size = bins.open_tokenizer(bins.find_dataset(config['dataset'])).vocab_size
-        keys = [field.name for field in fields(ModelConfig)]
-        values = {key: config[key] for key in keys if key in config}
-        return model_size(GPTConfig(**values, vocab_size=vocab_size), config.get('lora_rank', 0))
-    except UNREADABLE:  # then the page has no FLOPs of this run
-        return None, None
+            data = bins.find_dataset(config['dataset'])
+            keys = {field.name for field in fields(ModelConfig)} - {'prefix_lm'}  # which needs pairs
+            model_config = {key: config[key] for key in keys if key in config}
+            model_config['vocab_size'] = bins.open_tokenizer(data).vocab_size
+        return read_model_config(model_config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError,
+            pickle.UnpicklingError):  # damaged, of another version, or gone
+        return None
+
+
+@functools.cache
+def model_size(lora_rank, **model_config):
+    """(parameters, FLOPs per token)"""
+    sizes = Sizes(GPTConfig(**model_config), torch.device('meta'), lora_rank)
+    return sizes.n_params(), sizes.of(GPT.flops_per_token)
 
 
 def ordered(log, key):
@@ -308,7 +306,9 @@ def read_run(folder, name):
     lines, evaluations = ordered(log, 'loss'), ordered(log, 'val_loss')
     if not (lines or evaluations or config):
         return None
-    n_params, flops_per_token = size_of(folder, config)
+    model_config = model_config_of(folder, config)
+    lora_rank = config.get('lora_rank') or 0
+    n_params, flops = model_size(lora_rank, **model_config) if model_config else (None, None)
     curves, evaluated = draw_curves(lines, evaluations, config)
     step = max([line['step'] + 1 for line in lines[-1:]]
                + [line['step'] for line in evaluations[-1:]], default=0)
@@ -340,7 +340,7 @@ def read_run(folder, name):
         'best_step': best.get('step'),
         'tokens': at_steps(end, column(lines, 'step'), tokens).tolist()[0],
         'seconds': at_steps(end, column(lines, 'step'), seconds).tolist()[0],
-        'flops_per_token': flops_per_token,
+        'flops_per_token': flops,
         'n_params': n_params,
         'config': {key: str(value) for key, value in config.items() if key not in NAMES},
         'lines': len(lines),
@@ -422,7 +422,8 @@ def format_table(runs, width):
     for heading, cells in columns:
         cells = [shorten_left(' '.join(cell.split()), max(24, width // 3))
                  for cell in (heading, *cells)]
-        cells = [cell.rjust(max(map(len, cells))) for cell in cells]
+        justify = str.ljust if heading == 'status' else str.rjust
+        cells = [justify(cell, max(map(len, cells))) for cell in cells]
         if len(blocks[-1][0]) + 1 + len(cells[0]) > width and blocks[-1] != first:
             blocks.append(first)
         blocks[-1] = [f'{line} {cell}' for line, cell in zip(blocks[-1], cells)]

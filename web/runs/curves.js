@@ -7,6 +7,8 @@ import {curveChart, zoomBack, zoomOut, zoomRange} from './chart.js';
 const CHARTS = [
   {name: 'val-loss', title: 'Val loss', source: 'evaluations', key: 'val_loss', height: 340},
   {name: 'train-loss', title: 'Train loss', source: 'curves', key: 'loss'},
+  {name: 'train-evaluated', title: 'Train loss at evaluations', source: 'evaluations',
+    key: 'train_loss'},
   {name: 'bits', title: 'Bits per byte', source: 'evaluations', key: 'val_bits_per_byte'},
   {name: 'lr', title: 'Learning rate', source: 'curves', key: 'lr', zero: true},
   {name: 'grad-norm', title: 'Gradient norm', source: 'curves', key: 'grad_norm'},
