@@ -127,7 +127,7 @@ def read_log(out_dir):
     """The lines of a run's log.jsonl, [{'step': number, ...}], except for one that is cut off; []
     if there is no log."""
     return [line for line in read_lines(Path(out_dir) / 'log.jsonl')
-            if all(value is None or isinstance(value, (int, float)) for value in line.values())]
+            if {int, float, bool, type(None)}.issuperset(map(type, line.values()))]
 
 
 def read_samples(out_dir):
@@ -139,14 +139,16 @@ def read_samples(out_dir):
 def read_lines(path):
     """The objects with a number `step` in a file of JSON Lines; whatever else is in it is left out,
     such as a line that is cut off."""
-    lines = []
     texts = path.read_text('utf-8', errors='replace').splitlines() if path.is_file() else []
-    for text in texts:
-        with contextlib.suppress(ValueError, AttributeError):
-            line = parse_json(text)
-            if type(line.get('step')) in (int, float):
-                lines.append(line)
-    return lines
+    try:
+        lines = parse_json(f'[{",".join(texts)}]')  # twice as fast as line by line
+    except ValueError:
+        lines = []
+        for text in texts:
+            with contextlib.suppress(ValueError):
+                lines.append(parse_json(text))
+    return [line for line in lines
+            if isinstance(line, dict) and type(line.get('step')) in (int, float)]
 
 
 def cut_log(out_dir, step):

@@ -75,6 +75,7 @@ if __name__ == '__main__':  # before the slow imports, so that --help and typos 
 
 import ast
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -180,8 +181,9 @@ def is_alive(pid):
 def column(lines, key):
     """A number of each line, nan where there is none."""
     values = [line.get(key) for line in lines]
-    numbers = [math.nan if x is None or abs(x) > 1e300 else x for x in values]
-    return np.array(numbers, dtype=float)
+    with contextlib.suppress(OverflowError):  # an int of hundreds of digits
+        return np.array(values, dtype=float)
+    return np.full(len(values), math.nan)
 
 
 def bucket_starts(n):
@@ -208,8 +210,8 @@ def rounded(values, digits):
 
 
 def progress(lines, config):
-    """Tokens and seconds of training at the end of each step that the lines report: (n,), (n,).
-    Evaluations and saves do not count. nan where the log or the config does not say."""
+    """The steps that the lines report, and the tokens and seconds of training at the end of each:
+    {name: (n,)}. Evaluations and saves take no time here. nan: neither log nor config says."""
     per_step = tokens_per_step(config)
     steps = column(lines, 'step')
     tokens = column(lines, 'samples_seen') * number_of(config, 'block_size')
@@ -217,7 +219,8 @@ def progress(lines, config):
     speed = column(lines, 'tokens_per_second')
     with np.errstate(divide='ignore', invalid='ignore'):
         seconds = np.diff(tokens, prepend=0) / speed
-    return tokens, np.cumsum(np.where(np.isfinite(seconds), seconds, 0))
+    seconds = np.cumsum(np.where(np.isfinite(seconds), seconds, 0))
+    return {'step': steps, 'tokens': tokens, 'seconds': seconds}
 
 
 def tokens_per_step(config):
@@ -243,14 +246,12 @@ def at_steps(steps, known_steps, values):
     return found
 
 
-def draw_curves(lines, evaluations, config):
-    """(curves of the steps, curves of the evaluations) for the page: {name: list}. Both have step,
-    tokens and seconds."""
-    steps = column(lines, 'step')
-    tokens, seconds = progress(lines, config)
+def step_curves(lines, axes):
+    """The curves of the steps for the page: {name: list}. axes: step, tokens and seconds, (n,)."""
+    if not lines:
+        return {}
     starts = bucket_starts(len(lines))
-    curves = {'step': steps, 'tokens': tokens, 'seconds': seconds} if lines else {}
-    curves = {name: rounded(means(values, starts), 8) for name, values in curves.items()}
+    curves = {name: rounded(means(values, starts), 8) for name, values in axes.items()}
     for name in (*STEP_CURVES, 'lr'):
         values = column(lines, name)
         if not np.isfinite(values).any():
@@ -259,14 +260,18 @@ def draw_curves(lines, evaluations, config):
         if len(starts) < len(lines) and name != 'lr':
             curves[f'{name}_low'] = rounded(np.fmin.reduceat(values, starts), 4)
             curves[f'{name}_high'] = rounded(np.fmax.reduceat(values, starts), 4)
-    at = column(evaluations, 'step')
+    return curves
+
+
+def evaluation_curves(evaluations, axes):
+    """The same of the evaluations, with all digits; axes: those of the steps."""
+    steps = column(evaluations, 'step')
+    curves = {'step': steps} | {name: at_steps(steps, axes['step'], axes[name])
+                                for name in ('tokens', 'seconds')}
+    curves |= {name: column(evaluations, name) for name in EVALUATION_CURVES}
     starts = bucket_starts(len(evaluations))
-    evaluated = {'step': at, 'tokens': at_steps(at, steps, tokens),
-                 'seconds': at_steps(at, steps, seconds)}
-    evaluated |= {name: column(evaluations, name) for name in EVALUATION_CURVES}
-    evaluated = {name: values[starts].tolist() for name, values in evaluated.items()
-                 if np.isfinite(values).any()}
-    return curves, evaluated
+    return {name: values[starts].tolist() for name, values in curves.items()
+            if np.isfinite(values).any()}
 
 
 def model_config_of(folder, config):
@@ -277,14 +282,18 @@ def model_config_of(folder, config):
         if paths:
             model_config = torch.load(paths[-1], mmap=True, weights_only=True)['model_config']
         else:
-            data = bins.find_dataset(config['dataset'])
-            keys = {field.name for field in fields(ModelConfig)} - {'prefix_lm'}  # which needs pairs
+            keys = {field.name for field in fields(ModelConfig)} - {'prefix_lm'}  # needs pairs
             model_config = {key: config[key] for key in keys if key in config}
-            model_config['vocab_size'] = bins.open_tokenizer(data).vocab_size
+            model_config['vocab_size'] = vocab_size_of(config['dataset'])
         return read_model_config(model_config)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError,
             pickle.UnpicklingError):  # damaged, of another version, or gone
         return None
+
+
+@functools.cache
+def vocab_size_of(dataset):
+    return bins.open_tokenizer(bins.find_dataset(dataset)).vocab_size
 
 
 @functools.cache
@@ -309,11 +318,11 @@ def read_run(folder, name):
     model_config = model_config_of(folder, config)
     lora_rank = config.get('lora_rank') or 0
     n_params, flops = model_size(lora_rank, **model_config) if model_config else (None, None)
-    curves, evaluated = draw_curves(lines, evaluations, config)
+    axes = progress(lines, config)
     step = max([line['step'] + 1 for line in lines[-1:]]
                + [line['step'] for line in evaluations[-1:]], default=0)
-    tokens, seconds = progress(lines, config)
-    end = np.array([step], dtype=float)
+    tokens, seconds = (at_steps(np.array([step]), axes['step'], axes[name])[0].item()
+                       for name in ('tokens', 'seconds'))
     known = [line for line in evaluations if line['val_loss'] is not None]
     best = min(known, key=lambda line: line['val_loss'], default={})
     last = evaluations[-1] if evaluations else {}
@@ -338,14 +347,14 @@ def read_run(folder, name):
         'bits': last.get('val_bits_per_byte'),
         'best': best.get('val_loss'),
         'best_step': best.get('step'),
-        'tokens': at_steps(end, column(lines, 'step'), tokens).tolist()[0],
-        'seconds': at_steps(end, column(lines, 'step'), seconds).tolist()[0],
+        'tokens': tokens,
+        'seconds': seconds,
         'flops_per_token': flops,
         'n_params': n_params,
         'config': {key: str(value) for key, value in config.items() if key not in NAMES},
         'lines': len(lines),
-        'curves': curves,
-        'evaluations': evaluated,
+        'curves': step_curves(lines, axes),
+        'evaluations': evaluation_curves(evaluations, axes),
         'samples': samples[::-stride][::-1],  # the last one included
         'commands': commands,
         'explain': (folder / 'explain.html').is_file(),
