@@ -256,7 +256,8 @@ export function percent(p) {
   return p > 0 ? '<0.1%' : '0%';
 }
 
-export const integer = n => Math.round(n).toLocaleString('en-US');
+const INTEGERS = new Intl.NumberFormat('en-US'); // toLocaleString makes one at each call
+export const integer = n => INTEGERS.format(Math.round(n));
 
 /** About n round numbers from low to high. */
 export function ticks(low, high, n = 4) {

@@ -16,13 +16,19 @@ import {X_NAMES, baseline, firstAt, valueAt} from './data.js';
 
 const DASHES = [[], [7, 3], [2, 2], [9, 3, 2, 3]];
 const N_COLORS = 8;
+const strokes = []; // of the current theme
+
+/** Read the colors of lines from runs/style.css. */
+export function readStrokes() {
+  const style = getComputedStyle(document.documentElement);
+  for (let i = 0; i < N_COLORS; i++) strokes[i] = style.getPropertyValue(`--run-${i}`).trim();
+}
 
 /** The color and dashes of a run's lines: 32 runs look different. */
-export function lineStyle(run) {
-  const name = `--run-${run.number % N_COLORS}`;
-  const stroke = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  return {stroke, dash: DASHES[Math.floor(run.number / N_COLORS) % DASHES.length]};
-}
+export const lineStyle = run => ({
+  stroke: strokes[run.number % N_COLORS],
+  dash: DASHES[Math.floor(run.number / N_COLORS) % DASHES.length]
+});
 
 // Zoom --------------------------------------------------------------------------------------------
 

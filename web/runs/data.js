@@ -59,6 +59,7 @@ export function toggle(run) {
 
 /** Whether each word of the filter is in the name, the status or a `key=value` of the run. */
 export function matches(run) {
+  if (!state.filter) return true;
   const pairs = info.keys.map(key => `${key}=${run.config[key] ?? ''}`);
   const text = [run.name, run.status, ...pairs].join(' ').toLowerCase();
   return state.filter

@@ -14,6 +14,7 @@ import {
   watch
 } from '../core.js';
 import {info, loadRuns, runs, takeData} from './data.js';
+import {readStrokes} from './chart.js';
 import {buildCurves} from './curves.js';
 import {buildTable, duration} from './table.js';
 import {buildOne, buildSamples} from './one.js';
@@ -71,7 +72,10 @@ try {
   throw error;
 }
 buildTheme();
-watch(['theme'], fillHeader);
+watch(['theme'], () => {
+  readStrokes();
+  fillHeader();
+});
 const panels = {table: buildTable, curves: buildCurves, one: buildOne, samples: buildSamples};
 for (const [id, build] of Object.entries(panels)) inSection(id, build);
 Object.assign(state, readHash()); // after the panels have registered their valid values

@@ -33,13 +33,15 @@ const flopsOf = run =>
 const count = n => (n === null ? 'n/a' : integer(n));
 
 /** Columns: the value sorts, the text is shown; smaller: whether the smaller value is better. */
-const COLUMNS = [
+const LOSSES = [
   {name: 'status', value: run => run.status, text: run => run.status},
   number('step', run => run.step, run => `${integer(run.step)} / ${count(run.max_iters)}`),
-  number('train loss', run => run.train_loss, run => loss(run.train_loss), {smaller: true}),
   number('val loss', run => run.val_loss, run => loss(run.val_loss), {smaller: true}),
   number('best val loss', run => run.best, run => loss(run.best), {smaller: true}),
   number('at step', run => run.best_step, run => count(run.best_step)),
+  number('train loss', run => run.train_loss, run => loss(run.train_loss), {smaller: true})
+];
+const AMOUNTS = [
   number('bits per byte', run => run.bits, run => loss(run.bits), {smaller: true}),
   number('tokens', run => run.tokens, run => amount(run.tokens)),
   number('time', run => run.seconds, run => duration(run.seconds)),
@@ -58,7 +60,7 @@ function keyColumn(key) {
 }
 
 const runColumn = {name: 'run', value: run => run.name, text: run => run.name};
-const allColumns = () => [runColumn, ...COLUMNS, ...info.keys.map(keyColumn)];
+const allColumns = () => [runColumn, ...LOSSES, ...info.keys.map(keyColumn), ...AMOUNTS];
 
 /** The runs that match the filter, in the order of the table. */
 function sortedRuns() {
@@ -115,7 +117,7 @@ function cell(run, column) {
   );
 }
 
-function tableRow(run) {
+function tableRow(run, columns) {
   const shown = h('input', {
     type: 'checkbox',
     checked: !isHidden(run),
@@ -153,7 +155,7 @@ function tableRow(run) {
     h('td', {}, h('label', {}, shown, swatch(run))),
     h('th', {scope: 'row'}, name),
     h('td', {}, pin),
-    allColumns().slice(1).map(column => cell(run, column))
+    columns.slice(1).map(column => cell(run, column))
   );
 }
 
@@ -162,7 +164,7 @@ function renew(element, ...children) {
   const key = element.contains(document.activeElement) && document.activeElement.dataset.focus;
   const [left, top] = [element.scrollLeft, element.scrollTop];
   element.replaceChildren(...children);
-  element.scrollTo(left, top);
+  if (left || top) element.scrollTo(left, top);
   if (key) {
     const same = [...element.querySelectorAll('[data-focus]')].find(x => x.dataset.focus === key);
     same?.focus({preventScroll: true});
@@ -214,10 +216,11 @@ export function buildTable() {
     if (filter.value !== state.filter) filter.value = state.filter;
     note.textContent = `${shownRuns().length} of ${runs.length} shown`;
     const corner = h('th', {scope: 'col'}, 'show');
-    const headings = allColumns().map(heading);
+    const columns = allColumns();
+    const headings = columns.map(heading);
     const head = h('tr', {}, corner, headings[0], h('th', {scope: 'col'}, 'baseline'),
       headings.slice(1));
-    const rows = sortedRuns().map(tableRow);
+    const rows = sortedRuns().map(run => tableRow(run, columns));
     renew(box, h('table', {}, h('thead', {}, head), h('tbody', {}, rows)));
   });
   content('table').append(element);
