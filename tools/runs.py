@@ -84,6 +84,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 import zlib
 from dataclasses import fields
 from urllib.parse import quote
@@ -499,7 +500,7 @@ class Follower:
 
     def __init__(self, folders):
         self.folders = folders
-        self.version = 0
+        self.version = time.time_ns() // 10**6  # above those of an earlier server
         self.runs = {}  # path -> (stamp, version, run)
 
     def refresh(self):

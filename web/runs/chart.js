@@ -133,8 +133,8 @@ function paintAxes(pen, {box, x, y}, width, height) {
     pen.fillText(compact(value), box.left - 7, at);
   }
   pen.textAlign = 'center';
-  for (const value of ticksOf(x, Math.max(2, Math.floor(width / 110)))) {
-    const at = clamp(x.at(value), box.left + 8, box.right - 12);
+  for (const value of ticksOf(x, Math.max(3, Math.floor(width / 110)))) {
+    const at = Math.min(x.at(value), box.right - 12);
     pen.fillText(compact(value), at, box.bottom + 13);
   }
   pen.textAlign = 'right';
