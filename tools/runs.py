@@ -306,14 +306,20 @@ def model_size(lora_rank, **model_config):
 
 def ordered(log, key):
     """The lines with this key by their step, the last one of each."""
-    lines = {line['step']: line for line in log if key in line}
+    lines = {line['step']: line for line in log if key in line and 0 <= line['step'] < 2**53}
     return [lines[step] for step in sorted(lines)]
+
+
+def is_finite(value):
+    return value is not None and abs(value) < 1e300
 
 
 def read_run(folder, name):
     """What the table and the page show of a run, or None if the folder holds none."""
     config, log = read_config(folder), read_log(folder)
-    lines, evaluations = ordered(log, 'loss'), ordered(log, 'val_loss')
+    lines = ordered(log, 'loss')
+    evaluations = [{key: value for key, value in line.items() if is_finite(value)}
+                   for line in ordered(log, 'val_loss')]
     if not (lines or evaluations or config):
         return None
     model_config = model_config_of(folder, config)
@@ -324,7 +330,7 @@ def read_run(folder, name):
                + [line['step'] for line in evaluations[-1:]], default=0)
     tokens, seconds = (at_steps(np.array([step]), axes['step'], axes[name])[0].item()
                        for name in ('tokens', 'seconds'))
-    known = [line for line in evaluations if line['val_loss'] is not None]
+    known = [line for line in evaluations if 'val_loss' in line]
     best = min(known, key=lambda line: line['val_loss'], default={})
     last = evaluations[-1] if evaluations else {}
     samples = read_samples(folder)
@@ -333,9 +339,11 @@ def read_run(folder, name):
     if status == 'unknown' and 0 < number_of(config, 'max_iters') <= step:
         status = 'done'
     path = printable(folder)
-    commands = {'repeat': command('train.py', folder / 'config.py', out_dir=f'{path}-again')}
-    if status not in ('done', 'running'):
-        commands = {'resume': command('train.py', init_from='resume', out_dir=path)} | commands
+    commands = {}
+    if status not in ('done', 'running') and any(folder.glob('ckpt*.pt')):
+        commands['resume'] = command('train.py', init_from='resume', out_dir=path)
+    if (folder / 'config.py').is_file():
+        commands['repeat'] = command('train.py', folder / 'config.py', out_dir=f'{path}-again')
     return nan_to_none({
         'id': f'{zlib.crc32(os.fsencode(os.path.realpath(folder))):08x}',
         'name': name,
@@ -343,7 +351,7 @@ def read_run(folder, name):
         'status': status,
         'step': step,
         'max_iters': config.get('max_iters'),
-        'train_loss': last.get('train_loss', lines[-1]['loss'] if lines else None),
+        'train_loss': last.get('train_loss', column(lines[-1:], 'loss').max(initial=-math.inf)),
         'val_loss': last.get('val_loss'),
         'bits': last.get('val_bits_per_byte'),
         'best': best.get('val_loss'),
@@ -365,10 +373,12 @@ def read_run(folder, name):
 def read_runs(folders):
     """Raises UserError if there are none."""
     found = find_runs(folders)
+    names = short_names(found) if found else []
+    runs = list(filter(None, map(read_run, found, names)))
     where = ', '.join(map(str, folders))
-    require(found, f'{where}: there are no runs in it: a run is a folder with a log.jsonl; '
-                   f'train one: {command("train.py", "config/quickstart.py")}')
-    return list(filter(None, map(read_run, found, short_names(found))))
+    require(runs, f'{where}: there are no runs in it: a run is a folder with a log.jsonl; '
+                  f'train one: {command("train.py", "config/quickstart.py")}')
+    return runs
 
 
 def differing_keys(runs):

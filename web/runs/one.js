@@ -44,6 +44,7 @@ export function buildOne() {
   const card = h('div', {class: 'card', id: 'run-card'});
   watch(['run', 'base', 'hidden', 'filter'], () => {
     const run = selectedRun();
+    if (!run) return; // a served page, all of whose folders are gone
     const base = baseline();
     const lines = run.lines > info.max_points
       ? `${integer(run.lines)} log lines, drawn as ${integer(run.curves.step.length)} points`
@@ -90,6 +91,7 @@ export function buildSamples() {
   const box = h('div', {class: 'columns two'});
   watch(['run', 'base', 'sample', 'hidden', 'filter'], () => {
     const run = selectedRun();
+    if (!run) return;
     const base = baseline();
     const last = run.samples.length - 1;
     controls.hidden = last < 1;
