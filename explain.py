@@ -46,12 +46,9 @@ if __name__ == '__main__':  # before the slow imports, so that --help and typos 
         check(config)
 
 import base64
-import functools
-import hashlib
 import json
 import math
 import os
-import re
 import zlib
 from pathlib import Path
 
@@ -62,6 +59,7 @@ from torch.nn import functional as F
 import checkpoint as ckpt
 import interpret
 from lib.files import find, printable, write_text
+from lib.page import DATA, nan_to_none, page_template
 from lib.run import read_log
 from lib.serve import serve
 from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
@@ -83,7 +81,6 @@ DROPPED_TOGETHER = {
     'q': ('k',),
     'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens', 'neuron_gates', 'curve'),
 }
-DATA = '<!-- data -->'  # its place in the page's template
 # histogram of the logits outside the top 512: counts by distance from the largest logit
 TAIL_BINS = 2048
 BINS_PER_NAT = 32
@@ -425,44 +422,9 @@ def pack(facts, arrays):
     return text, base64.b64encode(blob).decode()
 
 
-def nan_to_none(value):
-    """value with every NaN and infinity replaced by None: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: nan_to_none(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [nan_to_none(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-@functools.cache
-def page_template():
-    """(the page with style and scripts inlined and DATA for its data, Content-Security-Policy)"""
-    web = Path(__file__).parent / 'web'
-    page = (web / 'page.html').read_text(encoding='utf-8')
-    style = (web / 'style.css').read_text(encoding='utf-8')
-    # Inline modules cannot import each other. They are concatenated into one, so names at their
-    # top level must be unique across files.
-    sources = []
-    for name in re.findall(r'<script type="module" src="(.+)"></script>', page):
-        source = (web / name).read_text(encoding='utf-8')
-        sources.append(re.sub(r'^import .*?;\n|^export ', '', source, flags=re.M | re.S))
-    code = '\n' + '\n'.join(sources)
-    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    # charts set style attributes; saving a picture as PNG draws a data: image
-    policy = (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
-              f"img-src data:; base-uri 'none'; form-action 'none'")
-    script = f'{DATA}<script type="module">{code}</script>\n'
-    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda match: script, page)
-    head = (f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            f'<style>\n{style}</style>')
-    return page.replace('<link rel="stylesheet" href="style.css">', head), policy
-
-
 def build_page(facts, arrays):
     """The HTML of the page: web/page.html with its style, scripts and data inlined."""
-    page, _ = page_template()
+    page, _ = page_template('page.html')
     facts_json, blob = pack(facts, arrays)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
     data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'
@@ -518,14 +480,20 @@ def main(config):
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
         return build_page(facts | text_facts | more_facts, arrays | text_arrays)
 
-    def render_error(text, error):
-        return render(start, text=text, error=error)
-
     page = render(start)
-    if config.serve:
-        policy = f"{page_template()[1]}; frame-ancestors 'none'"  # which a <meta> cannot hold
+
+    def answer(path, query):
+        text = query.get('start')
+        if path != '/':
+            return None
         try:
-            serve(page, render, render_error, config.port, policy)
+            return 200, 'text/html', page if text is None else render(text)
+        except UserError as error:
+            return 400, 'text/html', render(start, text=text, error=str(error))
+
+    if config.serve:
+        try:
+            serve(answer, config.port, page_template('page.html')[1])
         except KeyboardInterrupt:
             ckpt.warn('stopped')
             os._exit(130)  # a pass may be running: torch threads can crash a normal exit

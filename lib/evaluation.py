@@ -72,6 +72,7 @@ def evaluate_run(loss_of, model, data, config, step, run):
                 print0('a sample of the untrained model:')
             text = sample(model, data, config.seed)
             print0('\n'.join('  | ' + line for line in text.splitlines()))
+            run.add_sample(step, text)
     return val_loss, train_loss
 
 

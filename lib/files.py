@@ -45,11 +45,11 @@ def printable(path):
     return os.fsencode(path).decode(errors='replace')
 
 
-def command(script, **flags):
+def command(script, *files, **flags):
     """The command that runs a script of the repository, to be printed: quoted for a shell."""
     path = min(str(ROOT / script), os.path.relpath(ROOT / script), key=len)
     words = [f'--{key}={value}' for key, value in flags.items()]
-    return shlex.join(['python', path, *words])
+    return shlex.join(['python', path, *map(str, files), *words])
 
 
 # Reading -----------------------------------------------------------------------------------------

@@ -57,6 +57,12 @@ class Run(contextlib.ExitStack):
         if kind:
             write_status(self.config.out_dir, 'failed')
 
+    def add_sample(self, step, text):
+        """Append a text that the model has written to samples.jsonl. Raises UserError."""
+        path = Path(self.config.out_dir) / 'samples.jsonl'
+        with os_errors(f'{path}: cannot write'), open_own(path, 'ab') as file:
+            file.write(json.dumps({'step': step, 'text': text}).encode() + b'\n')
+
     def save(self, checkpoint):
         """Raises UserError if the log or a checkpoint cannot be written."""
         self.log.sync()
@@ -72,7 +78,7 @@ def claim(out_dir):
     """Lock the folder until the returned file is closed; delete the incomplete files of a killed
     run: whatever has a .tmp next to it, nothing else. Raises UserError."""
     held, out_dir = lock(out_dir, f'out_dir = {str(out_dir)!r}'), Path(out_dir)
-    names, removed = ('ckpt_[0-9]*', 'log.jsonl', 'config.py'), []
+    names, removed = ('ckpt_[0-9]*', 'log.jsonl', 'samples.jsonl', 'config.py'), []
     for mark in sorted(path for name in names for path in out_dir.glob(name + '.tmp')):
         data = mark.with_name(mark.name.replace('.json.tmp', '.pt'))
         if data != mark and data.exists() and not mark.with_suffix('').exists():  # not committed
@@ -88,7 +94,7 @@ def claim(out_dir):
 def set_aside(out_dir):
     """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
     out_dir = Path(out_dir)
-    names = ('ckpt_*', 'log.jsonl', 'config.py', 'status', 'wandb_id')
+    names = ('ckpt_*', 'log.jsonl', 'samples.jsonl', 'config.py', 'status', 'wandb_id')
     files = [path for name in names for path in out_dir.glob(name)]
     if all(path.name == 'status' for path in files):
         return
@@ -120,26 +126,39 @@ def write_status(out_dir, status):
 def read_log(out_dir):
     """The lines of a run's log.jsonl, [{'step': number, ...}], except for one that is cut off; []
     if there is no log."""
-    path = Path(out_dir) / 'log.jsonl'
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(ValueError, AttributeError):
-            line = parse_json(text)
-            numbers = all(isinstance(value, int | float | None) for value in line.values())
-            if numbers and type(line.get('step')) in (int, float):
-                lines.append(line)
-    return lines
+    return [line for line in read_lines(Path(out_dir) / 'log.jsonl')
+            if {int, float, bool, type(None)}.issuperset(map(type, line.values()))]
+
+
+def read_samples(out_dir):
+    """The texts that a run wrote at its evaluations, [{'step': number, 'text': str}]."""
+    return [line for line in read_lines(Path(out_dir) / 'samples.jsonl')
+            if isinstance(line.get('text'), str)]
+
+
+def read_lines(path):
+    """The objects with a number `step` in a file of JSON Lines; whatever else is in it is left out,
+    such as a line that is cut off."""
+    texts = path.read_text('utf-8', errors='replace').splitlines() if path.is_file() else []
+    try:
+        lines = parse_json(f'[{",".join(texts)}]')  # twice as fast as line by line
+    except ValueError:
+        lines = []
+        for text in texts:
+            with contextlib.suppress(ValueError):
+                lines.append(parse_json(text))
+    return [line for line in lines
+            if isinstance(line, dict) and type(line.get('step')) in (int, float)]
 
 
 def cut_log(out_dir, step):
-    """Drop the lines of log.jsonl from step on: the run continues there."""
-    path = Path(out_dir) / 'log.jsonl'
-    if path.exists():
-        kept = [json.dumps(line) + '\n' for line in read_log(out_dir) if line['step'] < step]
-        with os_errors(f'{path}: cannot write'):
-            write_text(path, ''.join(kept))
+    """Drop the lines of log.jsonl and samples.jsonl from step on: the run continues there."""
+    for name, lines in (('log', read_log(out_dir)), ('samples', read_samples(out_dir))):
+        path = Path(out_dir) / f'{name}.jsonl'
+        if path.exists():
+            kept = [json.dumps(line) + '\n' for line in lines if line['step'] < step]
+            with os_errors(f'{path}: cannot write'):
+                write_text(path, ''.join(kept))
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""A web page on this machine only: the server of explain.py --serve."""
+"""A web page on this machine only: the server of explain.py and tools/runs.py."""
 import contextlib
 import socket
 import sys
@@ -64,13 +64,14 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(page, render, render_error, port, policy):
-    """Serve page at / and render(text) at /?start=text on 127.0.0.1 until Ctrl-C.
+def serve(answer, port, policy):
+    """Serve pages on 127.0.0.1 until Ctrl-C.
 
-    If render raises a UserError, the answer is render_error(text, message) with status 400.
-    policy: the Content-Security-Policy. Raises UserError if the port cannot be used.
+    answer(path, query): (status, content type, text), or None if there is no such page; query: a
+    dict of texts. policy: their Content-Security-Policy. Raises UserError if the port cannot be
+    used.
     """
-    render_lock = threading.Lock()  # one forward pass at a time: each takes memory and all cores
+    answer_lock = threading.Lock()  # one forward pass at a time: each takes memory and all cores
 
     class Handler(BaseHTTPRequestHandler):
         timeout = TIMEOUT
@@ -80,20 +81,19 @@ def serve(page, render, render_error, port, policy):
                 return
             path, _, query = self.path.partition('?')
             host = self.headers.get('Host', '').rsplit(':', 1)[0].lower()
-            if path != '/' or host not in ('127.0.0.1', 'localhost'):  # against DNS rebinding
+            query = {key: values[0] for key, values in
+                     parse_qs(query, keep_blank_values=True).items()}
+            found = None
+            if host in ('127.0.0.1', 'localhost'):  # against DNS rebinding
+                with answer_lock:
+                    found = answer(path, query)
+            if found is None:
                 self.send_error(404)
                 return
-            text = parse_qs(query, keep_blank_values=True).get('start', [None])[0]
-            status = 200
-            with render_lock:
-                try:
-                    answer = page if text is None else render(text)
-                except UserError as error:
-                    answer = render_error(text, str(error))
-                    status = 400
-            body = answer.encode()
+            status, kind, text = found
+            body = text.encode()
             self.send_response(status)
-            self.send_header('Content-Type', 'text/html; charset=utf-8')
+            self.send_header('Content-Type', f'{kind}; charset=utf-8')
             self.send_header('Content-Length', str(len(body)))
             self.end_headers()
             body = body if self.command == 'GET' else b''
@@ -105,7 +105,8 @@ def serve(page, render, render_error, port, policy):
         def end_headers(self):
             for name, value in HEADERS.items():
                 self.send_header(name, value)
-            self.send_header('Content-Security-Policy', policy)
+            # frame-ancestors: which a <meta> cannot hold
+            self.send_header('Content-Security-Policy', f"{policy}; frame-ancestors 'none'")
             super().end_headers()
 
         def log_message(self, *args):

@@ -353,15 +353,16 @@ def collect(model, names, ids):
 
 
 @contextlib.contextmanager
-def served(clone, *arguments):
-    """(process, URL) of explain.py --serve; killed after 100 s."""
-    command = [sys.executable, str(clone / 'explain.py'), *arguments, '--serve', '--port=0']
+def served(clone, *arguments, script='explain.py'):
+    """(process, URL) of explain.py --serve, or of another script; killed after 100 s."""
+    command = [sys.executable, str(clone / script), *arguments, '--serve', '--port=0']
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     with subprocess.Popen(command, cwd=clone, **pipes) as server:
         killer = threading.Timer(100, server.kill)
         killer.start()
         try:
-            yield server, server.stdout.readline().split()[0]
+            url = next(line for line in server.stdout if line.startswith('http:')).split()[0]
+            yield server, url
         finally:
             killer.cancel()
             server.kill()

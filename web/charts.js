@@ -3,19 +3,21 @@
 import {
   clamp,
   color,
+  compact,
   css,
   diverging,
   fixed,
   h,
-  headName,
   hideTip,
   maxAbs,
   range,
   s,
   showTip,
   signed,
-  textOn
+  textOn,
+  ticks
 } from './core.js';
+import {headName} from './model.js';
 
 /** Replace the picture of a figure with an SVG of this size in CSS pixels. */
 export function drawing(figure, width, height, label, ...children) {
@@ -137,27 +139,6 @@ function outlineOf(row, x, y, step) {
 }
 
 // Lines -------------------------------------------------------------------------------------------
-
-/** About n round numbers from low to high. */
-function ticks(low, high, n = 4) {
-  const rough = (high - low) / n || 1;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map(x => x * power).find(x => x >= rough * 0.999);
-  const values = [];
-  for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) {
-    values.push(Math.abs(v) < step * 1e-9 ? 0 : v);
-  }
-  return values;
-}
-
-function compact(x) {
-  const size = Math.abs(x);
-  if (x === 0) return '0';
-  if (size >= 1e6) return x / 1e6 + 'M';
-  if (size >= 1e4) return x / 1e3 + 'k';
-  if (size < 0.01) return x.toExponential(0).replace('e-', 'e−');
-  return String(Number(x.toPrecision(4)));
-}
 
 /**
  * Line chart. series: [{name, points: [[x, y], ...], tone, faint}]; zero: include 0 on the y axis;

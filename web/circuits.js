@@ -2,25 +2,17 @@
 
 import {bars, drawing, faint, lines, matrix, points, svgText} from './charts.js';
 import {
-  H,
-  L,
-  arrays,
   choice,
   color,
   content,
   diverging,
-  facts,
   figure,
   fixed,
   h,
-  headName,
   integer,
   maxAbs,
-  missing,
-  openHead,
   percent,
   range,
-  row,
   s,
   sequential,
   set,
@@ -28,11 +20,21 @@ import {
   state,
   sum,
   tableOf,
-  tokenLabel,
-  tokenQuoted,
-  tokenText,
   watch
 } from './core.js';
+import {
+  H,
+  L,
+  arrays,
+  facts,
+  headName,
+  missing,
+  openHead,
+  row,
+  tokenLabel,
+  tokenQuoted,
+  tokenText
+} from './model.js';
 import {RANDOM_TOKENS_NOTE, score} from './heads.js';
 
 const {position: positionKind, qk_norm: hasQkNorm} = facts.model;

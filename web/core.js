@@ -1,114 +1,21 @@
-// Shared by all panels: data, state, DOM helpers, number and token formatting, colors, figures.
-
-export const facts = JSON.parse(document.getElementById('facts').textContent);
-export const arrays = {}; // name -> {data: typed array, shape}
-export const T = facts.ids.length; // tokens
-export const L = facts.model.n_layer; // layers
-export const H = facts.model.n_head; // heads per layer
-export const HS = facts.head_size;
+// Shared by both pages: state, DOM helpers, numbers, colors, figures.
 
 // Data --------------------------------------------------------------------------------------------
 
-const TYPES = {
-  float32: Float32Array,
-  float16: Uint16Array, // converted by fromHalf
-  uint8: Uint8Array,
-  uint16: Uint16Array,
-  uint32: Uint32Array
-};
-
-/** Fill `arrays`: the inverse of pack() in explain.py. */
-export async function loadArrays() {
-  const text = atob(document.getElementById('arrays').textContent);
+/** The bytes that the page holds as base64 in the script with this id, which is removed. */
+export function takeBytes(id) {
+  const element = document.getElementById(id);
+  const text = atob(element.textContent);
+  element.remove();
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  await Promise.all(
-    Object.entries(facts.arrays).map(async ([name, {dtype, shape, start, end}]) => {
-      try {
-        const planes = await inflate(bytes.subarray(start, end));
-        const data = new TYPES[dtype](joinPlanes(planes, TYPES[dtype].BYTES_PER_ELEMENT).buffer);
-        arrays[name] = {data: dtype === 'float16' ? fromHalf(data) : data, shape};
-      } catch (error) {
-        arrays[name] = {error}; // for the panels that need it
-      }
-    })
-  );
-  document.getElementById('arrays').remove();
-  readMask();
-  facts.vocabulary = JSON.parse(new TextDecoder().decode(row('vocabulary')));
+  return bytes;
 }
 
-async function inflate(bytes) {
+export async function inflate(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
-
-/** Byte planes (all first bytes, all second bytes, ...) -> numbers of `size` bytes each. */
-function joinPlanes(planes, size) {
-  const n = planes.length / size;
-  const joined = new Uint8Array(planes.length);
-  for (let b = 0; b < size; b++) {
-    for (let i = 0; i < n; i++) joined[i * size + b] = planes[b * n + i];
-  }
-  return joined;
-}
-
-function fromHalf(halves) {
-  const out = new Float32Array(halves.length);
-  for (let i = 0; i < halves.length; i++) out[i] = halfValue(halves[i]);
-  return out;
-}
-
-/** The value of an IEEE 754 half-precision number. */
-function halfValue(bits) {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 31;
-  const fraction = bits & 1023;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  if (exponent === 0) return sign * 2 ** -24 * fraction;
-  return sign * 2 ** (exponent - 15) * (1 + fraction / 1024);
-}
-
-/** A view of an array at its leading indices: row('q', l, h, t) is a vector. */
-export function row(name, ...index) {
-  const {data, shape, error} = arrays[name] ?? {};
-  if (!data) throw new Error(`the data of ${name} cannot be read: ${error ?? 'it is missing'}`);
-  const length = shape.slice(index.length).reduce((a, b) => a * b, 1);
-  const start = index.reduce((offset, i, d) => offset * shape[d] + i, 0) * length;
-  return data.subarray(start, start + length);
-}
-
-/** Whether the query at t sees the key at s: the mask of model.attention_mask. */
-export const sees = (t, s) => arrays.mask.data[t * T + s] === 1;
-
-/** visibleKeys[t]: the keys that the query at t sees, in order. */
-export const visibleKeys = [];
-const rowStarts = []; // of an array of all visible pairs
-
-function readMask() {
-  const mask = row('mask');
-  let start = 0;
-  for (let t = 0; t < T; t++) {
-    visibleKeys.push(range(T, s => s).filter(s => mask[t * T + s]));
-    rowStarts.push(start);
-    start += visibleKeys[t].length;
-  }
-}
-
-/** Row t of an array of all visible pairs, stored row by row: T numbers, 0 for hidden keys. */
-export function rowOfPairs(pairs, t) {
-  const numbers = new Float64Array(T);
-  visibleKeys[t].forEach((s, i) => (numbers[s] = pairs[rowStarts[t] + i]));
-  return numbers;
-}
-
-/** Why the query at t does not see the key at s. */
-export const whyHidden = (t, s) =>
-  s > t ? 'the key comes after the query' : 'the key is in another document';
-
-/** Stands in for a figure whose data was dropped to keep the page small. */
-export const missing = () =>
-  h('p', {class: 'note'}, 'Left out to keep the page small. Try a shorter text.');
 
 /** [f(0), ..., f(n - 1)] */
 export const range = (n, f) => Array.from({length: n}, (_, i) => f(i));
@@ -120,42 +27,16 @@ export const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
 // State -------------------------------------------------------------------------------------------
 
-/** Initial state; the URL hash stores the values that differ from it. */
+/** Initial state; the URL hash stores the values that differ from it. Each page adds its keys. */
 export const DEFAULTS = {
-  t: T - 1, // selected position
-  layer: 0,
-  head: 0,
-  temperature: 0.8,
-  k: Math.min(200, facts.vocab_size),
-  p: 1,
-  seed: 1337,
-  versus: -1, // token to compare with in "Why this token?", -1: none
-  source: -1, // selected key, -1: the one with the most attention
-  measure: 'previous', // of the heads
-  order: 'layer', // of the heads
-  sort: 'layer', // of the contributions
-  kind: 'k', // of composition
-  threshold: 0, // of composition
-  lens: L, // depth in the logit lens
-  tour: 0, // step, 0: closed
   theme: '' // '': as the system
 };
 /** Valid ranges [low, high] of numeric keys in the URL hash. */
-export const LIMITS = {
-  t: [0, T - 1],
-  layer: [0, L - 1],
-  head: [0, H - 1],
-  temperature: [0, 2],
-  k: [1, facts.vocab_size],
-  p: [0.05, 1],
-  lens: [0, L],
-  versus: [-1, facts.vocab_size - 1],
-  source: [-1, T - 1],
-  seed: [0, 2 ** 32 - 1],
-  threshold: [0, 1]
-};
-/** Valid values of the other keys; choice() adds those of its buttons. */
+export const LIMITS = {};
+/** Valid values of other keys; choice() adds those of its buttons. */
 const CHOICES = {theme: ['light', 'dark']};
+/** Patterns of the keys that hold text. */
+export const TEXTS = {};
 export const state = {};
 let watchers = [];
 let currentSection = null;
@@ -254,9 +135,24 @@ export function readHash() {
       const [low, high] = LIMITS[key];
       const value = Number(text);
       if (text !== '' && value >= low && value <= high) found[key] = value;
-    } else if (CHOICES[key]?.includes(text)) found[key] = text;
+    } else if (CHOICES[key]?.includes(text) || TEXTS[key]?.test(text)) found[key] = text;
   }
   return found;
+}
+
+/** Redraw when the window gets another width, and follow the URL. */
+export function followWindow(onResize) {
+  let drawnWidth = innerWidth;
+  addEventListener('resize', () => {
+    if (innerWidth === drawnWidth) return;
+    drawnWidth = innerWidth;
+    redraw();
+    onResize?.();
+  });
+  addEventListener('hashchange', () => {
+    if (location.hash.includes('=')) set(readHash());
+  });
+  addEventListener('scroll', hideTip, {passive: true});
 }
 
 // DOM ---------------------------------------------------------------------------------------------
@@ -328,18 +224,6 @@ export function choice(key, choices, label) {
   return h('div', {class: 'choice', role: 'group', 'aria-label': label}, buttons);
 }
 
-/** Select a head and scroll to its panel. */
-export function openHead(layer, head) {
-  set({layer, head, source: -1});
-  document.getElementById('head').scrollIntoView();
-}
-
-/** Select a layer and scroll to its MLP. */
-export function openMlp(layer) {
-  set({layer});
-  document.getElementById('mlp').scrollIntoView();
-}
-
 const tip = document.getElementById('tip');
 
 /** Show a tooltip at the pointer, inside the window. */
@@ -357,7 +241,7 @@ export function hideTip() {
   tip.hidden = true;
 }
 
-// Numbers and tokens ------------------------------------------------------------------------------
+// Numbers -----------------------------------------------------------------------------------------
 
 export function fixed(x, digits = 2) {
   if (!Number.isFinite(x)) return 'n/a';
@@ -372,43 +256,39 @@ export function percent(p) {
   return p > 0 ? '<0.1%' : '0%';
 }
 
-export const integer = n => Math.round(n).toLocaleString('en-US');
-export const headName = (layer, head) => `${layer}.${head}`;
+const INTEGERS = new Intl.NumberFormat('en-US'); // toLocaleString makes one at each call
+export const integer = n => INTEGERS.format(Math.round(n));
 
-/** The text of a token with whitespace and control characters made visible. */
-export function tokenText(id) {
-  const text = (facts.vocabulary[id] ?? '?')
-    .replaceAll(' ', '·')
-    .replaceAll('\n', '↵')
-    .replaceAll('\t', '→')
-    .replace(/[\p{Cc}\p{Cf}]/gu, c => `⟨${c.codePointAt(0).toString(16)}⟩`);
-  return text || '∅';
+/** About n round numbers from low to high. */
+export function ticks(low, high, n = 4) {
+  const rough = (high - low) / n || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map(x => x * power).find(x => x >= rough * 0.999);
+  const values = [];
+  for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) {
+    values.push(Math.abs(v) < step * 1e-9 ? 0 : v);
+  }
+  return values;
 }
 
-/** The same, truncated to n characters. */
-export function tokenLabel(id, n = 12) {
-  const characters = [...tokenText(id)];
-  if (characters.length <= n) return characters.join('');
-  return characters.slice(0, n - 1).join('') + '…';
+const UNITS = [
+  [1e12, 'T'],
+  [1e9, 'G'],
+  [1e6, 'M']
+];
+
+/** A number in a few characters, for an axis. */
+export function compact(x) {
+  const size = Math.abs(x);
+  if (x === 0) return '0';
+  if (size >= 1e15) return x.toExponential(1).replace('e+', 'e');
+  for (const [unit, letter] of UNITS) {
+    if (size >= unit) return Number((x / unit).toPrecision(4)) + letter;
+  }
+  if (size >= 1e4) return Number((x / 1e3).toPrecision(4)) + 'k';
+  if (size < 0.01) return x.toExponential(0).replace('e-', 'e−');
+  return String(Number(x.toPrecision(4)));
 }
-
-export const tokenQuoted = id => `“${tokenText(id)}”`;
-
-/** A token for a screen reader. */
-export function tokenName(id) {
-  const text = facts.vocabulary[id] ?? '';
-  const names = {' ': 'space', '\n': 'new line', '\t': 'tab'};
-  return names[text] || text.trim() || JSON.stringify(text);
-}
-
-export const tokenChip = id =>
-  h('span', {class: 'token', title: JSON.stringify(facts.vocabulary[id])}, tokenText(id));
-
-/** Whether the text has a token after position t. */
-export const hasNext = t => t < T - 1;
-
-/** The token after position t; at the end of the text, the most likely one. */
-export const targetAt = t => row('part_tokens', t)[0];
 
 // Colors ------------------------------------------------------------------------------------------
 
@@ -445,6 +325,26 @@ function luminance(rgb) {
 
 /** Black or white, whichever has more contrast with a background. */
 export const textOn = rgb => (luminance(rgb) > 0.179 ? '#000000' : '#ffffff');
+
+/** The button that switches between light and dark mode. */
+export function buildTheme() {
+  const button = document.getElementById('theme');
+  const system = matchMedia('(prefers-color-scheme: dark)');
+  const isDark = () => (state.theme ? state.theme === 'dark' : system.matches);
+  const apply = () => {
+    const other = isDark() ? 'light' : 'dark';
+    document.documentElement.dataset.theme = isDark() ? 'dark' : 'light';
+    button.textContent = isDark() ? 'Light' : 'Dark';
+    button.setAttribute('aria-label', `Switch to ${other} mode`);
+    readColors();
+  };
+  watch(['theme'], apply);
+  button.addEventListener('click', () => set({theme: isDark() ? 'light' : 'dark'}));
+  system.addEventListener('change', () => {
+    apply();
+    redraw();
+  });
+}
 
 // Figures -----------------------------------------------------------------------------------------
 

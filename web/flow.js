@@ -2,30 +2,32 @@
 
 import {bars, drawing, faint, matrix, svgText} from './charts.js';
 import {
-  L,
-  T,
-  arrays,
   color,
   content,
   diverging,
-  facts,
   figure,
   fixed,
   h,
   maxAbs,
-  missing,
-  openMlp,
   percent,
   range,
-  row,
   s,
   set,
   state,
-  tokenLabel,
-  tokenQuoted,
-  tokenText,
   watch
 } from './core.js';
+import {
+  L,
+  T,
+  arrays,
+  facts,
+  missing,
+  openMlp,
+  row,
+  tokenLabel,
+  tokenQuoted,
+  tokenText
+} from './model.js';
 
 // Flow --------------------------------------------------------------------------------------------
 

@@ -2,42 +2,44 @@
 
 import {bars, matrix} from './charts.js';
 import {
-  H,
-  HS,
-  L,
-  T,
   argmax,
-  arrays,
   choice,
   content,
   css,
   diverging,
-  facts,
   figure,
   fixed,
   h,
-  hasNext,
-  headName,
   maxAbs,
-  missing,
   mix,
   range,
-  row,
-  rowOfPairs,
-  sees,
   sequential,
   set,
   signed,
   state,
   sum,
+  watch
+} from './core.js';
+import {
+  H,
+  HS,
+  L,
+  T,
+  arrays,
+  facts,
+  hasNext,
+  headName,
+  missing,
+  row,
+  rowOfPairs,
+  sees,
   targetAt,
   tokenLabel,
   tokenQuoted,
   tokenText,
   visibleKeys,
-  watch,
   whyHidden
-} from './core.js';
+} from './model.js';
 import {softmax} from './sampling.js';
 
 /** Scores of a head: key of the state -> name. */

@@ -2,28 +2,18 @@
 
 import {bars, drawing, faint, svgText} from './charts.js';
 import {
-  L,
-  T,
-  arrays,
   choice,
   clamp,
   color,
   content,
   css,
-  facts,
   figure,
   fixed,
   h,
-  hasNext,
-  headName,
   hideTip,
   integer,
-  missing,
-  openHead,
-  openMlp,
   percent,
   range,
-  row,
   s,
   sequential,
   set,
@@ -32,14 +22,26 @@ import {
   state,
   sum,
   tableOf,
-  targetAt,
   textOn,
+  watch
+} from './core.js';
+import {
+  L,
+  T,
+  arrays,
+  facts,
+  hasNext,
+  headName,
+  missing,
+  openHead,
+  openMlp,
+  row,
+  targetAt,
   tokenChip,
   tokenLabel,
   tokenQuoted,
-  tokenText,
-  watch
-} from './core.js';
+  tokenText
+} from './model.js';
 
 // MLP ---------------------------------------------------------------------------------------------
 

@@ -2,25 +2,18 @@
 
 import {
   DEFAULTS,
-  H,
-  L,
-  T,
-  facts,
+  buildTheme,
   fixed,
+  followWindow,
   h,
-  hideTip,
   inSection,
   integer,
-  loadArrays,
-  readColors,
   readHash,
   redraw,
-  row,
-  set,
   showError,
-  state,
-  watch
+  state
 } from './core.js';
+import {H, L, T, facts, loadArrays, row} from './model.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
@@ -102,25 +95,6 @@ function buildTextForm() {
   document.getElementById('live-error').textContent = facts.error || '';
 }
 
-function buildTheme() {
-  const button = document.getElementById('theme');
-  const system = matchMedia('(prefers-color-scheme: dark)');
-  const isDark = () => (state.theme ? state.theme === 'dark' : system.matches);
-  const apply = () => {
-    const other = isDark() ? 'light' : 'dark';
-    document.documentElement.dataset.theme = isDark() ? 'dark' : 'light';
-    button.textContent = isDark() ? 'Light' : 'Dark';
-    button.setAttribute('aria-label', `Switch to ${other} mode`);
-    readColors();
-  };
-  watch(['theme'], apply);
-  button.addEventListener('click', () => set({theme: isDark() ? 'light' : 'dark'}));
-  system.addEventListener('change', () => {
-    apply();
-    redraw();
-  });
-}
-
 /** By default, select the head that adds most to the logit of the last target. */
 function selectBestHead() {
   let best = -Infinity;
@@ -167,16 +141,5 @@ inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
 setScrollPadding();
-
-let drawnWidth = innerWidth;
-addEventListener('resize', () => {
-  if (innerWidth === drawnWidth) return;
-  drawnWidth = innerWidth;
-  redraw();
-  setScrollPadding();
-});
-addEventListener('hashchange', () => {
-  if (location.hash.includes('=')) set(readHash());
-});
-addEventListener('scroll', hideTip, {passive: true});
+followWindow(setScrollPadding);
 document.documentElement.dataset.ready = Math.round(performance.now());

@@ -2,33 +2,35 @@
 
 import {bars} from './charts.js';
 import {
-  T,
-  arrays,
   clamp,
   color,
   content,
   css,
-  facts,
   figure,
   fixed,
   h,
-  hasNext,
   integer,
   mix,
   percent,
   range,
-  row,
-  sees,
   set,
   state,
-  targetAt,
   textOn,
+  watch
+} from './core.js';
+import {
+  T,
+  arrays,
+  facts,
+  hasNext,
+  row,
+  sees,
+  targetAt,
   tokenChip,
   tokenLabel,
   tokenName,
-  tokenText,
-  watch
-} from './core.js';
+  tokenText
+} from './model.js';
 import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
 
 // Token strip -------------------------------------------------------------------------------------

@@ -1,28 +1,7 @@
 // A guided tour of the Transformer: each step has a formula, shapes, and an example on this page.
 
-import {
-  H,
-  HS,
-  L,
-  LIMITS,
-  T,
-  argmax,
-  arrays,
-  facts,
-  fixed,
-  h,
-  headName,
-  integer,
-  percent,
-  range,
-  row,
-  set,
-  state,
-  sum,
-  tokenQuoted,
-  visibleKeys,
-  watch
-} from './core.js';
+import {LIMITS, argmax, fixed, h, integer, percent, range, set, state, sum, watch} from './core.js';
+import {H, HS, L, T, arrays, facts, headName, row, tokenQuoted, visibleKeys} from './model.js';
 import {attentionRow, queryKeyDots, score} from './heads.js';
 import {filtered} from './sampling.js';
 import {logitsAt} from './next.js';

@@ -1,21 +1,8 @@
 // Training curves and, with --checkpoints=all, losses and head scores over the checkpoints.
 
 import {headGrid, lines} from './charts.js';
-import {
-  H,
-  L,
-  content,
-  facts,
-  figure,
-  fixed,
-  h,
-  headName,
-  integer,
-  range,
-  row,
-  set,
-  watch
-} from './core.js';
+import {content, figure, fixed, h, integer, range, set, watch} from './core.js';
+import {H, L, facts, headName, row} from './model.js';
 import {SCORES} from './heads.js';
 
 /** A figure of curves over training steps; series as in lines(), tableName for the data table. */
