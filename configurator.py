@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import numbers
 import operator
 import os
 import re
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from lib.errors import UserError, require, shorten
+from lib.errors import UserError, require, restate, shorten
 from lib.files import find, open_text
 
 MAX_FILE_BYTES = 100_000  # of a config file
@@ -111,7 +112,7 @@ class GPTConfig(ModelConfig):
     turns: WholeNumber = 0  # maximum source/target turns per document (lib/pairs.py); 0: plain text
 
     def __post_init__(self):
-        check_bounds(self)
+        check_fields(self)
         require(self.head_size or self.n_head <= self.n_embd,
                 f'n_head = {self.n_head}: give at most n_embd = {self.n_embd}, and a divisor of it')
         require(self.head_size or self.n_embd % self.n_head == 0,
@@ -217,21 +218,10 @@ def key_types(cls):
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def check_bounds(config):
-    """Raise UserError if a key's value is outside the bound that its type declares."""
+def check_fields(config):
+    """Raise UserError unless each field of a dataclass has its type and is within its bound."""
     for key, type_ in key_types(type(config)).items():
-        check_bound(key, getattr(config, key), type_)
-
-
-def check_bound(key, value, type_):
-    bound, or_none = bound_of(type_), types.NoneType in typing.get_args(type_)
-    if bound and isinstance(value, int | float):
-        require(bound.holds(value), f'{key} = {value}: give {bound.text}{", or None" * or_none}')
-
-
-def bound_of(type_):
-    """The Bound of an Annotated type, or of one in a union; None if there is none."""
-    return next((bound for _, bound in options_of(type_) if bound), None)
+        check_type(key, getattr(config, key), type_)
 
 
 def options_of(type_):
@@ -259,7 +249,6 @@ def configure(cls, argv=None):
         flag = word.startswith('-')
         new = read_flag(word, words, types_) if flag else read_config_file(word, cls)
         for key, value in new.items():
-            check_bound(key, value, types_[key])
             given.pop(key, None)  # re-insert: order matters for --depth
             given[key] = None if flag else word
             values[key] = value
@@ -307,15 +296,13 @@ def read_config_file(path, cls):
                   | ast.AnnAssign(target=ast.Name(id=key), value=ast.AST() as node)):
                 require(key in types_ or key in of_train or key in used,
                         f'{where}: {key}: no such key{nearest(key, types_)}')
-                try:
+                with restate(UserError, where):
                     value = names[key] = evaluate(node, names)
                     if key in of_train and not fits(key, value, types_):
-                        typed(key, value, of_train[key])
+                        check_type(key, value, of_train[key])
                         ignored.append(key)
                     elif key in types_:
-                        values[key] = names[key] = typed(key, value, types_[key])
-                except UserError as error:
-                    raise UserError(f'{where}: {error}') from None
+                        values[key] = names[key] = check_type(key, value, types_[key])
             case _:
                 raise UserError(f'{where}: only lines of key = value are read here; '
                                 f'config files are not executed{as_input}')
@@ -326,24 +313,11 @@ def read_config_file(path, cls):
     return values
 
 
-def typed(key, value, type_):
-    """The value as this type. Raises UserError if it does not fit, or is out of bounds."""
-    value = check_type(key, value, type_)
-    check_bound(key, value, type_)
-    return value
-
-
 def fits(key, value, types_):
     try:
-        return key in types_ and typed(key, value, types_[key]) == value
+        return key in types_ and check_type(key, value, types_[key]) == value
     except UserError:
         return False
-
-
-def check_fields(values):
-    """Raise UserError unless each field of a dataclass has its type and bounds."""
-    for key, type_ in key_types(type(values)).items():
-        typed(key, getattr(values, key), type_)
 
 
 def parse_config_file(path, as_input=''):
@@ -440,9 +414,10 @@ def unescape(text):
 
 
 def check_type(key, value, type_):
-    """value as type_: 1.0 for int, 1 for float, 0 or 1 for bool, x for list[x]. Or UserError."""
+    """value as type_: 1.0 for int, 1 for float, 0 or 1 for bool, x for list[x]. Raises UserError if
+    it has another type or is out of bounds."""
     options, choices = options_of(type_), []
-    for option, _ in options:
+    for option, bound in options:
         origin, arguments = typing.get_origin(option), typing.get_args(option)
         if origin is Literal:
             choices += arguments
@@ -467,19 +442,24 @@ def check_type(key, value, type_):
             return path
         elif option is bool and (isinstance(value, bool) or is_number(value) and value in (0, 1)):
             return bool(value)
-        elif option is int and is_number(value) and value == value // 1 and abs(value) < 2**63:
-            return int(value)
-        elif option is float and is_number(value):
-            return float(value)
+        elif option is float and is_number(value) or option is int and is_whole(value):
+            if not bound or bound.holds(value):
+                return option(value)
+            or_none = ', or None' * (types.NoneType in typing.get_args(type_))
+            raise UserError(f'{key} = {option(value)}: give {bound.text}{or_none}')
     hint = nearest(value, choices) if isinstance(value, str) and choices else ''
     raise UserError(f'{key} = {shorten(value)}: expected {describe(type_)}{hint}')
 
 
 def is_number(value):
-    """A finite float, or an int of 64 bits; not a bool."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return type(value) is int and abs(value) < 2**63
+    """A finite float, or an int of 64 bits, numpy's too; not a bool."""
+    if isinstance(value, numbers.Integral):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def is_whole(value):
+    return is_number(value) and value == value // 1 and abs(value) < 2**63
 
 
 def describe(type_):
@@ -543,7 +523,7 @@ def help_text(cls):
                 key = match[1]
                 flag = f'  --{key}={getattr(defaults, key)!r}'
                 comment = line.partition('  # ')[2]
-                bound = bound_of(hints[key])
-                kind = describe(hints[key]) + (f': {bound.text}' if bound else '')
+                bounds = [f': {bound.text}' for _, bound in options_of(hints[key]) if bound]
+                kind = ''.join([describe(hints[key]), *bounds])
                 lines.append(f'{flag:<41} ({kind}) {comment}'.rstrip())
     return '\n'.join(lines)

@@ -2,7 +2,7 @@
 import math
 import sys
 
-from configurator import TrainConfig, check_bounds, configure
+from configurator import TrainConfig, check_fields, configure
 from lib.errors import require
 
 
@@ -27,7 +27,7 @@ def read_train_config(argv=None, cls=TrainConfig):
 
 def check(config):
     """Validate the config. Raises UserError."""
-    check_bounds(config)
+    check_fields(config)
     low, resuming = config.min_lr, config.init_from == 'resume'  # then the rate is in a file
     if low is not None and config.decay_lr and not resuming:
         require(low <= config.learning_rate, f'min_lr = {low}: give at most learning_rate')

@@ -457,13 +457,9 @@ def encode_turns(texts, tokenizer):
 
 
 def encode_start(text, encode):
-    try:
-        text.encode('utf-8')
+    with restate(UserError, 'start'):
+        require(not re.search(r'[\ud800-\udfff]', text), 'this is not UTF-8 text')
         return encode(text)
-    except UnicodeEncodeError:
-        raise UserError('start: this is not UTF-8 text') from None
-    except UserError as error:
-        raise UserError(f'start: {error}') from None
 
 
 def code_points(text):
