@@ -44,6 +44,8 @@ class Checkpoint:
     tokenizer: dict | None = None  # Tokenizer.to_dict()
     environment: dict = field(default_factory=dict)  # torch, data, ...: for bitwise resume
     lora: dict | None = None  # name -> tensor before the updates were merged into the model
+    seconds: float = 0.0  # of training, without evaluations
+    best_step: int | None = None  # of best_val_loss
     path: str = ''
 
     def __post_init__(self):

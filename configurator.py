@@ -179,7 +179,6 @@ class TrainConfig(ModelConfig):
     muon_learning_rate: Positive = 0.02  # peak learning rate of Muon; same schedule
     muon_momentum: Fraction = 0.95  # Nesterov momentum of Muon
     embedding_learning_rate: Positive | None = None  # n-grams, untied wte; None: learning_rate
-    max_iters: WholeNumber = 600000  # steps
     weight_decay: NonNegative = 1e-1  # on matrices and embeddings, not on gains and biases
     beta1: Fraction = 0.9  # AdamW
     beta2: Fraction = 0.95  # AdamW
@@ -191,6 +190,12 @@ class TrainConfig(ModelConfig):
     lora_rank: WholeNumber = 0  # finetune updates of this rank only (Hu 2021); 0: all weights
     lora_alpha: Positive = 16.0  # scales the updates, by lora_alpha / lora_rank
     lora_dropout: Fraction = 0.0  # on the input of the updates
+    # budget: give one of the first four; schedules follow it
+    max_iters: WholeNumber = 600000  # steps
+    target_tokens: Count | None = None  # tokens to train on; sets max_iters
+    target_flops: Positive | None = None  # 6 per weight and token, and attention; sets max_iters
+    max_minutes: Positive | None = None  # of training, without evaluations
+    patience: Count | None = None  # evaluations without a lower val loss until the run stops
     # learning rate schedule
     decay_lr: bool = True  # False: constant learning_rate, no warmup
     schedule: Literal['cosine', 'linear', 'wsd', 'constant', 'inverse_sqrt'] = 'cosine'  # decay

@@ -17,13 +17,14 @@ import gc
 import math
 import os
 import signal
+import time
 from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
 import checkpoint as ckpt
-from lib import bins, distributed, memory, resume
+from lib import bins, budget, distributed, memory, resume
 from lib import device as devices
 from lib.distributed import fail, gather, main_process_first, print0, rank, world_size
 from lib.evaluation import evaluate_run
@@ -31,6 +32,7 @@ from lib.files import command, find
 from lib.lora import add_lora, load_lora, merge_lora
 from lib.loss import max_logits
 from lib.run import Run, StepLog
+from lib.summary import describe, farewell
 from model import GPT, GPTConfig
 from optimizer import lr_multiplier, make_optimizer, n_trained, orthogonalize
 
@@ -47,7 +49,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.environment = resume.environment(data, device, dtype)
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.step = self.samples_seen = 0
+        self.step = self.samples_seen = self.best_step = 0
+        self.seconds = 0.0  # of training, without evaluations
         self.best_val_loss = self.best_saved_loss = self.val_loss = math.inf
         self.noted_rise = False
         self.resumed = None  # (step, whether it was evaluated) of the checkpoint resumed from
@@ -73,7 +76,7 @@ class Trainer:
     def train_step(self):
         """One optimizer step, without a host sync."""
         config, optimizer = self.config, self.optimizer
-        multiplier = lr_multiplier(self.step, config)
+        multiplier = lr_multiplier(self.schedule_step(), config)
         optimizer.set_lr(multiplier)
         n_targets = self.data.train.count_targets(self.samples_seen, self.samples_per_step,
                                                   config.seed)  # over all processes
@@ -132,16 +135,27 @@ class Trainer:
                 self.stop = save = self.run.signals.stop
             else:
                 val_loss, train_loss = losses
-                improved = val_loss < self.best_val_loss
-                save = save or done or improved or config.always_save_checkpoint
+                self.val_loss = val_loss
                 self.note_rise(val_loss, train_loss)
-                self.best_val_loss, self.val_loss = min(self.best_val_loss, val_loss), val_loss
+                if val_loss < self.best_val_loss:
+                    self.best_val_loss, self.best_step = val_loss, step
+                improved = step == self.best_step
+                save = (save or done or improved or self.out_of_patience()
+                        or config.always_save_checkpoint)
         # nothing to save at step 0, or right after resuming at this step
         fresh = step > 0 or done or self.stop
         known = self.resumed == (step, True) or val_loss is None and self.resumed == (step, False)
         if save and fresh and not known and not config.eval_only:
             self.save(val_loss)
         self.saves_done = self.saves_requested
+
+    def schedule_step(self):
+        return budget.schedule_step(self.config, self.step, self.seconds)
+
+    def out_of_patience(self):
+        config = self.config
+        waited = self.step - self.best_step
+        return config.patience is not None and waited >= config.patience * config.eval_interval
 
     def note_rise(self, val_loss, train_loss):
         """Say once that the model overfits."""
@@ -163,21 +177,24 @@ class Trainer:
             self.run.save(ckpt.Checkpoint(
                 asdict(self.raw_model.config), weights, self.step, self.samples_seen, val_loss,
                 self.best_val_loss, asdict(self.config), state, self.scaler.state_dict(),
-                self.data.tokenizer.to_dict(), self.environment, lora))
+                self.data.tokenizer.to_dict(), self.environment, lora, self.seconds,
+                self.best_step))
 
     def loop(self):
-        """Train until max_iters or a signal."""
+        """Train until the budget or the patience is used up, or a signal."""
         config, run = self.config, self.run
         with StepLog(config, run.log, self.raw_model, self.device, self.dtype,
                      self.data.train.block_size, self.step) as self.log:
             while True:
-                done = self.step >= config.max_iters or config.eval_only
+                done = self.schedule_step() >= config.max_iters or config.eval_only
                 self.evaluate_and_save(done)
-                if done or self.stop:
+                if done or self.stop or self.out_of_patience():
                     break
+                start = time.perf_counter()
                 self.train_step()
-                self.stop, self.saves_requested = run.signals.exchange()
                 self.log.flush_if_due(self.step)
+                self.stop, self.saves_requested, self.seconds = run.signals.exchange(
+                    self.seconds + time.perf_counter() - start)
                 run.saver.check()
         with main_process_first():  # torchrun ends all processes when one fails: wait for the save
             run.saver.wait()
@@ -185,9 +202,11 @@ class Trainer:
     def resume(self, checkpoint, given):
         """Continue from a checkpoint of this run. Raises UserError if it does not fit."""
         self.step, self.samples_seen = checkpoint.step, checkpoint.samples_seen
+        self.seconds, self.best_step = checkpoint.seconds, self.step
         data, best = self.environment['data'], checkpoint.best_val_loss
         if best is not None and checkpoint.environment.get('data', data) == data:
             self.best_val_loss = self.best_saved_loss = best  # on other data they do not compare
+            self.best_step = self.step if checkpoint.best_step is None else checkpoint.best_step
         self.resumed = self.step, checkpoint.val_loss is not None
         other_data = 'dataset' in given and resume.names_other_data(self.config, checkpoint)
         resume.check_environment(checkpoint, self.environment, self.data, other_data,
@@ -329,51 +348,6 @@ def build_model(config, checkpoint, data, model_config, device, dtype, compiled)
     return model.to(device), parallel
 
 
-def describe(run, config, given, model, device, dtype, T, step):
-    """Print the config files and flags, the size of model and step, and notes on the steps."""
-    files = list(dict.fromkeys(path for path in given.values() if path))
-    flags = [f'{key} = {getattr(config, key)!r}' for key, path in given.items()
-             if path is None and key != 'init_from']
-    base = 'the keys of the run' if run.resuming else ', '.join(files) or 'the defaults'
-    print0(f'{base} with {", ".join(flags) or "no other keys"}; all keys are in '
-           f'{os.path.join(config.out_dir, "config.py")}')
-    tables = model.transformer.ngram.tables.weight.numel() if model.config.ngram > 1 else 0
-    n_params = f'{model.get_num_params() - tables:,} parameters'
-    n_params += f' and {tables:,} in n-gram tables' * (tables > 0)
-    n_params += f', LoRA trains {n_trained(model):,}' * (not model.lm_head.weight.requires_grad)
-    processes = '1 process' if world_size() == 1 else f'{world_size()} processes'
-    tokens = config.gradient_accumulation_steps * config.batch_size * T
-    print0(f'{n_params}, vocabulary {model.config.vocab_size:,}; {device}, '
-           f'{devices.dtype_name(dtype)}, {processes}; {tokens:,} tokens per step')
-    if config.eval_only:
-        return
-    if device.type == 'cuda' and not torch.are_deterministic_algorithms_enabled():
-        print0('note: sums on CUDA may differ in their last bits from run to run; '
-               '--deterministic repeats a run bit by bit, and costs speed')
-    if config.decay_lr and config.warmup_iters >= config.max_iters > 0:
-        print0(f'note: warmup_iters = {config.warmup_iters} does not end within max_iters = '
-               f'{config.max_iters}: the learning rate stays below learning_rate; try '
-               f'--warmup_iters={config.max_iters // 10}')
-    low = 0 < (config.lr_decay_iters or 0) <= config.warmup_iters
-    if low and config.decay_lr and config.schedule in ('cosine', 'linear', 'wsd'):
-        print0(f'note: lr_decay_iters = {config.lr_decay_iters} is not more than warmup_iters = '
-               f'{config.warmup_iters}: after warmup the learning rate drops to min_lr in one step')
-    if run.resuming and step >= config.max_iters:
-        print0(f'note: the run is at step {step}, max_iters = {config.max_iters} is reached: '
-               f'give a larger --max_iters to go on')
-
-
-def farewell(config, trainer, data):
-    """The last line: losses, and what to do next."""
-    flags, best = {'out_dir': config.out_dir}, trainer.best_saved_loss
-    text = f'done: val loss {trainer.val_loss:.4f}'
-    if best < trainer.val_loss:
-        text += f', best {best:.4f}'
-        flags['checkpoint'] = 'best'
-    interactive = ' --interactive' if data.pairs else ''
-    return f'{text}; now: {command("sample.py", **flags)}{interactive}'
-
-
 def main(config, given):
     """Returns the exit code."""
     distributed.init_processes(config.backend)
@@ -394,15 +368,20 @@ def main(config, given):
         trainer = Trainer(config, run, data, model, device, dtype)
         if run.resuming:
             trainer.resume(checkpoint, given)
+        if not config.eval_only:
+            budget.set_max_iters(config, model.flops_per_token(), data.train.block_size,
+                                 trainer.step, trainer.samples_seen)
+        if run.resuming:
+            resume.extend(config, checkpoint)
         checkpoint = None  # free its memory
-        describe(run, config, given, model, device, dtype, data.train.block_size, trainer.step)
+        describe(trainer, given)
         with main_process_first():
             run.claim()
             resume.check_disk(run, model)
         if not config.eval_only:
             trainer.wrap(parallel, compiled)
         saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save)
-        run.start(trainer.step, saver)
+        run.start(trainer.step, saver, trainer.schedule_step() < config.max_iters)
         trainer.loop()
         run.finish(trainer.stop)
         if trainer.stop:
@@ -410,7 +389,7 @@ def main(config, given):
                    f'{plural(trainer.step, "step")}; go '
                    f'on with: {command("train.py", init_from="resume", out_dir=config.out_dir)}')
         elif not config.eval_only:
-            print0(farewell(config, trainer, data))
+            print0(farewell(trainer))
         return 128 + trainer.stop if trainer.stop else 0
 
 

@@ -3,6 +3,7 @@ import math
 import sys
 
 from configurator import TrainConfig, check_fields, configure
+from lib.budget import choose_budget
 from lib.errors import require
 
 
@@ -17,6 +18,7 @@ def read_train_config(argv=None, cls=TrainConfig):
     config.auto_batch_size = words != argv or config.batch_size == 'auto'
     if config.batch_size == 'auto':  # in a config file
         config.batch_size = cls.batch_size
+    choose_budget(config, given)
     turn_dial(config, given)
     check(config)
     require(config.average_last == 1 or config.eval_only and config.init_from == 'resume',
@@ -50,7 +52,7 @@ def turn_dial(config, given):
                 direction (Jordan 2024): of 0.01, 0.02 and 0.04 the second was best for depths 2
                 and 4 (README). AdamW's scale as 1/sqrt(width) (as in nanochat); the one
                 of embeddings is 4 times the other, as measured at a width of 192
-    tokens      20 per parameter in the blocks (Hoffmann et al. 2022)
+    tokens      20 per parameter in the blocks (Hoffmann et al. 2022), or the budget given
     batch       2.6 * sqrt(tokens) tokens per step, rounded to a power of two: fitted
                 through 2,048, the best at 0.6 million
     """
@@ -75,7 +77,10 @@ def turn_dial(config, given):
           embedding_learning_rate=4 * rate, beta1=0.8, beta2=0.95, weight_decay=0.0, grad_clip=0.0,
           warmup_iters=0, schedule='wsd', decay_fraction=0.5, min_lr=0.0, decay_lr=True,
           lr_decay_iters=None)
-    tokens = 20 * 12 * config.n_layer * config.n_embd**2
+    n_params = 12 * config.n_layer * config.n_embd**2  # in the blocks
+    tokens = 20 * n_params
+    if config.target_tokens or config.target_flops:
+        tokens = max(1, int(config.target_tokens or config.target_flops / (6 * n_params)))
     sequences = max(1, 2 ** round(math.log2(2.6 * tokens**0.5)) // config.block_size)
     imply(batch_size=min(sequences, 16))
     imply(gradient_accumulation_steps=max(1, sequences // config.batch_size))

@@ -8,6 +8,7 @@ import torch
 
 from configurator import GPTConfig, ModelConfig, TrainConfig, key_types
 from lib import bins
+from lib.budget import BUDGETS, describe_budget, schedule_step
 from lib.device import device_name, dtype_name
 from lib.distributed import fail, gather, job, print0, require_same, world_size
 from lib.errors import UserError, reason_of, require
@@ -63,24 +64,28 @@ def take_saved_config(config, given, checkpoint):
         require(key not in given or now == then,
                 f'{key} = {now} but {checkpoint.path} has {then}: leave it out')
     own = (set(given) - {'init_from'}) | {'out_dir', 'eval_only'}
+    if own & set(BUDGETS):
+        own |= set(BUDGETS) - {'max_iters'}  # the given one replaces the saved one
     for field in fields(config):
         if field.name in saved and field.name not in own:
             setattr(config, field.name, saved[field.name])
     unknown = ', '.join(str(key) for key in saved if not hasattr(config, str(key)))
     if unknown:
         print0(f'note: {checkpoint.path} has keys that are ignored here: {unknown}')
-    extend(config, checkpoint)
 
 
 def extend(config, checkpoint):
-    """Warm up again where more steps lift a learning rate that had decayed."""
+    """Warm up again where a larger budget lifts a learning rate that had decayed."""
     types_ = key_types(TrainConfig)
     saved = TrainConfig(**{key: v for key, v in checkpoint.config.items() if key in types_})
-    before = lr_multiplier(checkpoint.step, saved)
-    if lr_multiplier(checkpoint.step, config) > 1.1 * before:
-        config.extended_at = checkpoint.step
-        print0(f'note: the learning rate had decayed to {before:.0%} of its peak: with max_iters = '
-               f'{config.max_iters} it warms up again, to {EXTENDED_PEAK:.0%} of its schedule')
+    done = checkpoint.step, checkpoint.seconds
+    before = lr_multiplier(schedule_step(saved, *done), saved)
+    now = schedule_step(config, *done)
+    if lr_multiplier(now, config) > 1.1 * before:
+        config.extended_at = int(now)
+        print0(f'note: the learning rate had decayed to {before:.0%} of its peak: with '
+               f'{describe_budget(config)} it warms up again, to {EXTENDED_PEAK:.0%} of its '
+               f'schedule')
 
 
 def names_other_data(config, checkpoint):

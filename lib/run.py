@@ -37,13 +37,14 @@ class Run(contextlib.ExitStack):
         if self.writes and not self.claimed:
             self.claimed = self.enter_context(claim(self.config.out_dir))
 
-    def start(self, step, saver):
-        """Open the log and catch signals. step: 0, or the one to continue from."""
+    def start(self, step, saver, goes_on):
+        """Open the log and catch signals. step: 0, or the one to continue from. goes_on: whether
+        some of the budget is left."""
         config = self.config
         if self.writes:
             if not self.resuming:
                 set_aside(config.out_dir)
-            if step < config.max_iters or not self.resuming:  # else the run stays as it is
+            if goes_on or not self.resuming:  # else the run stays as it is
                 write_config(config.out_dir, asdict(config))
             write_status(config.out_dir, f'running {os.getpid()}')
             self.push(self.set_failed)
@@ -236,7 +237,8 @@ class StepLog(contextlib.AbstractContextManager):
         self.pending = []
         self.lag = int(device.type == 'cuda')  # steps
         self.skips = 0  # consecutive steps that were not finite
-        self.bar = tqdm(total=config.max_iters, initial=step, desc='train', unit='step',
+        total = config.max_iters if config.max_minutes is None else None
+        self.bar = tqdm(total=total, initial=step, desc='train', unit='step',
                         dynamic_ncols=True, disable=None if log else True)
         self.reset_clock(step)
 
@@ -351,7 +353,8 @@ class Signals:
     def request_save(self, number, frame):
         self.saves += 1
 
-    def exchange(self):
-        """(signal to stop by or 0, saves requested so far), the same in all processes."""
-        stops, saves = zip(*gather_ints(self.stop, self.saves))
-        return max(stops), sum(saves)
+    def exchange(self, seconds):
+        """(signal to stop by or 0, saves requested so far, the longest of seconds), the same in all
+        processes."""
+        stops, saves, nanoseconds = zip(*gather_ints(self.stop, self.saves, int(1e9 * seconds)))
+        return max(stops), sum(saves), max(nanoseconds) / 1e9
