@@ -1,17 +1,38 @@
-"""tools/sweep.py: one run per combination of values, and a table of the results."""
+"""tools/sweep.py: values and ranges, halving, a table that tells differences from noise."""
 
 import json
 import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
+import yaml
+from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 
+import sweep
 from configurator import TrainConfig
-from helpers import TINY
+from helpers import ROOT, TINY, assert_same_run, log_lines
+from lib.errors import UserError
+from lib.noise import compare, p_value
+from lib.recipe import read_train_config
+from lib.run import write_config
+from lib.trials import Range, combinations, read_values, rungs
+
+QUICKSTART = 'config/quickstart.py'
 
 
 def write_tiny_config(path, dataset):
     lines = [flag.removeprefix('--').replace('device=cpu', "device='cpu'") for flag in TINY]
     path.write_text('\n'.join([*lines, f"dataset = '{dataset}'", 'max_iters = 20', '']))
+
+
+def read_rows(table):
+    return [[cell.strip() for cell in line.strip('| ').split('|')] for line in table.splitlines()]
 
 
 def run_folders(out_dir):
@@ -30,7 +51,7 @@ def test_sweep_trains_each_value_and_ranks_them(run, char_data, tmp_path):
     assert (tmp_path / 'precious').read_text() == 'mine'
     table = (tmp_path / 'sweep' / 'table.md').read_text()
     assert table.strip() in output
-    rows = [[cell.strip() for cell in line.strip('| ').split('|')] for line in table.splitlines()]
+    rows = read_rows(table)
     assert [row[0] for row in rows[2:]] == ['0.01', '1e-05']  # best first
 
 
@@ -50,24 +71,22 @@ def test_sweep_trains_each_combination_once_and_ranks_them(run, char_data, tmp_p
     ]
     table = (tmp_path / 'sweep' / 'table.md').read_text()
     assert table.strip() in first.stdout
-    rows = [[cell.strip() for cell in line.strip('| ').split('|')] for line in table.splitlines()]
-    assert rows[0] == ['learning_rate', 'runs', 'steps', 'val loss', 'train loss', 'tokens/s']
+    rows = read_rows(table)
+    assert rows[0] == ['learning_rate', 'seeds', 'steps', 'val loss', 'difference', 'train loss',
+                       'tokens/s']  # fmt: skip
     # one line for both seeds, best first
     assert [row[:3] for row in rows[2:]] == [['0.01', '2', '20'], ['1e-05', '2', '20']]
-    losses = []
-    for seed in (1, 2):
-        lines = (
-            (tmp_path / 'sweep' / f'learning_rate=1e-2,seed={seed}' / 'log.jsonl')
-            .read_text()
-            .splitlines()
-        )
-        losses.append(
-            next(
-                line['val_loss'] for line in map(json.loads, reversed(lines)) if 'val_loss' in line
-            )
-        )
-    spread = abs(losses[0] - losses[1]) / math.sqrt(2)
-    assert rows[2][3] == f'{sum(losses) / 2:.4f} ± {spread:.4f}'
+    losses = [
+        [log_lines(tmp_path / 'sweep' / f'learning_rate={rate},seed={seed}', 'val_loss')[-1]
+         ['val_loss'] for seed in (1, 2)] for rate in ('1e-2', '1e-5')
+    ]  # fmt: skip
+    mean, error = statistics.mean(losses[0]), statistics.stdev(losses[0]) / math.sqrt(2)
+    assert rows[2][3:5] == [f'{mean:.4f} ± {error:.4f}', 'best']
+    differences = [worse - better for better, worse in zip(*losses)]  # the seeds are the same
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(2)
+    assert rows[3][4].startswith(f'{mean:+.4f} ± {error:.4f}')
+    page = (tmp_path / 'sweep' / 'runs.html').read_text()
+    assert 'plainGPT runs' in page and f'{tmp_path}/sweep/runs.html: ' in first.stdout
 
     # only the truncated run continues, and further values extend the table
     broken = tmp_path / 'sweep' / 'learning_rate=1e-2,seed=2'
@@ -112,7 +131,7 @@ def test_sweep_with_many_keys_has_short_stable_folder_names(run, char_data, tmp_
     home = {'HOME': str(tmp_path)}
     run(*command, '--seed=1,2', env=home)
     folders = run_folders(tmp_path / 'sweep')
-    assert len(folders) == 2 and all(len(name.encode()) <= 255 for name in folders)
+    assert [name.rpartition(',')[0] for name in folders] == ['seed=1', 'seed=2']  # and a hash
     assert run(*command, '--seed=2,1', env=home).stdout.count('already done') == 2
 
 
@@ -141,7 +160,7 @@ def test_sweep_with_failed_runs_finishes_the_others_and_exits_with_1(run, char_d
     assert 'Traceback' not in result.stderr
 
 
-def test_sweep_help_lists_the_keys_of_train(run):
+def test_sweep_help_lists_its_keys_and_those_of_train(run):
     output = run('tools/sweep.py', '--help').stdout
     train = run('train.py', '--help').stdout
     for key in TrainConfig.__dataclass_fields__:
@@ -158,3 +177,307 @@ def test_sweep_of_another_config_does_not_take_runs_for_its_own(run, refused, ch
     with open(tmp_path / 'tiny.py', 'a') as file:
         file.write('learning_rate = 1e-2\n')
     refused(*command, says=('seed=1 holds a run with other values of learning_rate', '--out_dir'))
+
+
+# Values and ranges --------------------------------------------------------------------------------
+
+
+def test_random_draws_are_spread_over_their_range_and_end_at_its_ends():
+    rate = read_values('learning_rate', 'log:1e-4:1e-2')
+    drawn = sorted(rate.draw(f'0 {trial} learning_rate') for trial in range(2000))
+    assert drawn[0] >= 1e-4 and drawn[-1] <= 1e-2
+    # the quartiles of a log-uniform variable; 4 standard errors are 0.06 decades
+    for share, exponent in ((0.25, -3.5), (0.5, -3), (0.75, -2.5)):
+        assert math.log10(drawn[int(2000 * share)]) == pytest.approx(exponent, abs=0.1)
+    drop = read_values('dropout', 'uniform:0:0.3')
+    drawn = sorted(drop.draw(f'0 {trial} dropout') for trial in range(2000))
+    assert drawn[0] >= 0 and drawn[1000] == pytest.approx(0.15, abs=0.015) and drawn[-1] <= 0.3
+    for kind in ('uniform', 'log'):
+        layers = read_values('n_layer', f'{kind}:1:4')
+        assert {layers.draw(str(trial)) for trial in range(200)} == {1, 2, 3, 4}
+    assert all(len(str(rate.draw(str(trial)))) <= 9 for trial in range(200))
+
+
+def test_a_draw_depends_on_seed_trial_and_key_alone():
+    rate, more = Range('log', 1e-4, 1e-2), {'n_layer': ['2', '4'], 'dropout': Range('uniform', 0., 1.)}
+    choices = combinations({'learning_rate': rate}, 3, seed=0)
+    assert combinations({'learning_rate': rate}, 5, seed=0)[:3] == choices
+    rates = [choice['learning_rate'] for choice in choices]
+    crossed = combinations(more | {'learning_rate': rate}, 3, seed=0)
+    assert [choice['learning_rate'] for choice in crossed] == [r for r in rates for _ in range(2)]
+    assert len({choice['learning_rate'] for choice in combinations({'learning_rate': rate}, 3, 1)}
+               - set(rates)) == 3  # fmt: skip
+    # equal in every version of Python, or the same command would not continue
+    assert rates == EXPECTED
+
+
+def test_a_range_and_a_grid_make_folders_named_by_the_varied_keys():
+    keys = [f'--{key}={value}' for key, value in vars(TrainConfig()).items()
+            if key not in ('out_dir', 'depth', 'learning_rate', 'seed', 'n_layer')]  # fmt: skip
+    config, runs = sweep.read_command(
+        [QUICKSTART, '--n_layer=2,4', '--learning_rate=log:1e-4:1e-2', '--trials=3', *keys])
+    assert config.out_dir == 'sweep-quickstart'
+    assert len({run.folder for run in runs}) == 6
+    for run in runs:
+        n_layer, rate, digest = run.folder.name.split(',')
+        assert n_layer == f'n_layer={run.config.n_layer}' and len(digest) == 8
+        assert float(rate.removeprefix('learning_rate=')) == run.config.learning_rate
+
+
+def test_draws_that_are_equal_are_one_run():
+    _, runs = sweep.read_command([QUICKSTART, '--n_layer=uniform:2:3', '--trials=20', '--seed=1,1'])
+    assert [run.folder.name for run in runs] == ['n_layer=3,seed=1', 'n_layer=2,seed=1']
+
+
+@pytest.mark.parametrize(
+    'argv, says',
+    [
+        (('--learning_rate=log:1e-4:1e-2',), '--trials=20'),
+        (('--learning_rate=1e-4,1e-2', '--trials=3'), 'which key to draw'),
+        (('--learning_rate=log:0:1e-2', '--trials=3'), 'LOW more than 0'),
+        (('--learning_rate=uniform:2:1', '--trials=3'), 'write uniform:LOW:HIGH'),
+        (('--n_layer=uniform:1:2.5', '--trials=3'), 'n_layer = 2.5: expected int'),
+        (('--activation=uniform:1:2', '--trials=3'), 'expected gelu'),
+        (('--qk_norm=uniform:0:1', '--trials=3'), 'qk_norm is not a number'),
+        (('--learning_rte=log:1:2', '--trials=3'), 'did you mean learning_rate?'),
+        (('--learning_rate=log:1e-4:1e-2', '--trials=0'), 'trials = 0: give at least 1'),
+        (('--seed=1,2', '--halving=1'), 'halving = 1: give at least 2'),
+        (('--n_layer=1,2,3,4', '--halving=2', '--max_iters=3'), 'at least 4 steps'),
+        (('--n_layer=1,2', '--halving=2', '--lr_decay_iters=99'), 'lr_decay_iters = 99'),
+        (('--n_layer=uniform:1:4', '--trials=5001', '--seed=1,2'), '10,002 runs'),
+    ],
+)
+def test_ranges_and_halving_refuse_what_they_cannot_do(argv, says):
+    with pytest.raises(UserError, match=says.replace('?', '[?]')):
+        sweep.read_command([QUICKSTART, *argv])
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_training(refused):
+    refused('tools/sweep.py', QUICKSTART, '--n_embd=64,65',
+            says='n_embd = 65 is not divisible by n_head = 4')  # fmt: skip
+
+
+# Noise --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    't, freedom, p',
+    [  # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2: critical values of Student's t
+        (12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05), (2.228, 10, 0.05),
+        (2.042, 30, 0.05), (6.314, 1, 0.1), (1.886, 2, 0.2), (9.925, 2, 0.01), (4.604, 4, 0.01),
+        (3.169, 10, 0.01), (10.215, 3, 0.002), (1.984, 100, 0.05),
+    ],
+)  # fmt: skip
+def test_p_values_are_those_of_a_printed_table(t, freedom, p):
+    assert p_value(t, freedom) == p_value(-t, freedom) == pytest.approx(p, rel=1e-3)
+
+
+def test_the_t_tests_agree_with_student_on_his_data():
+    """Student 1908, extra sleep of ten patients with two drugs; t.test(extra ~ group, data = sleep)
+    in R prints -1.8608, 17.776, 0.07939, and with paired = TRUE -4.0621, 9, 0.002833."""
+    a = dict(enumerate((0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0)))
+    b = dict(enumerate((1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4)))
+    difference, error, p = compare(a, b)
+    assert difference / error == pytest.approx(-4.0621, abs=1e-4)
+    assert difference == pytest.approx(-1.58) and p == pytest.approx(0.002833, abs=1e-6)
+    others = {seed + 10: value for seed, value in b.items()}
+    difference, error, p = compare(a, others)
+    assert difference / error == pytest.approx(-1.8608, abs=1e-4)
+    assert difference == pytest.approx(-1.58) and p == pytest.approx(0.07939, abs=1e-5)
+    assert compare(a, a) == (0, 0, 1) and math.isnan(compare(a, {0: 1.0})[2])
+
+
+def write_run(folder, losses, **keys):
+    """A finished run: config.py and log.jsonl; losses: {step: val loss}."""
+    folder.mkdir(parents=True)
+    write_config(folder, vars(TrainConfig(max_iters=max(losses)) ) | keys)
+    lines = [{'step': step, 'val_loss': loss, 'train_loss': 1.0, 'tokens_per_second': 5.0}
+             for step, loss in losses.items()]  # fmt: skip
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def table_of(folder):
+    return read_rows(sweep.format_table([sweep.read_result(path) for path in folder.iterdir()]))[2:]
+
+
+def test_the_table_tells_differences_from_noise(tmp_path):
+    noise = {1: 0.0, 2: 0.1, 3: 0.25}  # of the seed, larger than the differences
+    for seed, x in noise.items():
+        for dropout, loss in ((0.0, 2.0), (0.1, 2.02 + 0.004 * seed), (0.2, 2.01 + 0.02 * (seed == 2))):
+            write_run(tmp_path / f'{dropout},{seed}', {9: loss + x}, dropout=dropout, seed=seed)
+    write_run(tmp_path / 'other', {9: 2.9}, dropout=0.3, seed=1)
+    for seed in (4, 5):
+        write_run(tmp_path / f'w{seed}', {9: 4 + seed / 100}, dropout=0.4, seed=seed)
+    rows = table_of(tmp_path)
+    assert [row[:2] for row in rows] == [['0.0', '3'], ['0.2', '3'], ['0.1', '3'], ['0.3', '1'],
+                                         ['0.4', '2']]  # fmt: skip
+    assert [row[4] for row in rows] == [
+        'best', '+0.0167 ± 0.0067, within noise', '+0.0280 ± 0.0023', '+0.7833, one seed',
+        '+1.9283 ± 0.0728']  # fmt: skip
+
+
+def test_the_table_keeps_shares_of_the_steps_apart_and_hides_what_follows_from_depth(tmp_path):
+    keys = {'lr_decay_iters': 90, 'depth': 1}
+    write_run(tmp_path / 'a', {10: 3.0, 90: 2.0}, **keys)
+    write_run(tmp_path / 'b', {10: 1.0}, dropout=0.1, **keys)
+    write_run(tmp_path / 'c', {10: 3.1, 180: 2.1}, depth=2, n_layer=2, lr_decay_iters=180)
+    assert [row[:6] for row in table_of(tmp_path)] == [
+        ['0.0', '1', '1', '90', '2.0000', 'best'],
+        ['0.0', '2', '1', '180', '2.1000', '+0.1000, one seed'],
+        ['0.1', '1', '1', '10/90', '1.0000', '-']]  # fmt: skip
+
+
+# Halving ------------------------------------------------------------------------------------------
+
+
+def test_rungs_divide_the_steps_by_powers_of_eta():
+    assert rungs(900, 3, 20) == [100, 300, 900] and rungs(900, 3, 27) == [33, 99, 297, 900]
+    assert rungs(10, 2, 1) == [10] and rungs(401, 2, 5) == [100, 200, 401]
+
+
+def test_halving_trains_the_best_third_on_by_the_mean_over_seeds(tmp_path, capsys):
+    """The loss is a function of dropout; at the last rung another one wins."""
+    argv = [QUICKSTART, '--dropout=0.1,0.2,0.3,0.4,0.5,0.6,0.7', '--seed=1,2', '--halving=3',
+            '--max_iters=900', f'--out_dir={tmp_path}', '--depth=1,2', '--eval_interval=90']  # fmt: skip
+    _, runs = sweep.read_command(argv)
+    flags = runs[0].arguments[-2:]
+    assert flags == ['--eval_interval=100', '--lr_decay_iters=900']
+    trained = []
+
+    class FakeJobs:
+        stop = 0
+
+        def train(self, runs, rung):
+            trained.append({(run.config.dropout, run.config.depth) for run in runs})
+            for run in runs:
+                if run.config.dropout == 0.1 and run.config.seed == 2:
+                    continue  # failed: out, however good the other seed is
+                loss = run.config.dropout + run.config.depth / 100
+                loss += 10 * (run.config.seed == 2 and run.config.dropout == 0.2)
+                path = run.folder / 'log.jsonl'
+                path.parent.mkdir(exist_ok=True)
+                keys = vars(run.config) | {'max_iters': run.stops[rung]}
+                write_config(run.folder, keys)
+                with open(path, 'a') as file:
+                    line = {'step': run.stops[rung], 'val_loss': loss, 'train_loss': 0.0}
+                    file.write(json.dumps(line) + '\n')
+
+    sweep.halve(FakeJobs(), runs, 3)
+    assert [len(settings) for settings in trained] == [14, 4, 1]
+    assert trained[1] == {(0.3, 1), (0.3, 2), (0.4, 1), (0.4, 2)} and trained[2] == {(0.3, 1)}
+    first = trained.copy()
+    trained.clear()
+    sweep.halve(FakeJobs(), runs, 3)  # who has gone on is still compared at the earlier rung
+    assert trained == first
+    sweep.check_runs(runs)
+    with pytest.raises(UserError, match='holds a run with other values of eval_interval'):
+        sweep.check_runs(sweep.read_command([*argv, '--eval_interval=50'])[1])
+
+
+@pytest.mark.slow
+def test_a_winner_of_halving_equals_a_run_that_never_stopped(run, char_data, tmp_path):
+    """With the dial: its schedules, Muon and dropout must not know of the stops."""
+    keys = [*TINY, '--depth=1', f'--dataset={char_data}', '--dropout=0.1', '--max_iters=36',
+            '--block_size=16', '--batch_size=2']  # fmt: skip
+    (tmp_path / 'none.py').write_text('')
+    command = ('tools/sweep.py', tmp_path / 'none.py', *keys, f'--out_dir={tmp_path}/sweep',
+               '--learning_rate=log:1e-4:1e-2', '--trials=4', '--halving=2')  # fmt: skip
+    result = run(*command, '--jobs=2')
+    rows = read_rows((tmp_path / 'sweep' / 'table.md').read_text())[2:]
+    assert [row[2] for row in rows] == ['36', '18/36', '9/36', '9/36']
+    winner = tmp_path / 'sweep' / f'learning_rate={rows[0][0]}'
+    again = run(*command)
+    assert again.stdout.count('already done') == 4 + 2 + 1
+    assert (tmp_path / 'sweep' / 'table.md').read_text() in result.stdout.replace('\r', '')
+    (winner,) = [path for path in winner.parent.glob('*/config.py')
+                 if '\nmax_iters = 36\n' in path.read_text()]  # fmt: skip
+    rate = [line for line in winner.read_text().splitlines() if line.startswith('learning_rate')]
+    rate = rate[0].replace(' ', '')
+    run('train.py', *keys, '--eval_interval=9', f'--{rate}', f'--out_dir={tmp_path}/whole')
+    assert_same_run(winner.parent, tmp_path / 'whole')
+
+
+# Jobs ---------------------------------------------------------------------------------------------
+
+
+def test_runs_get_the_gpus_that_are_visible_or_a_share_of_the_cores(monkeypatch):
+    def environments(n_jobs, device='auto', n_gpus=0, **variables):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: n_gpus)
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 9)
+        for key in ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS'):
+            monkeypatch.delenv(key, raising=False)
+        for key, value in variables.items():
+            monkeypatch.setenv(key, value)
+        _, runs = sweep.read_command([QUICKSTART, f'--device={device}'])
+        return [(e.get('CUDA_VISIBLE_DEVICES'), e.get('OMP_NUM_THREADS'))
+                for e in sweep.environments(n_jobs, runs)]  # fmt: skip
+
+    assert environments(None) == [(None, None)]
+    assert environments(2) == [(None, '4')] * 2
+    assert environments(2, OMP_NUM_THREADS='3') == [(None, None)] * 2  # the user's
+    assert environments(None, n_gpus=3) == [('0', None), ('1', None), ('2', None)]
+    assert environments(2, n_gpus=3) == [('0', None), ('1', None)]
+    assert environments(3, n_gpus=2) == [('0', None), ('1', None), ('0', None)]
+    assert environments(None, n_gpus=2, CUDA_VISIBLE_DEVICES='5,7') == [('5', None), ('7', None)]
+    assert environments(None, n_gpus=2, device='cpu') == [(None, None)]
+    assert environments(None, n_gpus=2, device='cuda:1') == [(None, None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_runs_which_save_and_continue(clone, run, char_data, tmp_path, number):
+    write_tiny_config(tmp_path / 'tiny.py', char_data)
+    command = ('tools/sweep.py', tmp_path / 'tiny.py', '--seed=1,2,3', '--max_iters=300', '--jobs=2',
+               f'--out_dir={tmp_path}/sweep')  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=clone, stdout=subprocess.PIPE, text=True,
+        start_new_session=True)  # fmt: skip
+    running = [tmp_path / 'sweep' / f'seed={seed}' for seed in (1, 2)]
+    for folder in running:
+        while not (folder / 'log.jsonl').exists() or len(log_lines(folder, 'loss')) < 5:
+            time.sleep(0.02)
+            assert process.poll() is None
+    os.killpg(process.pid, number)  # as a terminal does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and 'the same command continues' in output
+    for folder in running:
+        assert (folder / 'status').read_text() == 'stopped\n'
+        assert len(list(folder.glob('ckpt_*.pt'))) > 0
+        assert 'stopping after this step' in (folder / 'output.txt').read_text()
+    assert not (tmp_path / 'sweep' / 'seed=3').exists()
+    result = run(*command)
+    assert result.stdout.count('val loss ') >= 3
+    assert 'step 299' not in result.stdout  # which is in output.txt
+    run('train.py', tmp_path / 'tiny.py', '--seed=1', '--max_iters=300',
+        f'--out_dir={tmp_path}/whole')  # fmt: skip
+    assert log_lines(running[0], 'loss')[-1]['loss'] == log_lines(tmp_path / 'whole', 'loss')[-1]['loss']
+
+
+# wandb --------------------------------------------------------------------------------------------
+
+
+def test_the_command_of_the_wandb_sweep_is_one_that_train_accepts(clone, tmp_path, monkeypatch):
+    """Expanded by wandb's own functions, as its agent does, for the ends of each parameter."""
+    text = yaml.safe_load((ROOT / 'docs' / 'wandb_sweep.yaml').read_text())
+    assert text['metric'] == {'name': 'val_loss', 'goal': 'minimize'}
+    (tmp_path / 'python').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / 'python').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv('WANDB_RUN_ID', 'abc 1')
+    for end in (0, -1):
+        drawn = {}
+        for key, range_ in text['parameters'].items():
+            values = range_.get('values') or [range_['min'], range_['max']]
+            drawn[key] = values[end]
+        arguments = wandb_sweeps.create_sweep_command_args(
+            {'args': {key: {'value': value} for key, value in drawn.items()}})
+        fill = arguments | {'program': [text['program']], 'env': ['/usr/bin/env']}
+        words = []
+        for word in wandb_sweeps.create_sweep_command(list(text['command'])):
+            words += fill[word[2:-1]] if word.startswith('${') else [word]
+        output = subprocess.run(words, cwd=clone, capture_output=True, text=True, check=True)
+        script, *argv = output.stdout.splitlines()
+        config, _ = read_train_config(argv)
+        assert script == 'train.py' and config.wandb_log and config.dataset == 'python_stdlib'
+        assert {key: getattr(config, key) for key in drawn} == drawn
+        assert config.out_dir == 'out-sweep/abc 1'

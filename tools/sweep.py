@@ -1,242 +1,404 @@
-"""Train one model per combination of values, and compare them in a table and a plot.
+"""Train many runs that differ in a few keys, and say which differences are above the noise.
 
     python tools/sweep.py config/quickstart.py --learning_rate=1e-3,3e-3 --n_layer=4,6
     python tools/sweep.py config/quickstart.py --activation=gelu,relu2 --seed=1,2,3
+    python tools/sweep.py config/quickstart.py --learning_rate=log:1e-3:1e-1 --trials=20 --halving=3
 
-Each run gets its own folder in --out_dir (default: sweep-<config>). The same command continues
-where it stopped; other commands add their runs to the same table, so you can also vary one key at a
-time. Runs that differ only in their seed share a row: mean and standard deviation.
+Each run gets its own folder in --out_dir. The same command continues where it stopped; other
+commands add their runs to the same table, so you can also vary one key at a time. It ends with a
+table (table.md) and a page with all curves (runs.html).
+
+Values     --key=a,b,c: every combination is a run.
+Ranges     --key=log:1e-4:1e-2 or --key=uniform:0:0.3: each of --trials draws a number, a whole one
+           where the key takes only these, and goes with every combination of the values.
+Seeds      --seed=1,2,3 repeats each setting. The table has the mean, its standard error, and the
+           difference to the best setting, paired by seed where both have the same seeds. "within
+           noise": p > 0.05 in a t-test of these two alone, so that 1 of 20 equal ones fails it.
+Halving    --halving=3: all settings train for a fraction of their steps, on the schedule of the
+           whole run; the best third goes on to three times as many, and so on (successive halving,
+           Jamieson & Talwalkar 2016). A run that goes on is the same, bit by bit, as one that never
+           stopped. An --eval_interval that does not divide the first fraction is set to it.
+GPUs       One run on each, of those in CUDA_VISIBLE_DEVICES if it is set; --jobs says how many at a
+           time, also on a CPU, whose cores they share unless OMP_NUM_THREADS is set. They print to
+           output.txt in their folders.
+Stopping   Ctrl-C or SIGTERM: each run saves. The exit code is 1 if a run failed.
 """
-import hashlib
-import io
+import contextlib
 import math
 import os
-import re
+import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import TrainConfig, help_text, read_config_file
-from lib.errors import os_errors, require, user_errors
-from lib.files import create, find, write_text
+from configurator import Bound, Count, FilePath, TrainConfig, WholeNumber, configure, help_text
+from lib.errors import os_errors, plural, require, user_errors
+from lib.files import command, find, open_own, write_text
 from lib.recipe import read_train_config
-
-USAGE = """usage: python tools/sweep.py config/file.py [...] [--key=value,value,... ...]
-
-The keys are those of train.py, and always take the form --key=value. Commas separate the values to
-try. Every combination of values is one run; all of them are checked before the first one starts.
-Config files are applied before the flags. The exit code is 1 if a run failed."""
-
+from lib.trials import Range, combinations, folder_name, read_values, rungs, without_seed
 
 MAX_RUNS = 10_000
 
 
+@dataclass
+class Config:
+    # sweep
+    out_dir: FilePath = ''  # of the sweep; empty: sweep-<config>
+    trials: Count | None = None  # how often to draw the keys that have a range
+    sweep_seed: WholeNumber = 0  # of these draws
+    halving: Annotated[int, Bound(lambda x: x >= 2, 'at least 2')] | None = None  # 1/N goes on
+    jobs: Count | None = None  # runs at a time; None: one per GPU, or 1
+
+
+class Run(NamedTuple):
+    folder: Path
+    arguments: list  # of train.py
+    config: TrainConfig
+    setting: tuple  # the choice without the seed
+    stops: list  # steps: the rungs of halving, then max_iters
+
+
 def read_command(argv):
-    """(out_dir, [(folder, train.py's arguments, config) of each run]). Raises UserError."""
+    """(Config, [Run]). Raises UserError."""
     files = [str(find(word)) for word in argv if not word.startswith('-')]
     require(files, 'name a config file: python tools/sweep.py config/quickstart.py '
                    '--learning_rate=1e-3,3e-3')
-    values = {}
+    own, values = [], {}
     for word in argv:
+        key, equals, text = word.removeprefix('--').partition('=')
         if word.startswith('-'):
-            key, equals, text = word.removeprefix('--').partition('=')
             require(equals, f'{word}: write --key=value, or --key=value,value')
-            values[key] = text.split(',')
-    out_dirs = values.pop('out_dir', [f'sweep-{Path(files[-1]).stem}'])
-    require(len(out_dirs) == 1 and out_dirs[0], 'out_dir: give one folder for the whole sweep')
-    n_runs = math.prod(map(len, values.values()))
-    require(n_runs <= MAX_RUNS, f'{n_runs:,} runs: give at most {MAX_RUNS:,} combinations')
-    out_dir = Path(os.path.expanduser(out_dirs[0]))
+            if key in asdict(Config()):
+                own.append(word)
+            else:
+                values[key] = read_values(key, text)
+    config, _ = configure(Config, own)
+    config.out_dir = config.out_dir or f'sweep-{Path(files[-1]).stem}'
+    drawn = [key for key, texts in values.items() if isinstance(texts, Range)]
+    require(config.trials or not drawn, f'{", ".join(drawn)}: how many to draw? --trials=20')
+    require(drawn or not config.trials, f'trials = {config.trials}: which key to draw? '
+                                        f'--learning_rate=log:1e-4:1e-2')
+    varied = [key for key, texts in values.items() if key in drawn or len(texts) > 1]
+    n_runs = math.prod(len(values[key]) for key in values if key not in drawn)
+    n_runs *= config.trials or 1
+    require(n_runs <= MAX_RUNS, f'{n_runs:,} runs: give at most {MAX_RUNS:,}')
+    choices = combinations(values, config.trials or 1, config.sweep_seed)
+    n_settings = len(set(map(without_seed, choices)))
     runs = []
-    for choice in combinations(values):
+    for choice in choices:
         arguments = [*files, *(f'--{key}={text}' for key, text in choice.items())]
-        config, _ = read_train_config(arguments)
-        runs.append((out_dir / folder_name(choice), arguments, config))
-    return out_dir, runs
+        run_config, _ = read_train_config(arguments)
+        stops = [run_config.max_iters]
+        if config.halving:
+            stops = rungs(run_config.max_iters, config.halving, n_settings)
+            arguments += halving_flags(run_config, stops)
+            run_config, _ = read_train_config(arguments)
+        folder = Path(config.out_dir) / folder_name(choice, varied)
+        runs.append(Run(folder, arguments, run_config, without_seed(choice), stops))
+    return config, runs
 
 
-def combinations(values):
-    """Every choice of one value per key: [{key: text}]."""
-    choices = [{}]
-    for key, texts in values.items():
-        choices = [choice | {key: text} for choice in choices for text in texts]
-    return choices
-
-
-def folder_name(choice):
-    """A name of at most 255 bytes. One that does not spell out the choice ends in its hash."""
-    text = ','.join(f'{key}={text}' for key, text in choice.items()) or 'as-it-is'
-    name = re.sub(r'[^-+.,=\w]', '_', text)
-    if name == text and len(name.encode()) <= 255:
-        return name
-    digest = hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]
-    return name.encode()[:200].decode(errors='ignore') + ',' + digest
+def halving_flags(config, stops):
+    """What keeps the schedule of a run that stops early, and evaluates it there."""
+    end, interval = config.lr_decay_iters, config.eval_interval
+    require(end in (None, config.max_iters), f'lr_decay_iters = {end}: with halving, schedules end '
+                                             f'at max_iters: leave it out')
+    interval = stops[0] if stops[0] % interval else interval
+    return [f'--eval_interval={interval}', f'--lr_decay_iters={config.max_iters}']
 
 
 if __name__ == '__main__':  # --help and typos are answered before the slow imports
     with user_errors():
         if '--help' in sys.argv or '-h' in sys.argv:
             _, _, keys = help_text(TrainConfig).partition('[--switch ...]\n')
-            print(f'{__doc__}\n{USAGE}\n{keys}')
+            text = help_text(Config).replace('[config/file.py] [--key=value ...] [--switch ...]',
+                                             'config/file.py [...] [--key=value,value,... ...]')
+            print(f'{text}\n\nThe keys of train.py, always as --key=value:\n{keys}')
             sys.exit(0)
-        out_dir, runs = read_command(sys.argv[1:])
+        config, runs = read_command(sys.argv[1:])
 
+import torch
+
+from configurator import read_config_file
+from lib import resume
 from lib.bins import find_or_prepare
-from lib.plot import import_pyplot
+from lib.noise import compare, standard_error
 from lib.run import read_log
+
+# Training -----------------------------------------------------------------------------------------
+
+
+class Jobs:
+    """Trains runs, one at a time in each of the environments, until a signal stops them all."""
+
+    def __init__(self, environments):
+        self.free = list(environments)
+        self.to_files = len(environments) > 1
+        self.running = {}  # process -> (run, environment)
+        self.failed = []  # names of folders
+        self.stop = 0  # the signal
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows lacks one
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.request_stop)
+
+    def request_stop(self, number, frame):
+        for process in self.running:
+            if self.stop and number == signal.SIGINT:
+                process.kill()
+            else:
+                process.terminate()
+        self.stop = number
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, b'\nstopping: each run saves; Ctrl-C again stops without saving\n')
+
+    def train(self, runs, rung=-1):
+        """Train the runs up to one of their stops."""
+        waiting = list(enumerate(runs, 1))
+        try:
+            while self.running or waiting and not self.stop:
+                if waiting and self.free and not self.stop:
+                    i, run = waiting.pop(0)
+                    progress = f'{i}/{len(runs)} {run.folder.name}'
+                    if is_done(run, rung):
+                        print(f'{progress}: already done')
+                    else:
+                        print(progress, flush=True)
+                        self.start(run, rung)
+                    continue
+                time.sleep(0.05)
+                for process in [process for process in self.running if process.poll() is not None]:
+                    self.end(process)
+        finally:
+            for process in self.running:
+                process.terminate()
+
+    def start(self, run, rung):
+        resuming = any(run.folder.glob('ckpt_*.json'))  # then all keys are in the checkpoint
+        arguments = ['--init_from=resume'] if resuming else list(run.arguments)
+        if len(run.stops) > 1:
+            arguments.append(f'--max_iters={run.stops[rung]}')
+        environment = self.free.pop(0)
+        with self.open_output(run.folder) as output:  # None: the terminal
+            # in its own session: Ctrl-C reaches the sweep alone, which passes it on once
+            process = subprocess.Popen(
+                [sys.executable, ROOT / 'train.py', *arguments, f'--out_dir={run.folder}'],
+                env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, start_new_session=True)
+        self.running[process] = run, environment
+        if self.stop:  # the signal came while the process started
+            process.terminate()
+
+    def open_output(self, folder):
+        if not self.to_files:
+            return contextlib.nullcontext()
+        with os_errors(f'{folder}: cannot write there', 'choose another --out_dir'):
+            folder.mkdir(parents=True, exist_ok=True)
+            return open_own(folder / 'output.txt', 'ab')
+
+    def end(self, process):
+        run, environment = self.running.pop(process)
+        self.free.append(environment)
+        result, see = read_result(run.folder), ''
+        if self.to_files:
+            see = f', see {run.folder / "output.txt"}'
+        if process.returncode == 0 and result:
+            print(f'{run.folder.name}: val loss {result.loss:.4f}', flush=True)
+        elif not self.stop:
+            self.failed.append(run.folder.name)
+            print(f'{run.folder.name} failed{see}: it is left out of the table', flush=True)
+
+
+def environments(n_jobs, runs):
+    """Environment variables for each run at a time: a GPU of its own, or a share of the cores."""
+    n_gpus = torch.cuda.device_count()
+    gpus = list(filter(None, os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')))
+    gpus = (gpus or list(map(str, range(n_gpus))))[:n_gpus]
+    if not all(run.config.device in ('auto', 'cuda') for run in runs):
+        gpus = []
+    n_jobs, common = n_jobs or len(gpus) or 1, {}
+    if n_jobs > 1:
+        common['PYTHONUNBUFFERED'] = '1'  # output.txt can be followed
+        if not gpus and 'OMP_NUM_THREADS' not in os.environ:
+            common['OMP_NUM_THREADS'] = str(max(1, torch.get_num_threads() // n_jobs))
+    if not gpus:
+        return [common] * n_jobs
+    return [common | {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} for i in range(n_jobs)]
+
+
+def halve(jobs, runs, eta):
+    """Train the best 1/eta of the settings on and on, by the mean over their seeds at equal shares
+    of their steps."""
+    settings = {}
+    for run in runs:
+        settings.setdefault(run.setting, []).append(run)
+    ranked, n_rungs = list(settings), len(runs[0].stops)
+    for rung in range(n_rungs):
+        alive = ranked[:max(1, len(settings) // eta**rung)]
+        share = f'1/{eta**(n_rungs - 1 - rung)} of their steps' if rung < n_rungs - 1 else 'the end'
+        print(f'rung {rung + 1} of {n_rungs}: {plural(len(alive), "setting")}, up to {share}')
+        jobs.train([run for setting in alive for run in settings[setting]], rung)
+        if jobs.stop:
+            return
+        losses = {}
+        for setting in alive:
+            if all(is_done(run, rung) for run in settings[setting]):
+                losses[setting] = statistics.mean(
+                    read_result(run.folder).losses[run.stops[rung]] for run in settings[setting])
+        ranked = sorted(losses, key=losses.get)
+
+
+# Results ------------------------------------------------------------------------------------------
+
+class Result(NamedTuple):
+    config: dict
+    losses: dict  # {step: val loss}
+    train_loss: float
+    speed: float | None  # tokens per second
+
+    @property
+    def step(self):
+        return max(self.losses)
+
+    @property
+    def loss(self):
+        return self.losses[self.step]
+
+    @property
+    def full(self):
+        """max_iters, or what it would be without halving."""
+        return max(self.config['max_iters'], self.config['lr_decay_iters'] or 0)
 
 
 def read_result(folder):
-    """{'config', 'step', 'val_loss', ...} of a run; None if it has not been evaluated yet."""
+    """The Result of a run; None if it has not been evaluated yet."""
     try:
         config = TrainConfig(**read_config_file(str(folder / 'config.py'), TrainConfig))
     except ValueError:  # not a run, or one of another version
         return None
     lines = read_log(folder)
-    evaluations = [line for line in lines if line.get('val_loss') is not None]
-    if not evaluations:
+    losses = {line['step']: line['val_loss'] for line in lines if line.get('val_loss') is not None}
+    if not losses:
         return None
+    train_loss = [line['train_loss'] for line in lines if 'train_loss' in line][-1]
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
-    last = evaluations[-1]
-    return {'name': folder.name, 'config': asdict(config), 'step': last['step'],
-            'val_loss': last['val_loss'], 'train_loss': last['train_loss'],
-            'tokens_per_second': statistics.median(speeds) if speeds else None, 'lines': lines}
+    return Result(asdict(config), losses, train_loss, statistics.median(speeds or [math.nan]))
+
+
+def is_done(run, rung=-1):
+    result = read_result(run.folder)
+    return result is not None and result.step >= run.stops[rung]
 
 
 def varied_keys(results):
-    """The keys in which the runs differ, except for out_dir."""
-    return [key for key in asdict(TrainConfig()) if key != 'out_dir'
-            and len({repr(result['config'][key]) for result in results}) > 1]
+    """The keys in which the runs differ, apart from the seed and from what follows from depth."""
+    columns = {key: [repr(result.config[key]) for result in results]
+               for key in asdict(TrainConfig()) if key not in ('out_dir', 'seed')}
+    columns['max_iters'] = [result.full for result in results]
+    keys = [key for key, column in columns.items() if len(set(column)) > 1]
+    n_depths = len(set(columns['depth']))
+    return [key for key in keys if key == 'depth' or n_depths == 1
+            or len(set(zip(columns['depth'], columns[key]))) > n_depths]
 
 
 def format_table(results):
     """A Markdown table, best first, with one row for runs that differ only in their seed."""
-    keys = [key for key in varied_keys(results) if key != 'seed']
-    groups = {}
+    keys, groups = varied_keys(results), {}
     for result in results:
-        values = tuple(str(result['config'][key]) for key in keys)
-        groups.setdefault(values, []).append(result)
+        values = tuple(str(result.config[key]) for key in keys)
+        groups.setdefault((-result.step / result.full, values), []).append(result)
     rows = []
-    for values, group in groups.items():
-        losses = [result['val_loss'] for result in group]
-        val_loss = statistics.mean(losses)
-        spread = f' ± {statistics.stdev(losses):.4f}' if len(group) > 1 else ''
-        train_loss = statistics.mean(result['train_loss'] for result in group)
-        speeds = [result['tokens_per_second'] for result in group if result['tokens_per_second']]
-        speed = f'{statistics.median(speeds):,.0f}' if speeds else '-'
-        rows.append((val_loss, [*values, str(len(group)), str(group[0]['step']),
-                                f'{val_loss:.4f}{spread}', f'{train_loss:.4f}', speed]))
-    header = [*keys, 'runs', 'steps', 'val loss', 'train loss', 'tokens/s']
-    lines = [header, *(cells for _, cells in sorted(rows))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for (share, values), group in groups.items():
+        losses = {result.config['seed']: result.loss for result in group}
+        rows.append((share, statistics.mean(losses.values()), values, losses, group))
+    rows.sort(key=lambda row: row[:2])
+    best_share, _, _, best, _ = rows[0]
+    lines = [[*keys, 'seeds', 'steps', 'val loss', 'difference', 'train loss', 'tokens/s']]
+    for share, loss, values, losses, group in rows:
+        of_full = f'/{group[0].full}' * (group[0].step < group[0].full)
+        error = f' ± {standard_error(losses.values()):.4f}' if len(losses) > 1 else ''
+        against = 'best' if losses is best else '-'  # at another share: not comparable
+        if losses is not best and share == best_share:
+            against = difference_text(losses, best)
+        train_loss = statistics.mean(result.train_loss for result in group)
+        speed = statistics.median(result.speed for result in group)
+        lines.append([*values, str(len(losses)), f'{group[0].step}{of_full}', f'{loss:.4f}{error}',
+                      against, f'{train_loss:.4f}', f'{speed:,.0f}'])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
     padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
     return '\n'.join(f'| {" | ".join(line)} |' for line in padded)
 
 
-def plot(results, path):
-    """Val loss against each numeric key that varies, and training loss against steps. Returns False
-    without matplotlib."""
-    pyplot = import_pyplot()
-    if pyplot is None:
-        return False
-    keys = [key for key in varied_keys(results) if key != 'seed'
-            and all(type(result['config'][key]) in (int, float) for result in results)]
-    n = len(keys) + 1
-    figure, axes = pyplot.subplots(1, n, figsize=(5 * n, 4), layout='constrained', squeeze=False)
-    *key_axes, loss_axis = axes[0]
-    for axis, key in zip(key_axes, keys):
-        values = [result['config'][key] for result in results]
-        axis.plot(values, [result['val_loss'] for result in results], 'o')
-        if min(values) > 0 and max(values) / min(values) > 5:
-            axis.set_xscale('log')
-        axis.set(xlabel=key, ylabel='val loss')
-    for result in sorted(results, key=lambda result: result['val_loss']):
-        lines = [line for line in result['lines'] if line.get('loss') is not None]
-        loss_axis.plot([line['step'] for line in lines], [line['loss'] for line in lines],
-                       label=result['name'], linewidth=1)
-    loss_axis.set(xlabel='step', ylabel='training loss')
-    if len(results) <= 12:
-        loss_axis.legend(fontsize='x-small')
-    image = io.BytesIO()
-    figure.savefig(image, format='png', dpi=120)
-    pyplot.close(figure)
-    with create(path) as file:
-        file.write(image.getvalue())
-    return True
-
-
-def train(folder, arguments):
-    """Run or resume train.py in folder; returns its exit code."""
-    command = [sys.executable, ROOT / 'train.py', *arguments, f'--out_dir={folder}']
-    if any(folder.glob('ckpt_*.json')):
-        command.append('--init_from=resume')
-    return subprocess.run(command).returncode
+def difference_text(losses, best):
+    difference, error, p = compare(losses, best)
+    if math.isnan(p):
+        return f'{difference:+.4f}, one seed'
+    return f'{difference:+.4f} ± {error:.4f}' + ', within noise' * (p > 0.05)
 
 
 def check_runs(runs):
-    """Raise UserError before the first run if a data set is missing, or if a folder holds a run
-    with other keys: of another config file, or of this one before it was edited."""
-    for name in dict.fromkeys(config.dataset for *_, config in runs):
+    """Raise UserError before the first run if a model or a data set does not work, or if a folder
+    holds a run with other keys: of another config file, or of this one before it was edited."""
+    for run in runs:
+        if run.config.init_from == 'scratch':
+            resume.choose_model_config(run.config, {}, None)
+    for name in dict.fromkeys(run.config.dataset for run in runs):
         find_or_prepare(name)
-    for folder, _, config in runs:
-        result = read_result(folder)
-        saved = result['config'] if result else {}
-        # None: derived from other keys
-        changed = [key for key, value in asdict(config).items() if value is not None
-                   and key not in ('out_dir', 'init_from') and saved.get(key, value) != value]
-        require(not changed, f'{folder} holds a run with other values of {", ".join(changed)}: '
+    for run in runs:
+        result = read_result(run.folder)
+        saved = result.config if result else {}
+        free = ['out_dir', 'init_from'] + ['max_iters'] * (len(run.stops) > 1)
+        changed = [key for key, value in asdict(run.config).items()  # None: derived from others
+                   if key not in free and value is not None and saved.get(key, value) != value]
+        require(not changed, f'{run.folder} holds a run with other values of {", ".join(changed)}: '
                              f'choose another --out_dir, or move the folder away')
 
 
-def main(out_dir, runs):
-    """Returns the exit code."""
-    check_runs(runs)
-    failed = []
-    for i, (folder, arguments, config) in enumerate(runs):
-        progress = f'{i + 1}/{len(runs)} {folder.name}'
-        result = read_result(folder)
-        if result and result['step'] >= config.max_iters:
-            print(f'{progress}: already done')
-            continue
-        print(progress, flush=True)
-        code = train(folder, arguments)
-        if code > 128 or code < 0:  # a signal, to this run and to the sweep
-            print('stopped; the same command continues from here')
-            return code
-        if code:
-            failed.append(folder.name)
-            print(f'{folder.name} failed: it is left out of the table')
-    report(out_dir)
-    if failed:
-        print(f'{len(failed)} of {len(runs)} runs failed: {", ".join(failed)}; the same command '
-              f'tries them again')
-    return int(bool(failed))
-
-
 def report(out_dir):
-    """Write and print the table of all finished runs in out_dir, and the plot."""
+    """Print and write the table of all finished runs in out_dir, and the page."""
     paths = sorted(out_dir.iterdir()) if out_dir.is_dir() else []
     results = [result for result in map(read_result, paths)
-               if result and result['step'] >= result['config']['max_iters']]
+               if result and result.step >= result.config['max_iters']]
     if not results:
         print(f'{out_dir}: no run has finished')
         return
     table = format_table(results)
-    print(table)
+    print(f'{table}\n{out_dir / "table.md"}', flush=True)
     with os_errors(f'{out_dir}: cannot write the results', 'choose another --out_dir'):
         write_text(out_dir / 'table.md', table + '\n')
-        if plot(results, out_dir / 'plot.png'):
-            print(f'{out_dir / "table.md"}, {out_dir / "plot.png"}')
-        else:
-            print(f'{out_dir / "table.md"}; for a plot: pip install matplotlib')
+    page = subprocess.run([sys.executable, ROOT / 'tools' / 'runs.py', out_dir,
+                           f'--out={out_dir / "runs.html"}'], stdout=subprocess.PIPE, text=True)
+    print(page.stdout.rpartition('\n')[0].rpartition('\n')[2])  # its last line: where it is
+
+
+def main(config, runs):
+    """Returns the exit code."""
+    check_runs(runs)
+    jobs, out_dir = Jobs(environments(config.jobs, runs)), Path(config.out_dir)
+    print(f'{plural(len(runs), "run")}; to follow them: '
+          f'{command("tools/runs.py", out_dir, serve=True)}')
+    if config.halving:
+        halve(jobs, runs, config.halving)
+    else:
+        jobs.train(runs)
+    if jobs.stop:
+        print('stopped; the same command continues from here')
+        return 128 + jobs.stop
+    report(out_dir)
+    if jobs.failed:
+        print(f'{len(jobs.failed)} of {len(runs)} runs failed: {", ".join(jobs.failed)}; the same '
+              f'command tries them again')
+    return int(bool(jobs.failed))
 
 
 if __name__ == '__main__':
     with user_errors():
-        sys.exit(main(out_dir, runs))
+        sys.exit(main(config, runs))
