@@ -78,6 +78,7 @@ def read_command(argv):
             if key in asdict(Config()):
                 own.append(word)
             else:
+                values.pop(key, None)  # re-insert: order matters for --depth
                 values[key] = read_values(key, text)
     config, _ = configure(Config, own)
     config.out_dir = config.out_dir or f'sweep-{Path(files[-1]).stem}'
