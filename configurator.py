@@ -264,7 +264,8 @@ def read_flag(word, words, types_):
     """Parse --key=value, --key value (popped from words) or --switch into {key: value}."""
     key, equals, text = word.removeprefix('--').partition('=')
     require(word.startswith('--') and key, f'{word}: options are written --key=value')
-    require(key in types_, f'--{key}: no such key{nearest(key, types_)}')
+    if key not in types_:
+        raise UserError(f'--{key}: no such key{nearest(key, types_)}')
     if equals:
         return {key: parse_value(key, text, types_[key])}
     if types_[key] is bool or bool in typing.get_args(types_[key]):
@@ -299,8 +300,8 @@ def read_config_file(path, cls):
                 continue  # `import time`, a docstring
             case (ast.Assign(targets=[ast.Name(id=key)], value=node)
                   | ast.AnnAssign(target=ast.Name(id=key), value=ast.AST() as node)):
-                require(key in types_ or key in of_train or key in used,
-                        f'{where}: {key}: no such key{nearest(key, types_)}')
+                if not (key in types_ or key in of_train or key in used):
+                    raise UserError(f'{where}: {key}: no such key{nearest(key, types_)}')
                 with restate(UserError, where):
                     value = names[key] = evaluate(node, names)
                     if key in of_train and not fits(key, value, types_):

@@ -18,6 +18,7 @@ from wandb.sdk.launch.sweeps import utils as wandb_sweeps
 import sweep
 from configurator import TrainConfig
 from helpers import ROOT, TINY, assert_same_run, log_lines, step_losses
+from lib import jobs
 from lib.errors import UserError
 from lib.noise import compare, p_value
 from lib.recipe import read_train_config
@@ -351,27 +352,27 @@ def test_halving_trains_the_best_third_on_by_the_mean_over_seeds(tmp_path, capsy
     class FakeJobs:
         stop = 0
 
-        def train(self, runs, rung):
-            trained.append({(run.config.dropout, run.config.depth) for run in runs})
-            for run in runs:
-                if run.config.dropout == 0.1 and run.config.seed == 2:
+        def train(self, waiting):
+            trained.append(set())
+            for folder, arguments, _ in waiting:
+                config, _ = read_train_config(arguments)
+                trained[-1].add((config.dropout, config.depth))
+                if config.dropout == 0.1 and config.seed == 2:
                     continue  # failed: out, however good the other seed is
-                loss = run.config.dropout + run.config.depth / 100
-                loss += 10 * (run.config.seed == 2 and run.config.dropout == 0.2)
-                path = run.folder / 'log.jsonl'
-                path.parent.mkdir(exist_ok=True)
-                write_config(run.folder, asdict(run.config) | {'max_iters': run.stops[rung]})
-                with open(path, 'a') as file:
-                    line = {'step': run.stops[rung], 'val_loss': loss, 'train_loss': 0.0}
+                loss = config.dropout + config.depth / 100
+                loss += 10 * (config.seed == 2 and config.dropout == 0.2)
+                folder.mkdir(exist_ok=True)
+                write_config(folder, asdict(config))
+                with open(folder / 'log.jsonl', 'a') as file:
+                    line = {'step': config.max_iters, 'val_loss': loss, 'train_loss': 0.0}
                     file.write(json.dumps(line) + '\n')
 
     sweep.halve(FakeJobs(), runs, 3)
     assert [len(settings) for settings in trained] == [14, 4, 1]
     assert trained[1] == {(0.3, 1), (0.3, 2), (0.4, 1), (0.4, 2)} and trained[2] == {(0.3, 1)}
-    first = trained.copy()
     trained.clear()
     sweep.halve(FakeJobs(), runs, 3)  # who has gone on is still compared at the earlier rung
-    assert trained == first
+    assert trained == [{(0.1, 1), (0.1, 2)}, set(), set()]
     sweep.check_runs(runs)
     with pytest.raises(UserError, match='holds a run with other values of eval_interval'):
         sweep.check_runs(sweep.read_command([*argv, '--halving=2'])[1])
@@ -408,9 +409,8 @@ def test_runs_get_the_gpus_that_are_visible_or_a_share_of_the_cores(monkeypatch)
             monkeypatch.delenv(key, raising=False)
         for key, value in variables.items():
             monkeypatch.setenv(key, value)
-        _, runs = sweep.read_command([QUICKSTART, f'--device={device}'])
         return [(e.get('CUDA_VISIBLE_DEVICES'), e.get('OMP_NUM_THREADS'))
-                for e in sweep.environments(n_jobs, runs)]  # fmt: skip
+                for e in jobs.environments(n_jobs, {device})]  # fmt: skip
 
     assert environments(None) == [(None, None)]
     assert environments(2) == [(None, '4')] * 2

@@ -23,14 +23,10 @@ GPUs       One run on each, of those in CUDA_VISIBLE_DEVICES if it is set; --job
            output.txt in their folders.
 Stopping   Ctrl-C or SIGTERM: each run saves. The exit code is 1 if a run failed.
 """
-import contextlib
 import math
-import os
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -40,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import Bound, Count, FilePath, TrainConfig, WholeNumber, configure, help_text
 from lib.errors import os_errors, plural, require, user_errors
-from lib.files import command, find, open_own, write_text
+from lib.files import command, find, write_text
 from lib.recipe import read_train_config
 from lib.trials import Range, combinations, folder_name, read_values, rungs, without_seed
 
@@ -125,113 +121,29 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
             sys.exit(0)
         config, runs = read_command(sys.argv[1:])
 
-import torch
-
 from configurator import read_config_file
 from lib import resume
 from lib.bins import find_or_prepare
+from lib.jobs import Jobs, environments, val_losses
 from lib.noise import compare, standard_error
 from lib.run import read_log
 
 # Training -----------------------------------------------------------------------------------------
 
-
-class Jobs:
-    """Trains runs, one at a time in each of the environments, until a signal stops them all."""
-
-    def __init__(self, environments):
-        self.free = list(environments)
-        self.to_files = len(environments) > 1
-        self.running = {}  # process -> (run, environment)
-        self.failed = []  # names of folders
-        self.stop = 0  # the signal
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-            number = getattr(signal, name, None)  # Windows lacks one
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.request_stop)
-
-    def request_stop(self, number, frame):
-        for process in self.running:
-            if self.stop and number == signal.SIGINT:
-                process.kill()
-            else:
-                process.terminate()
-        self.stop = number
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            os.write(2, b'\nstopping: each run saves; Ctrl-C again stops without saving\n')
-
-    def train(self, runs, rung=-1):
-        """Train the runs up to one of their stops."""
-        waiting = list(enumerate(runs, 1))
-        try:
-            while self.running or waiting and not self.stop:
-                if waiting and self.free and not self.stop:
-                    i, run = waiting.pop(0)
-                    progress = f'{i}/{len(runs)} {run.folder.name}'
-                    if is_done(run, rung):
-                        print(f'{progress}: already done')
-                    else:
-                        print(progress, flush=True)
-                        self.start(run, rung)
-                    continue
-                time.sleep(0.05)
-                for process in [process for process in self.running if process.poll() is not None]:
-                    self.end(process)
-        finally:
-            for process in self.running:
-                process.terminate()
-
-    def start(self, run, rung):
-        resuming = any(run.folder.glob('ckpt_*.json'))  # then all keys are in the checkpoint
-        arguments = ['--init_from=resume'] if resuming else list(run.arguments)
-        if len(run.stops) > 1:
-            arguments.append(f'--max_iters={run.stops[rung]}')
-        environment = self.free.pop(0)
-        with self.open_output(run.folder) as output:  # None: the terminal
-            # in its own session: Ctrl-C reaches the sweep alone, which passes it on once
-            process = subprocess.Popen(
-                [sys.executable, ROOT / 'train.py', *arguments, f'--out_dir={run.folder}'],
-                env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, start_new_session=True)
-        self.running[process] = run, environment
-        if self.stop:  # the signal came while the process started
-            process.terminate()
-
-    def open_output(self, folder):
-        if not self.to_files:
-            return contextlib.nullcontext()
-        with os_errors(f'{folder}: cannot write there', 'choose another --out_dir'):
-            folder.mkdir(parents=True, exist_ok=True)
-            return open_own(folder / 'output.txt', 'ab')
-
-    def end(self, process):
-        run, environment = self.running.pop(process)
-        self.free.append(environment)
-        result, see = read_result(run.folder), ''
-        if self.to_files:
-            see = f', see {run.folder / "output.txt"}'
-        if process.returncode == 0 and result:
-            print(f'{run.folder.name}: val loss {result.loss:.4f}', flush=True)
-        elif not self.stop:
-            self.failed.append(run.folder.name)
-            print(f'{run.folder.name} failed{see}: it is left out of the table', flush=True)
+def is_done(run, rung):
+    return max(val_losses(run.folder), default=-1) >= run.stops[rung]
 
 
-def environments(n_jobs, runs):
-    """Environment variables for each run at a time: a GPU of its own, or a share of the cores."""
-    n_gpus = torch.cuda.device_count()
-    gpus = list(filter(None, os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')))
-    gpus = (gpus or list(map(str, range(n_gpus))))[:n_gpus]
-    if not all(run.config.device in ('auto', 'cuda') for run in runs):
-        gpus = []
-    n_jobs, common = n_jobs or len(gpus) or 1, {}
-    if n_jobs > 1:
-        common['PYTHONUNBUFFERED'] = '1'  # output.txt can be followed
-        if not gpus and 'OMP_NUM_THREADS' not in os.environ:
-            common['OMP_NUM_THREADS'] = str(max(1, torch.get_num_threads() // n_jobs))
-    if not gpus:
-        return [common] * n_jobs
-    return [common | {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} for i in range(n_jobs)]
+def train(jobs, runs, rung=-1):
+    """Train the runs up to one of their stops."""
+    waiting = []
+    for run in runs:
+        if is_done(run, rung):
+            print(f'{run.folder.name}: already done')
+            continue
+        until = [f'--max_iters={run.stops[rung]}'] if len(run.stops) > 1 else []
+        waiting.append((run.folder, run.arguments + until, until))
+    jobs.train(waiting)
 
 
 def halve(jobs, runs, eta):
@@ -245,14 +157,14 @@ def halve(jobs, runs, eta):
         alive = ranked[:max(1, len(settings) // eta**rung)]
         share = f'1/{eta**(n_rungs - 1 - rung)} of their steps' if rung < n_rungs - 1 else 'the end'
         print(f'rung {rung + 1} of {n_rungs}: {plural(len(alive), "setting")}, up to {share}')
-        jobs.train([run for setting in alive for run in settings[setting]], rung)
+        train(jobs, [run for setting in alive for run in settings[setting]], rung)
         if jobs.stop:
             return
         losses = {}
         for setting in alive:
             if all(is_done(run, rung) for run in settings[setting]):
-                losses[setting] = statistics.mean(
-                    read_result(run.folder).losses[run.stops[rung]] for run in settings[setting])
+                losses[setting] = statistics.mean(val_losses(run.folder)[run.stops[rung]]
+                                                  for run in settings[setting])
         ranked = sorted(losses, key=losses.get)
 
 
@@ -260,42 +172,26 @@ def halve(jobs, runs, eta):
 
 class Result(NamedTuple):
     config: dict
-    losses: dict  # {step: val loss}
+    step: int  # of the last evaluation
+    full: int  # max_iters, or what it would be without halving
+    val_loss: float
     train_loss: float
-    speed: float | None  # tokens per second
-
-    @property
-    def step(self):
-        return max(self.losses)
-
-    @property
-    def loss(self):
-        return self.losses[self.step]
-
-    @property
-    def full(self):
-        """max_iters, or what it would be without halving."""
-        return max(self.config['max_iters'], self.config['lr_decay_iters'] or 0)
+    speed: float  # tokens per second
 
 
 def read_result(folder):
     """The Result of a run; None if it has not been evaluated yet."""
-    try:
-        config = TrainConfig(**read_config_file(str(folder / 'config.py'), TrainConfig))
-    except ValueError:  # not a run, or one of another version
-        return None
     lines = read_log(folder)
-    losses = {line['step']: line['val_loss'] for line in lines if line.get('val_loss') is not None}
-    if not losses:
+    evaluations = [line for line in lines if line.get('val_loss') is not None]
+    try:
+        config = asdict(TrainConfig(**read_config_file(folder / 'config.py', TrainConfig)))
+        last = evaluations[-1]
+    except (ValueError, IndexError):  # not a run, or one of another version
         return None
-    train_loss = [line['train_loss'] for line in lines if 'train_loss' in line][-1]
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
-    return Result(asdict(config), losses, train_loss, statistics.median(speeds or [math.nan]))
-
-
-def is_done(run, rung=-1):
-    result = read_result(run.folder)
-    return result is not None and result.step >= run.stops[rung]
+    full = max(config['max_iters'], config['lr_decay_iters'] or 0)
+    return Result(config, last['step'], full, last['val_loss'], last['train_loss'],
+                  statistics.median(speeds or [math.nan]))
 
 
 def varied_keys(results):
@@ -317,7 +213,7 @@ def format_table(results):
         groups.setdefault((-result.step / result.full, values), []).append(result)
     rows = []
     for (share, values), group in groups.items():
-        losses = {result.config['seed']: result.loss for result in group}
+        losses = {result.config['seed']: result.val_loss for result in group}
         rows.append((share, statistics.mean(losses.values()), values, losses, group))
     rows.sort(key=lambda row: row[:2])
     best_share, _, _, best, _ = rows[0]
@@ -383,20 +279,22 @@ def report(out_dir):
 def main(config, runs):
     """Returns the exit code."""
     check_runs(runs)
-    jobs, out_dir = Jobs(environments(config.jobs, runs)), Path(config.out_dir)
+    devices = {run.config.device for run in runs}
+    jobs, out_dir = Jobs(environments(config.jobs, devices)), Path(config.out_dir)
     print(f'{plural(len(runs), "run")}; to follow them: '
           f'{command("tools/runs.py", out_dir, serve=True)}')
     if config.halving:
         halve(jobs, runs, config.halving)
     else:
-        jobs.train(runs)
+        train(jobs, runs)
     if jobs.stop:
         print('stopped; the same command continues from here')
         return 128 + jobs.stop
     report(out_dir)
     if jobs.failed:
-        print(f'{len(jobs.failed)} of {len(runs)} runs failed: {", ".join(jobs.failed)}; the same '
-              f'command tries them again')
+        names = ', '.join(folder.name for folder in jobs.failed)
+        print(f'{len(jobs.failed)} of {len(runs)} runs failed: {names}; they are not in the table, '
+              f'and the same command tries them again')
     return int(bool(jobs.failed))
 
 

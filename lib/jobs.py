@@ -1,0 +1,111 @@
+"""train.py in child processes, for tools: one on each GPU, until a signal stops them all."""
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+
+from lib.files import ROOT, open_own
+from lib.run import read_log
+
+
+def val_losses(folder):
+    """{step: val loss} of a run; {} if it has not been evaluated yet."""
+    return {line['step']: line['val_loss'] for line in read_log(folder)
+            if line.get('val_loss') is not None}
+
+
+def environments(n_jobs, devices):
+    """Variables for each run at a time: a GPU of its own, or a share of the cores.
+
+    n_jobs: how many; None: one per GPU, or 1. devices: config.device of the runs.
+    """
+    n_gpus = torch.cuda.device_count()
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+    gpus = visible.split(',')[:n_gpus] if visible else list(map(str, range(n_gpus)))
+    if not {'auto', 'cuda'}.issuperset(devices):
+        gpus = []
+    n_jobs, common = n_jobs or len(gpus) or 1, {}
+    if n_jobs > 1:
+        common['PYTHONUNBUFFERED'] = '1'  # output.txt can be followed
+        if not gpus and 'OMP_NUM_THREADS' not in os.environ:
+            common['OMP_NUM_THREADS'] = str(max(1, torch.get_num_threads() // n_jobs))
+    if not gpus:
+        return [common] * n_jobs
+    return [common | {'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} for i in range(n_jobs)]
+
+
+class Jobs:
+    """Runs of train.py, one at a time in each of the environments. Several print to output.txt in
+    their folders, a single one to the terminal."""
+
+    def __init__(self, environments):
+        self.free = list(environments)
+        self.to_files = len(environments) > 1
+        self.running = {}  # process -> (folder, environment)
+        self.failed = []  # folders
+        self.stop = 0  # the signal that stopped all
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows lacks one
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.request_stop)
+
+    def request_stop(self, number, frame):
+        for process in self.running:
+            if self.stop and number == signal.SIGINT:
+                process.kill()
+            else:
+                process.terminate()
+        self.stop = number
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, b'\nstopping: each run saves; Ctrl-C again stops without saving\n')
+
+    def train(self, runs):
+        """Start or resume runs: [(folder, arguments, arguments for resuming)]."""
+        waiting = list(enumerate(runs, 1))
+        try:
+            while self.running or waiting and not self.stop:
+                if waiting and self.free and not self.stop:
+                    i, run = waiting.pop(0)
+                    print(f'{i}/{len(runs)} {run[0].name}', flush=True)
+                    self.start(*run)
+                else:
+                    time.sleep(0.05)
+                ended = [process for process in self.running if process.poll() is not None]
+                for process in ended:
+                    self.end(process)
+        finally:
+            for process in self.running:
+                process.terminate()
+
+    def start(self, folder, arguments, resume):
+        if any(folder.glob('ckpt_*.json')):  # all other keys are in the checkpoint
+            arguments = ['--init_from=resume', *resume]
+        environment, output = self.free.pop(0), None
+        if self.to_files:
+            folder.mkdir(parents=True, exist_ok=True)
+            output = open_own(folder / 'output.txt', 'ab')
+        # in its own session: Ctrl-C reaches this process alone, which passes it on once
+        process = subprocess.Popen(
+            [sys.executable, ROOT / 'train.py', *arguments, f'--out_dir={folder}'],
+            env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True)
+        self.running[process] = folder, environment
+        if output:
+            output.close()
+        if self.stop:  # the signal came while the process started
+            process.terminate()
+
+    def end(self, process):
+        folder, environment = self.running.pop(process)
+        self.free.append(environment)
+        losses = val_losses(folder)
+        if process.returncode == 0 and losses:
+            print(f'{folder.name}: val loss {losses[max(losses)]:.4f}', flush=True)
+        elif not self.stop:
+            self.failed.append(folder)
+            see = f'; see {folder / "output.txt"}' if self.to_files else ''
+            print(f'{folder.name} failed{see}', flush=True)
