@@ -98,6 +98,7 @@ def test_sweep_trains_each_combination_once_and_ranks_them(run, char_data, tmp_p
     )
     for path in broken.glob('ckpt_00000020.*'):
         path.unlink()
+    (broken / 'status').write_text('running 1\n')  # as a killed run leaves it
     again = run(*command[:3], '--learning_rate=1e-5,1e-2,1e-3', '--seed=1,2')
     assert again.stdout.count('already done') == 3 and again.stdout.count('step 0: train loss') == 2
     assert len((tmp_path / 'sweep' / 'table.md').read_text().splitlines()) == 5
@@ -329,6 +330,15 @@ def test_the_table_keeps_shares_of_the_steps_apart_and_hides_what_follows_from_d
         ['0.0', '1', '1', '90', '2.0000', 'best'],
         ['0.0', '2', '1', '180', '2.1000', '+0.1000, one seed'],
         ['0.1', '1', '1', '10/90', '1.0000', '-']]  # fmt: skip
+
+
+def test_runs_that_end_at_an_unknown_step_are_done_when_they_say_so(tmp_path):
+    _, (run,) = sweep.read_command([QUICKSTART, f'--out_dir={tmp_path}'])
+    write_run(run.folder, {100: 3.0, 200: 2.0})
+    assert not sweep.is_done(run, -1)
+    for status, done in (('running 1', False), ('stopped', False), ('done', True)):
+        (run.folder / 'status').write_text(status + '\n')
+        assert sweep.is_done(run, -1) == done
 
 
 # Halving ------------------------------------------------------------------------------------------

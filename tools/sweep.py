@@ -41,6 +41,7 @@ from lib.recipe import read_train_config
 from lib.trials import Range, combinations, folder_name, read_values, rungs, without_seed
 
 MAX_RUNS = 10_000
+BUDGETS = ('target_tokens', 'target_flops', 'max_minutes', 'patience')
 
 
 @dataclass
@@ -103,7 +104,10 @@ def read_command(argv):
 
 
 def halving_flags(config, stops):
-    """What keeps the schedule of a run that stops early, and evaluates it there."""
+    """What keeps the schedule of a run that stops early, and evaluates it there. Raises UserError.
+    """
+    for key in BUDGETS:
+        require(getattr(config, key, None) is None, f'{key}: with halving, give --max_iters alone')
     end, interval = config.lr_decay_iters, config.eval_interval
     require(end in (None, config.max_iters), f'lr_decay_iters = {end}: with halving, schedules end '
                                              f'at max_iters: leave it out')
@@ -131,7 +135,14 @@ from lib.run import read_log
 # Training -----------------------------------------------------------------------------------------
 
 def is_done(run, rung):
-    return max(val_losses(run.folder), default=-1) >= run.stops[rung]
+    """A budget other than max_iters ends at a step that is not known before."""
+    ended = len(run.stops) == 1 and is_finished(run.folder)
+    return ended or max(val_losses(run.folder), default=-1) >= run.stops[rung]
+
+
+def is_finished(folder):
+    path = folder / 'status'
+    return path.is_file() and path.read_text().startswith('done')
 
 
 def train(jobs, runs, rung=-1):
@@ -172,8 +183,8 @@ def halve(jobs, runs, eta):
 
 class Result(NamedTuple):
     config: dict
-    step: int  # of the last evaluation
-    full: int  # max_iters, or what it would be without halving
+    step: int
+    full: int  # steps without halving
     val_loss: float
     train_loss: float
     speed: float  # tokens per second
@@ -188,28 +199,33 @@ def read_result(folder):
         last = evaluations[-1]
     except (ValueError, IndexError):  # not a run, or one of another version
         return None
+    if config.get('patience'):  # it has stopped after the best
+        last = min(evaluations, key=lambda line: line['val_loss'])
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
-    full = max(config['max_iters'], config['lr_decay_iters'] or 0)
-    return Result(config, last['step'], full, last['val_loss'], last['train_loss'],
-                  statistics.median(speeds or [math.nan]))
+    step = evaluations[-1]['step']
+    halved = config['max_iters'] < (config['lr_decay_iters'] or 0)
+    return Result(config, step, config['lr_decay_iters'] if halved else step, last['val_loss'],
+                  last['train_loss'], statistics.median(speeds or [math.nan]))
 
 
-def varied_keys(results):
-    """The keys in which the runs differ, apart from the seed and from what follows from depth."""
-    columns = {key: [repr(result.config[key]) for result in results]
+def varied_columns(results):
+    """{key: values} where the runs differ, apart from the seed and from what follows from depth."""
+    columns = {key: [str(result.config[key]) for result in results]
                for key in asdict(TrainConfig()) if key not in ('out_dir', 'seed')}
-    columns['max_iters'] = [result.full for result in results]
-    keys = [key for key, column in columns.items() if len(set(column)) > 1]
-    n_depths = len(set(columns['depth']))
-    return [key for key in keys if key == 'depth' or n_depths == 1
-            or len(set(zip(columns['depth'], columns[key]))) > n_depths]
+    columns['max_iters'] = [str(max(result.full, result.config['max_iters'])) for result in results]
+    if any(result.config.get(key) for result in results for key in BUDGETS):
+        del columns['max_iters']  # it follows, or is not reached
+    depths = columns['depth']
+    n_depths = len(set(depths))
+    return {key: column for key, column in columns.items() if len(set(column)) > 1
+            and (key == 'depth' or n_depths == 1 or len(set(zip(depths, column))) > n_depths)}
 
 
 def format_table(results):
     """A Markdown table, best first, with one row for runs that differ only in their seed."""
-    keys, groups = varied_keys(results), {}
-    for result in results:
-        values = tuple(str(result.config[key]) for key in keys)
+    columns, groups = varied_columns(results), {}
+    for i, result in enumerate(results):
+        values = tuple(column[i] for column in columns.values())
         groups.setdefault((-result.step / result.full, values), []).append(result)
     rows = []
     for (share, values), group in groups.items():
@@ -217,16 +233,17 @@ def format_table(results):
         rows.append((share, statistics.mean(losses.values()), values, losses, group))
     rows.sort(key=lambda row: row[:2])
     best_share, _, _, best, _ = rows[0]
-    lines = [[*keys, 'seeds', 'steps', 'val loss', 'difference', 'train loss', 'tokens/s']]
+    lines = [[*columns, 'seeds', 'steps', 'val loss', 'difference', 'train loss', 'tokens/s']]
     for share, loss, values, losses, group in rows:
-        of_full = f'/{group[0].full}' * (group[0].step < group[0].full)
+        step = statistics.median_low(result.step for result in group)
+        of_full = f'/{group[0].full}' * (step < group[0].full)
         error = f' ± {standard_error(losses.values()):.4f}' if len(losses) > 1 else ''
         against = 'best' if losses is best else '-'  # at another share: not comparable
         if losses is not best and share == best_share:
             against = difference_text(losses, best)
         train_loss = statistics.mean(result.train_loss for result in group)
         speed = statistics.median(result.speed for result in group)
-        lines.append([*values, str(len(losses)), f'{group[0].step}{of_full}', f'{loss:.4f}{error}',
+        lines.append([*values, str(len(losses)), f'{step}{of_full}', f'{loss:.4f}{error}',
                       against, f'{train_loss:.4f}', f'{speed:,.0f}'])
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
@@ -252,7 +269,8 @@ def check_runs(runs):
     for run in runs:
         result = read_result(run.folder)
         saved = result.config if result else {}
-        free = ['out_dir', 'init_from'] + ['max_iters'] * (len(run.stops) > 1)
+        derived = len(run.stops) > 1 or any(getattr(run.config, key, None) for key in BUDGETS)
+        free = ['out_dir', 'init_from'] + ['max_iters'] * derived
         changed = [key for key, value in asdict(run.config).items()  # None: derived from others
                    if key not in free and value is not None and saved.get(key, value) != value]
         require(not changed, f'{run.folder} holds a run with other values of {", ".join(changed)}: '
@@ -262,8 +280,8 @@ def check_runs(runs):
 def report(out_dir):
     """Print and write the table of all finished runs in out_dir, and the page."""
     paths = sorted(out_dir.iterdir()) if out_dir.is_dir() else []
-    results = [result for result in map(read_result, paths)
-               if result and result.step >= result.config['max_iters']]
+    results = [result for path, result in zip(paths, map(read_result, paths))
+               if result and (is_finished(path) or result.step >= result.config['max_iters'])]
     if not results:
         print(f'{out_dir}: no run has finished')
         return
