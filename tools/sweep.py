@@ -50,7 +50,7 @@ class Config:
     out_dir: FilePath = ''  # of the sweep; empty: sweep-<config>
     trials: Count | None = None  # how often to draw the keys that have a range
     sweep_seed: WholeNumber = 0  # of these draws
-    halving: Annotated[int, Bound(lambda x: x >= 2, 'at least 2')] | None = None  # 1/N goes on
+    halving: Annotated[int, Bound(lambda x: x >= 2, 'at least 2')] | None = None  # the best 1/N go on
     jobs: Count | None = None  # runs at a time; None: one per GPU, or 1
 
 
