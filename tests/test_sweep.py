@@ -248,6 +248,7 @@ def test_draws_that_are_equal_are_one_run():
         (('--seed=1,2', '--halving=1'), 'halving = 1: give at least 2'),
         (('--n_layer=1,2,3,4', '--halving=2', '--max_iters=3'), 'at least 4 steps'),
         (('--n_layer=1,2', '--halving=2', '--lr_decay_iters=99'), 'lr_decay_iters = 99'),
+        (('--n_layer=1,2', '--halving=2', '--max_minutes=1'), 'max_minutes: the last step must'),
         (('--n_layer=uniform:1:4', '--trials=5001', '--seed=1,2'), '10,002 runs'),
     ],
 )
@@ -333,12 +334,34 @@ def test_the_table_keeps_shares_of_the_steps_apart_and_hides_what_follows_from_d
 
 
 def test_runs_that_end_at_an_unknown_step_are_done_when_they_say_so(tmp_path):
-    _, (run,) = sweep.read_command([QUICKSTART, f'--out_dir={tmp_path}'])
-    write_run(run.folder, {100: 3.0, 200: 2.0})
-    assert not sweep.is_done(run, -1)
+    argv = [QUICKSTART, f'--out_dir={tmp_path}', '--target_tokens=4096000']
+    _, (run,) = sweep.read_command(argv)
+    write_run(run.folder, {100: 3.0, 500: 2.0})  # more than max_iters in the file
+    assert not sweep.is_done(run)
     for status, done in (('running 1', False), ('stopped', False), ('done', True)):
         (run.folder / 'status').write_text(status + '\n')
-        assert sweep.is_done(run, -1) == done
+        assert sweep.is_done(run) == done
+
+
+@pytest.mark.slow
+def test_batches_compared_at_equal_tokens_and_with_patience(run, char_data, tmp_path):
+    write_tiny_config(tmp_path / 'tiny.py', char_data)
+    command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/sweep',
+               '--target_tokens=1280', '--batch_size=2,4')  # fmt: skip
+    run(*command)
+    rows = read_rows((tmp_path / 'sweep' / 'table.md').read_text())
+    assert rows[0][:3] == ['batch_size', 'seeds', 'steps']
+    assert sorted(row[:3] for row in rows[2:]) == [['2', '1', '20'], ['4', '1', '10']]
+    assert run(*command).stdout.count('already done') == 2
+    command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/patient',
+               '--patience=1', '--eval_interval=2', '--learning_rate=1e-9')  # fmt: skip
+    run(*command)
+    (row,) = read_rows((tmp_path / 'patient' / 'table.md').read_text())[2:]
+    losses = log_lines(tmp_path / 'patient' / 'patience=1,eval_interval=2,learning_rate=1e-9',
+                       'val_loss')  # fmt: skip
+    assert row[1] == str(losses[-1]['step'])
+    assert row[2] == f'{min(line["val_loss"] for line in losses):.4f}'
+    assert run(*command).stdout.count('already done') == 1
 
 
 # Halving ------------------------------------------------------------------------------------------
@@ -349,10 +372,10 @@ def test_rungs_divide_the_steps_by_powers_of_eta():
     assert rungs(10, 2, 1) == [10] and rungs(401, 2, 5) == [100, 200, 401]
 
 
-def test_halving_trains_the_best_third_on_by_the_mean_over_seeds(tmp_path, capsys):
+def test_halving_trains_the_best_third_on_by_the_mean_over_seeds(char_data, tmp_path):
     """The loss is a function of dropout; at the last rung another one wins."""
     argv = [QUICKSTART, '--depth=1,2', '--dropout=0.1,0.2,0.3,0.4,0.5,0.6,0.7', '--seed=1,2',
-            '--halving=3', '--max_iters=900', '--eval_interval=90',
+            '--halving=3', '--max_iters=900', '--eval_interval=90', f'--dataset={char_data}',
             f'--out_dir={tmp_path}']  # fmt: skip
     _, runs = sweep.read_command(argv)
     flags = runs[0].arguments[-2:]

@@ -41,7 +41,7 @@ from lib.recipe import read_train_config
 from lib.trials import Range, combinations, folder_name, read_values, rungs, without_seed
 
 MAX_RUNS = 10_000
-BUDGETS = ('target_tokens', 'target_flops', 'max_minutes', 'patience')
+BUDGETS = ('target_tokens', 'target_flops', 'max_minutes', 'patience')  # not max_iters
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
     out_dir: FilePath = ''  # of the sweep; empty: sweep-<config>
     trials: Count | None = None  # how often to draw the keys that have a range
     sweep_seed: WholeNumber = 0  # of these draws
-    halving: Annotated[int, Bound(lambda x: x >= 2, 'at least 2')] | None = None  # the best 1/N go on
+    halving: Annotated[int, Bound(lambda x: x >= 2, 'at least 2')] | None = None  # 1/N goes on
     jobs: Count | None = None  # runs at a time; None: one per GPU, or 1
 
 
@@ -103,11 +103,16 @@ def read_command(argv):
     return config, runs
 
 
+def budget_of(config):
+    """The key, if any, that lets a run end at another step than max_iters."""
+    return next((key for key in BUDGETS if config[key] is not None), None)
+
+
 def halving_flags(config, stops):
     """What keeps the schedule of a run that stops early, and evaluates it there. Raises UserError.
     """
-    for key in BUDGETS:
-        require(getattr(config, key, None) is None, f'{key}: with halving, give --max_iters alone')
+    key = budget_of(asdict(config))
+    require(not key, f'{key}: the last step must be known for halving: give --max_iters instead')
     end, interval = config.lr_decay_iters, config.eval_interval
     require(end in (None, config.max_iters), f'lr_decay_iters = {end}: with halving, schedules end '
                                              f'at max_iters: leave it out')
@@ -134,13 +139,14 @@ from lib.run import read_log
 
 # Training -----------------------------------------------------------------------------------------
 
-def is_done(run, rung):
-    """A budget other than max_iters ends at a step that is not known before."""
-    ended = len(run.stops) == 1 and is_finished(run.folder)
-    return ended or max(val_losses(run.folder), default=-1) >= run.stops[rung]
+def is_done(run, rung=-1):
+    if len(run.stops) == 1 and has_ended(run.folder):
+        return True
+    known = budget_of(asdict(run.config)) is None
+    return known and max(val_losses(run.folder), default=-1) >= run.stops[rung]
 
 
-def is_finished(folder):
+def has_ended(folder):
     path = folder / 'status'
     return path.is_file() and path.read_text().startswith('done')
 
@@ -199,7 +205,7 @@ def read_result(folder):
         last = evaluations[-1]
     except (ValueError, IndexError):  # not a run, or one of another version
         return None
-    if config.get('patience'):  # it has stopped after the best
+    if config['patience']:  # it has stopped after the best
         last = min(evaluations, key=lambda line: line['val_loss'])
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
     step = evaluations[-1]['step']
@@ -213,8 +219,8 @@ def varied_columns(results):
     columns = {key: [str(result.config[key]) for result in results]
                for key in asdict(TrainConfig()) if key not in ('out_dir', 'seed')}
     columns['max_iters'] = [str(max(result.full, result.config['max_iters'])) for result in results]
-    if any(result.config.get(key) for result in results for key in BUDGETS):
-        del columns['max_iters']  # it follows, or is not reached
+    if any(budget_of(result.config) for result in results):
+        del columns['max_iters']  # follows from the budget, or is not reached
     depths = columns['depth']
     n_depths = len(set(depths))
     return {key: column for key, column in columns.items() if len(set(column)) > 1
@@ -269,7 +275,7 @@ def check_runs(runs):
     for run in runs:
         result = read_result(run.folder)
         saved = result.config if result else {}
-        derived = len(run.stops) > 1 or any(getattr(run.config, key, None) for key in BUDGETS)
+        derived = len(run.stops) > 1 or budget_of(asdict(run.config)) is not None
         free = ['out_dir', 'init_from'] + ['max_iters'] * derived
         changed = [key for key, value in asdict(run.config).items()  # None: derived from others
                    if key not in free and value is not None and saved.get(key, value) != value]
@@ -280,8 +286,12 @@ def check_runs(runs):
 def report(out_dir):
     """Print and write the table of all finished runs in out_dir, and the page."""
     paths = sorted(out_dir.iterdir()) if out_dir.is_dir() else []
-    results = [result for path, result in zip(paths, map(read_result, paths))
-               if result and (is_finished(path) or result.step >= result.config['max_iters'])]
+    results = []
+    for path in paths:
+        result = read_result(path)
+        if result and (has_ended(path) or not budget_of(result.config)
+                       and result.step >= result.config['max_iters']):
+            results.append(result)
     if not results:
         print(f'{out_dir}: no run has finished')
         return
