@@ -5,9 +5,18 @@ import torch
 from torch.optim.adamw import adamw as adamw_step
 
 from lib.device import has_bfloat16
-from lib.distributed import gather_like, is_shard, local, map_shared, shard_like, world_size
+from lib.distributed import (
+    all_reduce,
+    gather_like,
+    is_shard,
+    local,
+    map_shared,
+    shard_like,
+    world_size,
+)
 
 MUON_MAX_NUMEL = 2**25  # most elements orthogonalized in one batch
+N_SAMPLED = 2**16  # weights of a group from which its update ratio is estimated
 EXTENDED_PEAK = 0.5  # of the schedule, in the steps by which a run was extended
 
 
@@ -23,10 +32,12 @@ def make_optimizer(model, config):
     params = [p for p in model.parameters() if id(p) not in taken]
     groups = adamw_groups(params, config.weight_decay, config.learning_rate)
     if tables:  # each row is updated rarely: larger steps, and no decay between two updates
-        groups.append({'params': tables, 'lr': config.embedding_learning_rate, 'weight_decay': 0.0})
+        groups.append({'params': tables, 'lr': config.embedding_learning_rate, 'weight_decay': 0.0,
+                       'name': 'embeddings'})
     if muon:
         groups.append({'params': muon, 'lr': config.muon_learning_rate, 'kind': 'muon',
-                       'weight_decay': config.weight_decay, 'momentum': config.muon_momentum})
+                       'weight_decay': config.weight_decay, 'momentum': config.muon_momentum,
+                       'name': 'muon'})
     return Optimizer(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps)
 
 
@@ -44,8 +55,8 @@ def adamw_groups(params, weight_decay, learning_rate):
     params = [p for p in params if p.requires_grad]
     decay = [p for p in params if p.dim() >= 2]
     no_decay = [p for p in params if p.dim() < 2]
-    return [{'params': decay, 'lr': learning_rate, 'weight_decay': weight_decay},
-            {'params': no_decay, 'lr': learning_rate, 'weight_decay': 0.0}]
+    return [{'params': decay, 'lr': learning_rate, 'weight_decay': weight_decay, 'name': 'adamw'},
+            {'params': no_decay, 'lr': learning_rate, 'weight_decay': 0.0, 'name': 'gains'}]
 
 
 def adamw(params, weight_decay, learning_rate, betas, eps=1e-8):
@@ -91,14 +102,38 @@ class Optimizer(torch.optim.Optimizer):
             elif params:
                 self.step_adamw(params, group)
 
-    def step_if_finite(self, finite):
-        """step(), which is a no-op if the tensor finite is False; no host sync."""
+    def step_if_finite(self, finite, measures=None):
+        """step(), which is a no-op if the tensor finite is False; no host sync. measures: a dict
+        for the update ratio of each group, or None."""
         # MPS's fused AdamW ignores found_inf (pytorch pull request 186360)
         if finite.device.type == 'mps' and not finite.item():
             return
+        before = None if measures is None else self.sample_weights()
         self.found_inf = (~finite).float()
         self.step()
         self.found_inf = None
+        if before:
+            measures |= self.update_ratios(before)
+
+    @torch.no_grad()
+    def sample_weights(self):
+        """{name of a group: about N_SAMPLED of its weights}, always the same ones."""
+        samples = {}
+        for group in self.param_groups:
+            params = [local(p) for p in group['params']]
+            stride = sum(p.numel() for p in params) // N_SAMPLED | 1  # odd: in all columns
+            if params:
+                samples[group['name']] = torch.cat([p.view(-1)[::stride] for p in params])
+        return samples
+
+    def update_ratios(self, before):
+        """{'update_ratio_' + name: norm of the step / norm of the weights} of sample_weights."""
+        norms = torch.stack([torch.stack(((after - before[name]).norm(), before[name].norm()))
+                             for name, after in self.sample_weights().items()])  # (n groups, 2)
+        if any(map(is_shard, self.state)):
+            norms = all_reduce(norms**2).sqrt()
+        return {f'update_ratio_{name}': step / weights
+                for name, (step, weights) in zip(before, norms)}
 
     def step_adamw(self, params, group):
         states = [self.state[p] for p in params]

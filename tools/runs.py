@@ -111,7 +111,8 @@ MAX_SAMPLES = 100  # of a run
 STEP_CURVES = ('loss', 'grad_norm', 'tokens_per_second')  # with their extremes; lr has none
 EVALUATION_CURVES = ('val_loss', 'train_loss', 'val_bits_per_byte')
 # not a difference between runs: names, and where they began
-NAMES = {'out_dir', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log', 'extended_at'}
+NAMES = {'out_dir', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log', 'tensorboard_log',
+         'extended_at'}
 POLL_SECONDS = 3
 
 
