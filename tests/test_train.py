@@ -22,7 +22,11 @@ def test_train_writes_log_config_and_checkpoint(trained, char_data):
     steps = log_lines(trained, 'loss')
     assert [line['step'] for line in steps] == list(range(20))
     assert all(
-        set(line) == {'step', 'loss', 'lr', 'grad_norm', 'tokens_per_second', 'samples_seen'}
+        set(line)
+        == {
+            'step', 'loss', 'lr', 'grad_norm', 'tokens_per_second', 'samples_seen', 'epoch',
+            'update_ratio_adamw', 'update_ratio_gains', 'peak_memory',
+        }  # fmt: skip
         for line in steps
     )
     assert [line['samples_seen'] for line in steps] == [4 * (s + 1) for s in range(20)]
