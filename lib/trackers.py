@@ -3,6 +3,7 @@ import os
 import secrets
 import textwrap
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from lib.distributed import print0
@@ -55,11 +56,16 @@ class Wandb:
         import wandb  # slow, and needed with wandb_log only
 
         self.wandb, mode = wandb, os.environ.get('WANDB_MODE')
-        if mode is None and not wandb.login(prompt=False, verify=False):
-            print0('wandb: not logged in, logging offline; upload later with wandb sync')
-            mode = 'offline'
-        self.run = wandb.init(project=config.wandb_project, name=config.wandb_run_name, mode=mode,
-                              config=asdict(config), resume='allow')
+        init = partial(wandb.init, project=config.wandb_project, name=config.wandb_run_name,
+                       config=asdict(config), resume='allow')
+        try:
+            if mode is None and not wandb.login(prompt=False, verify=False):
+                raise wandb.errors.CommError('not logged in')
+            self.run = init(mode=mode)
+        except wandb.errors.CommError as error:  # no network
+            print0(f'wandb: {first_line(error)}: logging offline; upload later with wandb sync')
+            wandb.teardown()  # forget the attempt
+            self.run = init(mode='offline')
 
     def log(self, line):
         self.run.log(line, step=line['step'])

@@ -207,31 +207,6 @@ def test_sample_every_eval_leaves_training_unchanged(run, trained, char_data, tm
     ]
 
 
-BROKEN_WANDB = """
-Settings = dict
-def login(**kwargs):
-    return True
-def init(**kwargs):
-    raise RuntimeError('no such project')
-"""
-
-
-@pytest.mark.slow
-def test_wandb_logs_offline_and_survives_failure(run, char_data, tmp_path):
-    common = (f'--dataset={char_data}', *TINY, '--max_iters=2', '--wandb_log')
-    no_account = {'WANDB_API_KEY': '', 'HOME': str(tmp_path), 'WANDB_SILENT': 'true'}
-    result = run('train.py', f'--out_dir={tmp_path}/out', *common, env=no_account)
-    assert 'logging offline' in result.stdout
-    assert list((tmp_path / 'out' / 'wandb').glob('offline-run-*/*.wandb'))
-    (tmp_path / 'wandb.py').write_text(BROKEN_WANDB)
-    result = run(
-        'train.py', f'--out_dir={tmp_path}/broken', *common, env={'PYTHONPATH': str(tmp_path)}
-    )
-    message = 'wandb failed, going on without it: RuntimeError: no such project'
-    assert message in result.stdout
-    assert len(log_lines(tmp_path / 'broken', 'loss')) == 2
-
-
 @pytest.mark.slow
 def test_doc_mask_trains_and_samples(run, refused, char_data, tmp_path, text):
     tok = train_bpe([text], 300)
