@@ -5,15 +5,8 @@ import torch
 from torch.optim.adamw import adamw as adamw_step
 
 from lib.device import has_bfloat16
-from lib.distributed import (
-    all_reduce,
-    gather_like,
-    is_shard,
-    local,
-    map_shared,
-    shard_like,
-    world_size,
-)
+from lib.distributed import all_reduce, gather_like, is_shard, local, map_shared, shard_like
+from lib.distributed import world_size
 
 MUON_MAX_NUMEL = 2**25  # most elements orthogonalized in one batch
 N_SAMPLED = 2**16  # weights of a group from which its update ratio is estimated
@@ -103,37 +96,31 @@ class Optimizer(torch.optim.Optimizer):
                 self.step_adamw(params, group)
 
     def step_if_finite(self, finite, measures=None):
-        """step(), which is a no-op if the tensor finite is False; no host sync. measures: a dict
-        for the update ratio of each group, or None."""
+        """step(), which is a no-op if the tensor finite is False; no host sync. Puts the update
+        ratio of each group into the dict measures: norm of its step / norm of its weights."""
         # MPS's fused AdamW ignores found_inf (pytorch pull request 186360)
         if finite.device.type == 'mps' and not finite.item():
             return
-        before = None if measures is None else self.sample_weights()
+        before = {} if measures is None else self.sample_weights()
         self.found_inf = (~finite).float()
         self.step()
         self.found_inf = None
-        if before:
-            measures |= self.update_ratios(before)
+        after = before and self.sample_weights()
+        for name, weights in before.items():
+            squares = torch.stack((after[name] - weights, weights)).square().sum(1)
+            if any(map(is_shard, self.state)):
+                squares = all_reduce(squares)
+            measures[f'update_ratio_{name}'] = (squares[0] / squares[1]).sqrt()
 
     @torch.no_grad()
     def sample_weights(self):
         """{name of a group: about N_SAMPLED of its weights}, always the same ones."""
         samples = {}
-        for group in self.param_groups:
+        for group in filter(lambda group: group['params'], self.param_groups):
             params = [local(p) for p in group['params']]
             stride = sum(p.numel() for p in params) // N_SAMPLED | 1  # odd: in all columns
-            if params:
-                samples[group['name']] = torch.cat([p.view(-1)[::stride] for p in params])
+            samples[group['name']] = torch.cat([p.view(-1)[::stride] for p in params])
         return samples
-
-    def update_ratios(self, before):
-        """{'update_ratio_' + name: norm of the step / norm of the weights} of sample_weights."""
-        norms = torch.stack([torch.stack(((after - before[name]).norm(), before[name].norm()))
-                             for name, after in self.sample_weights().items()])  # (n groups, 2)
-        if any(map(is_shard, self.state)):
-            norms = all_reduce(norms**2).sqrt()
-        return {f'update_ratio_{name}': step / weights
-                for name, (step, weights) in zip(before, norms)}
 
     def step_adamw(self, params, group):
         states = [self.state[p] for p in params]

@@ -257,14 +257,11 @@ def free_memory(device):
 
 
 def peak_memory(device):
-    """Most bytes of memory so far: allocated on a GPU, else resident in this process; None where
-    that is not known (Windows)."""
+    """Most bytes so far: allocated on a GPU, else resident in this process (0 on Windows)."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    kilobyte = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte if resource else 0
 
 
 def total_memory(device):

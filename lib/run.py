@@ -238,7 +238,7 @@ class StepLog(contextlib.AbstractContextManager):
 
     def add(self, step, first_sample, lr, values, measures):
         """values: a tensor of the step's loss, its gradient norm and the losses of this process's
-        micro-batches. measures: {name: 0-d tensor} or None. A GPU copies both while it computes the
+        micro-batches. measures: {name: 0-d tensor} or None. A GPU copies them while it computes the
         next step."""
         is_cuda, copied = values.device.type == 'cuda', None
         values = values.to('cpu', non_blocking=is_cuda)
@@ -281,7 +281,8 @@ class StepLog(contextlib.AbstractContextManager):
                 samples_seen = first_sample + self.samples_per_step
                 line = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm,
                         'tokens_per_second': round(speed, 1), 'samples_seen': samples_seen,
-                        'epoch': samples_seen / self.data.n_samples}
+                        'epoch': samples_seen / self.data.n_samples,
+                        'peak_memory': peak_memory(self.device)}
                 if finite:
                     line |= self.measured(measures, grad_norm)
                 else:
@@ -291,16 +292,13 @@ class StepLog(contextlib.AbstractContextManager):
                 self.reset_clock(done)
 
     def measured(self, measures, grad_norm):
-        """Peak memory, update ratios and the gradient noise scale, as far as known."""
+        """Update ratios and the gradient noise scale, where it is known."""
         line = {name: x.item() for name, x in measures.items()}
-        peak = peak_memory(self.device)
-        if peak is not None:
-            line['peak_memory'] = peak
         first = [line.pop(name, 1) for name in ('first_sq', 'fraction', 'fraction_sq')]
-        estimates = noise_estimates(grad_norm, self.tokens_per_step, *first)
-        if estimates:
+        if first[1] - first[2] > 1e-6:  # not the whole step
+            estimates = noise_estimates(grad_norm, self.tokens_per_step, *first)
             self.noise.append(estimates)
-            signal, noise = (math.fsum(values) for values in zip(*self.noise))
+            signal, noise = map(math.fsum, zip(*self.noise))
             line |= zip(('grad_signal', 'grad_noise'), estimates)
             line['noise_scale'] = noise / signal if signal > 0 else math.inf
         return line
@@ -341,16 +339,13 @@ class StepLog(contextlib.AbstractContextManager):
 
 
 def noise_estimates(grad_norm, n_tokens, first_sq, fraction, fraction_sq):
-    """Unbiased estimates of |G|^2 and tr(Sigma), of G the true gradient and Sigma the covariance of
-    a token's; None if there is no part of the step with a gradient of its own.
+    """Unbiased estimates of |G|^2 and tr(Sigma): G is the true gradient, Sigma the covariance of
+    that of a token (McCandlish et al. 2018, appendix A.1).
 
-    McCandlish et al. 2018, appendix A.1: a batch of n tokens has a gradient whose squared norm is
-    on average |G|^2 + tr(Sigma) / n. Here the two batches are the step and its first micro-batch,
-    with `fraction` f of its n_tokens, which adds first_sq = f^2 |G|^2 + f tr(Sigma) / n_tokens; if
-    there is one per process, f, f^2 and first_sq are sums. Tokens without a target count too.
+    The gradient of n tokens has a squared norm of |G|^2 + tr(Sigma) / n on average. The first
+    micro-batch has the fraction f of the step's n_tokens and adds first_sq = f^2 |G|^2 + f
+    tr(Sigma) / n_tokens; with one per process f, f^2 and first_sq are sums over them.
     """
-    if fraction - fraction_sq < 1e-6:
-        return None
     signal = (fraction * grad_norm**2 - first_sq) / (fraction - fraction_sq)
     return signal, n_tokens * (grad_norm**2 - signal)
 

@@ -26,11 +26,8 @@ class Trackers:
                 getattr(tracker, method)(*arguments)
             except Exception as error:
                 self.active.remove(tracker)
-                remedy = ''
-                if isinstance(error, ModuleNotFoundError):
-                    remedy = f'; pip install {error.name}'
                 print0(f'{tracker.name} failed, going on without it: {type(error).__name__}: '
-                       f'{first_line(error)}{remedy}')
+                       f'{first_line(error)}')
 
 
 class Wandb:
@@ -71,8 +68,7 @@ class Wandb:
         self.run.log(line, step=line['step'])
 
     def log_samples(self, samples):
-        rows = [[sample['step'], sample['text']] for sample in samples]
-        table = self.wandb.Table(columns=['step', 'text'], data=rows)
+        table = self.wandb.Table(['step', 'text'], [[s['step'], s['text']] for s in samples])
         self.run.log({'samples': table}, step=samples[-1]['step'])
 
     def finish(self, exit_code):
