@@ -164,10 +164,11 @@ class TrainConfig(ModelConfig):
     init_from: FilePath = 'scratch'  # scratch, resume, gpt2, gpt2-medium, ..., gpt2-xl or a path
     sample_every_eval: bool = False  # print a sample at each evaluation
     seed: WholeNumber = 1337  # of weights, batches and dropout
-    # wandb
-    wandb_log: bool = False  # also log to wandb; offline without a network
-    wandb_project: str = 'plaingpt'  # wandb project
-    wandb_run_name: str = 'gpt'  # wandb run name
+    # wandb and TensorBoard
+    wandb_log: bool = False  # also log to wandb, offline if not logged in; it reads WANDB_TAGS, ...
+    wandb_project: str | None = None  # None: WANDB_PROJECT, or plaingpt
+    wandb_run_name: str | None = None  # None: WANDB_NAME, or what wandb chooses
+    tensorboard_log: bool = False  # also log to out_dir/tensorboard (pip install tensorboard)
     # data
     dataset: FilePath = 'openwebtext'  # a folder in data/, or a path, with train.bin and val.bin
     gradient_accumulation_steps: Size = 5 * 8  # micro-batches per step, over all processes

@@ -5,9 +5,11 @@ import torch
 from torch.optim.adamw import adamw as adamw_step
 
 from lib.device import has_bfloat16
-from lib.distributed import gather_like, is_shard, local, map_shared, shard_like, world_size
+from lib.distributed import all_reduce, gather_like, is_shard, local, map_shared, shard_like
+from lib.distributed import world_size
 
 MUON_MAX_NUMEL = 2**25  # most elements orthogonalized in one batch
+N_SAMPLED = 2**16  # weights of a group from which its update ratio is estimated
 EXTENDED_PEAK = 0.5  # of the schedule, in the steps by which a run was extended
 
 
@@ -23,10 +25,12 @@ def make_optimizer(model, config):
     params = [p for p in model.parameters() if id(p) not in taken]
     groups = adamw_groups(params, config.weight_decay, config.learning_rate)
     if tables:  # each row is updated rarely: larger steps, and no decay between two updates
-        groups.append({'params': tables, 'lr': config.embedding_learning_rate, 'weight_decay': 0.0})
+        groups.append({'params': tables, 'lr': config.embedding_learning_rate, 'weight_decay': 0.0,
+                       'name': 'embeddings'})
     if muon:
         groups.append({'params': muon, 'lr': config.muon_learning_rate, 'kind': 'muon',
-                       'weight_decay': config.weight_decay, 'momentum': config.muon_momentum})
+                       'weight_decay': config.weight_decay, 'momentum': config.muon_momentum,
+                       'name': 'muon'})
     return Optimizer(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps)
 
 
@@ -44,8 +48,8 @@ def adamw_groups(params, weight_decay, learning_rate):
     params = [p for p in params if p.requires_grad]
     decay = [p for p in params if p.dim() >= 2]
     no_decay = [p for p in params if p.dim() < 2]
-    return [{'params': decay, 'lr': learning_rate, 'weight_decay': weight_decay},
-            {'params': no_decay, 'lr': learning_rate, 'weight_decay': 0.0}]
+    return [{'params': decay, 'lr': learning_rate, 'weight_decay': weight_decay, 'name': 'adamw'},
+            {'params': no_decay, 'lr': learning_rate, 'weight_decay': 0.0, 'name': 'gains'}]
 
 
 def adamw(params, weight_decay, learning_rate, betas, eps=1e-8):
@@ -91,14 +95,32 @@ class Optimizer(torch.optim.Optimizer):
             elif params:
                 self.step_adamw(params, group)
 
-    def step_if_finite(self, finite):
-        """step(), which is a no-op if the tensor finite is False; no host sync."""
+    def step_if_finite(self, finite, measures=None):
+        """step(), which is a no-op if the tensor finite is False; no host sync. Puts the update
+        ratio of each group into the dict measures: norm of its step / norm of its weights."""
         # MPS's fused AdamW ignores found_inf (pytorch pull request 186360)
         if finite.device.type == 'mps' and not finite.item():
             return
+        before = {} if measures is None else self.sample_weights()
         self.found_inf = (~finite).float()
         self.step()
         self.found_inf = None
+        after = before and self.sample_weights()
+        for name, weights in before.items():
+            squares = torch.stack((after[name] - weights, weights)).square().sum(1)
+            if any(map(is_shard, self.state)):
+                squares = all_reduce(squares)
+            measures[f'update_ratio_{name}'] = (squares[0] / squares[1]).sqrt()
+
+    @torch.no_grad()
+    def sample_weights(self):
+        """{name of a group: about N_SAMPLED of its weights}, always the same ones."""
+        samples = {}
+        for group in filter(lambda group: group['params'], self.param_groups):
+            params = [local(p) for p in group['params']]
+            stride = sum(p.numel() for p in params) // N_SAMPLED | 1  # odd: in all columns
+            samples[group['name']] = torch.cat([p.view(-1)[::stride] for p in params])
+        return samples
 
     def step_adamw(self, params, group):
         states = [self.state[p] for p in params]

@@ -80,7 +80,7 @@ class Trainer:
         optimizer.set_lr(multiplier)
         n_targets = self.data.train.count_targets(self.samples_seen, self.samples_per_step,
                                                   config.seed)  # over all processes
-        losses = []
+        losses, measures = [], self.log.measures(self.step)
         for micro_step in range(self.accumulation):
             if config.dropout + config.lora_dropout > 0:  # masks depend on (seed, number)
                 number = self.step * config.gradient_accumulation_steps
@@ -93,7 +93,7 @@ class Trainer:
             # mean over all targets of the step, however it is split into micro-batches
             scaled = loss * self.sync.scale(n / n_targets)
             self.scaler.scale(scaled).backward()
-            self.sync.add(scaled)
+            self.sync.add(scaled, measures)
             losses.append(loss.detach())
         mean_loss = self.sync.finish()
         self.scaler.unscale_(optimizer)
@@ -101,11 +101,11 @@ class Trainer:
             self.raw_model.parameters(), config.grad_clip or math.inf,
             foreach=self.device.type == 'cuda' or None)  # by itself it takes shards one by one
         result = torch.stack((mean_loss, distributed.full(grad_norm)))
-        optimizer.step_if_finite(result.isfinite().all())
+        optimizer.step_if_finite(result.isfinite().all(), measures)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self.log.add(self.step, self.samples_seen, config.learning_rate * multiplier,
-                     torch.cat((result, torch.stack(losses))))
+                     torch.cat((result, torch.stack(losses))), measures)
         self.samples_seen += self.samples_per_step
         self.step += 1
 
@@ -183,8 +183,8 @@ class Trainer:
     def loop(self):
         """Train until the budget or the patience is used up, or a signal."""
         config, run = self.config, self.run
-        with StepLog(config, run.log, self.raw_model, self.device, self.dtype,
-                     self.data.train.block_size, self.step) as self.log:
+        with StepLog(config, run.log, self.raw_model, self.device, self.dtype, self.data.train,
+                     self.step) as self.log:
             while True:
                 done = self.schedule_step() >= config.max_iters or config.eval_only
                 self.evaluate_and_save(done)
@@ -231,7 +231,7 @@ class Trainer:
         ddp = parallel == 'ddp' and not config.deterministic_sum
         if ddp:  # before compiling, so that reduction overlaps with backward
             self.model = distributed.wrap_ddp(raw_model, self.device, compiled)
-        self.sync = distributed.GradientSync(self.model)
+        self.sync = distributed.GradientSync(self.model, self.scaler)
 
         def dry_run(model, last=False):
             """A step that changes nothing but takes the memory of one."""
@@ -266,7 +266,7 @@ class Trainer:
             # in the same order
             dry_run(self.model, last=True)
         elif config.deterministic_sum:
-            self.sync = distributed.TreeSum(raw_model, self.accumulation)
+            self.sync = distributed.TreeSum(raw_model, self.scaler, self.accumulation)
             self.optimizer.shares_muon = False  # batches of other sizes may round differently
         self.batches = self.micro_batches()
         self.batch = next(self.batches)

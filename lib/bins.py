@@ -58,12 +58,13 @@ class TokenBin:
         if pairs:
             require(self.n_tokens % block_size == 0,
                     f'{self.path}: rows of {block_size} do not add up to {self.n_tokens}; {AGAIN}')
-            self.n_windows = self.n_tokens // block_size
+            self.n_windows = self.n_samples = self.n_tokens // block_size
         else:
             require(self.n_tokens > block_size,
                     f'{self.path} has {plural(self.n_tokens, "token")}: block_size = {block_size} '
                     f'needs at least {block_size + 1}; lower --block_size or prepare more text')
             self.n_windows = -(-(self.n_tokens - 1) // block_size)  # the last may be shorter
+            self.n_samples = max(1, (self.n_tokens - 1 - block_size) // block_size)  # per epoch
 
     def read(self, starts, count):
         """count ids from each position in starts, 0 past the end. -> (len(starts), count) int64.
@@ -90,7 +91,7 @@ class TokenBin:
         int64; y: the tokens after x, -1 where there is no loss.
         """
         T = self.block_size
-        n_blocks = self.n_windows if self.pairs else max(1, (self.n_tokens - 1 - T) // T)
+        n_blocks = self.n_samples
         sample = np.arange(first_sample, first_sample + count, dtype=np.uint64)
         epoch, place = np.divmod(sample, np.uint64(n_blocks))
         block, offset = np.empty_like(place), np.zeros_like(place)

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 import re
+import sys
 from fractions import Fraction
 
 import torch
@@ -18,6 +19,11 @@ from lib.distributed import (
     print0,
 )
 from lib.errors import UserError, first_line, plural, require
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # dense FLOP/s of bf16 (V100, T4: fp16) matrix products, from NVIDIA's data sheets
 PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12,
@@ -248,6 +254,14 @@ def free_memory(device):
     """Give the memory of a failed attempt back to other processes and other sizes."""
     if device.type == 'cuda':
         torch.cuda.empty_cache()
+
+
+def peak_memory(device):
+    """Most bytes so far: allocated on a GPU, else resident in this process (0 on Windows)."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    kilobyte = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte if resource else 0
 
 
 def total_memory(device):

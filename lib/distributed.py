@@ -158,8 +158,16 @@ def require_same(values):
                      f'all processes with the same keys, code and kind of device')
 
 
+def all_reduce(x):
+    """x, summed in place over the processes, which all call this."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def gather_ints(*values):
-    """The same for ints, in one small exchange between the CPUs."""
+    """[values] of all processes, by rank, of ints in one small exchange between the CPUs. All
+    processes call it."""
     if not dist.is_initialized():
         return [values]
     gathered = torch.empty(world_size(), len(values), dtype=torch.long)
@@ -300,48 +308,65 @@ class GradientSync:
     """Sums gradients over the micro-batches of a step, and over processes: DDP in the last
     backward, FSDP in each, so that no GPU ever holds all gradients."""
 
-    def __init__(self, model):
-        """model: wrapped by DDP or FSDP, or of a single process."""
-        self.model, self.losses = model, []
+    def __init__(self, model, scaler):
+        """model: wrapped by DDP or FSDP, or of a single process. scaler: the GradScaler."""
+        self.model, self.scaler, self.losses = model, scaler, []
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.factor = world_size()  # DDP and FSDP average over the processes
 
     def begin(self, last):
         """Before each forward. last: of the step's micro-batches in this process."""
+        self.last = last
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
 
     def scale(self, fraction):
         """The factor on the mean loss of a micro-batch with this fraction of the step's targets."""
-        return fraction * world_size()  # DDP and FSDP average over the processes
+        self.fraction = fraction
+        return fraction * self.factor
 
-    def add(self, loss):
-        """After each backward; loss: scaled."""
+    def add(self, loss, measures=None):
+        """After each backward; loss: scaled. measures: of measure_first, or None."""
+        if measures == {} and not self.last:  # the last gradient is that of the whole step
+            self.measure_first(measures)
         self.losses.append(loss.detach())
 
     def finish(self):
         """After the last backward: the mean loss of the step, on the device."""
         loss, self.losses = torch.stack(self.losses).sum(), []
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss = loss / dist.get_world_size()
-        return loss
+        return all_reduce(loss) / world_size()
+
+    def measure_first(self, measures):
+        """Put into the dict measures what lib.run.noise_estimates needs: first_sq, the squared norm
+        of what the first micro-batch adds to the gradient of the step, its fraction of the targets,
+        and that squared. Each process has a first one, over which they are summed; FSDP has summed
+        their gradients already: then they are one micro-batch. No host sync."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        sharded = is_shard(grads[0])
+        norm = torch.nn.utils.get_total_norm([local(grad) for grad in grads])
+        scale = self.scaler.scale(norm.new_full((), 1 if sharded else self.factor))
+        fraction = norm.new_full((), self.fraction)
+        sums = torch.stack(((norm / scale)**2, fraction, fraction**2))
+        all_reduce(sums)
+        measures |= {'first_sq': sums[0], 'fraction': sums[1],
+                     'fraction_sq': sums[1]**2 if sharded else sums[2]}
 
 
 class TreeSum(GradientSync):
     """--deterministic_sum: one balanced tree of sums over micro-batches and processes, the same for
     1, 2, 4, ... processes, so that the sums are bitwise equal."""
 
-    def __init__(self, model, n_leaves):
+    def __init__(self, model, scaler, n_leaves):
         """n_leaves: micro-batches of a step in this process."""
-        super().__init__(None)
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model, scaler)
+        self.factor = 1
         self.joins = joins(n_leaves)
         self.nodes, self.n = [], 0
 
-    def scale(self, fraction):
-        return fraction
-
-    def add(self, loss):
+    def add(self, loss, measures=None):
         """Move the gradients of a micro-batch from the model into the tree."""
+        if measures == {}:
+            self.measure_first(measures)
         self.nodes.append([*(p.grad for p in self.params), loss.detach()])
         for _ in range(self.joins[self.n]):
             right = self.nodes.pop()

@@ -4,19 +4,22 @@ import itertools
 import json
 import math
 import os
-import secrets
 import signal
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lib.device import peak_flops
+from lib.device import peak_flops, peak_memory
 from lib.distributed import fail, gather, gather_ints, print0, rank, world_size
-from lib.errors import first_line, os_errors
-from lib.files import lock, open_own, parse_json, read_text, write_text
+from lib.errors import os_errors
+from lib.files import lock, open_own, parse_json, write_text
+from lib.trackers import Trackers
+
+NOISE_LINES = 20  # log lines over which the gradient noise scale is averaged
 
 
 class Run(contextlib.ExitStack):
@@ -50,7 +53,7 @@ class Run(contextlib.ExitStack):
             self.push(self.set_failed)
             cut_log(config.out_dir, step)
             self.callback(saver.wait)
-            self.log = self.enter_context(contextlib.closing(Log(config, self.resuming)))
+            self.log = self.enter_context(contextlib.closing(Log(config, self.resuming, step)))
         self.saver = saver
         self.signals = Signals(catch=not config.eval_only)  # an evaluation has nothing to save
 
@@ -59,10 +62,12 @@ class Run(contextlib.ExitStack):
             write_status(self.config.out_dir, 'failed')
 
     def add_sample(self, step, text):
-        """Append a text that the model has written to samples.jsonl. Raises UserError."""
+        """Append a text that the model has written to samples.jsonl, and log it. Raises
+        UserError."""
         path = Path(self.config.out_dir) / 'samples.jsonl'
         with os_errors(f'{path}: cannot write'), open_own(path, 'ab') as file:
             file.write(json.dumps({'step': step, 'text': text}).encode() + b'\n')
+        self.log.trackers.tell('log_samples', read_samples(self.config.out_dir))
 
     def save(self, checkpoint):
         """Raises UserError if the log or a checkpoint cannot be written."""
@@ -73,6 +78,7 @@ class Run(contextlib.ExitStack):
         """stop: the signal that stopped the run, or 0."""
         if self.writes:
             write_status(self.config.out_dir, 'stopped' if stop else 'done')
+            self.log.exit_code = 128 + stop if stop else 0
 
 
 def claim(out_dir):
@@ -95,7 +101,8 @@ def claim(out_dir):
 def set_aside(out_dir):
     """Move the files of an earlier run into out_dir/earlier-N: nothing is overwritten."""
     out_dir = Path(out_dir)
-    names = ('ckpt_*', 'log.jsonl', 'samples.jsonl', 'config.py', 'status', 'wandb_id')
+    names = ('ckpt_*', 'log.jsonl', 'samples.jsonl', 'config.py', 'status', 'wandb_id',
+             'tensorboard')
     files = [path for name in names for path in out_dir.glob(name)]
     if all(path.name == 'status' for path in files):
         return
@@ -163,29 +170,25 @@ def cut_log(out_dir, step):
 
 
 class Log:
-    """out_dir/log.jsonl, one JSON object per line, and wandb, whose errors never stop training."""
+    """out_dir/log.jsonl, one JSON object per line; Trackers get the same."""
 
-    def __init__(self, config, resuming):
+    def __init__(self, config, resuming, step):
         self.path = Path(config.out_dir) / 'log.jsonl'
         with os_errors(f'{self.path}: cannot write'):
             if self.path.is_symlink():
                 self.path.unlink()
             self.file = open_own(self.path, 'ab')  # a line is written whole or not at all
-        self.wandb = start_wandb(config, resuming) if config.wandb_log else None
+        self.trackers = Trackers(config, resuming, step)
+        self.exit_code = 1  # of a run that fails
 
     def write(self, line):
         """line: a dict of numbers; non-finite ones become null. Raises UserError."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in line.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                  for k, v in line.items()}
         with os_errors(f'{self.path}: cannot write',
                        'free some room, then go on with --init_from=resume'):
-            self.file.write(json.dumps(line).encode() + b'\n')
-        if self.wandb:
-            try:
-                self.wandb.log(line, step=line['step'])
-            except Exception as error:
-                report_wandb(error)
-                self.wandb = None
+            self.file.write(json.dumps(finite).encode() + b'\n')
+        self.trackers.tell('log', line)
 
     def sync(self):
         """fsync: lines before a checkpoint reach the disk before it does."""
@@ -194,49 +197,30 @@ class Log:
 
     def close(self):
         self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def start_wandb(config, resuming):
-    """A wandb run, or None with one line that says why. A resumed run continues its wandb run."""
-    try:
-        import wandb  # slow, and needed with wandb_log only
-
-        mode = os.environ.get('WANDB_MODE')
-        if mode is None and not wandb.login(prompt=False, verify=False):
-            print0('wandb: not logged in, logging offline; upload later with wandb sync')
-            mode = 'offline'
-        path = Path(config.out_dir) / 'wandb_id'
-        if not (resuming and path.exists()):
-            write_text(path, secrets.token_hex(4))
-        folder = os.environ.get('WANDB_DIR', config.out_dir)
-        return wandb.init(project=config.wandb_project, name=config.wandb_run_name,
-                          config=asdict(config), dir=folder, mode=mode, id=read_text(path),
-                          resume='allow', settings=wandb.Settings(init_timeout=30))
-    except Exception as error:
-        report_wandb(error)
-
-
-def report_wandb(error):
-    print0(f'wandb failed, going on without it: {type(error).__name__}: {first_line(error)}')
+        self.trackers.tell('finish', self.exit_code)
 
 
 class StepLog(contextlib.AbstractContextManager):
     """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout)."""
 
-    def __init__(self, config, log, model, device, dtype, tokens_per_sample, step):
-        """log: a Log on the main process, else None. step: the first one to come."""
-        self.config, self.log = config, log
+    def __init__(self, config, log, model, device, dtype, data, step):
+        """log: a Log on the main process, else None. data: the TokenBin of the training split.
+        step: the first one to come."""
+        self.config, self.log, self.device, self.data = config, log, device, data
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.tokens_per_step = self.samples_per_step * tokens_per_sample
+        self.tokens_per_step = self.samples_per_step * data.block_size
         self.flops_per_token = model.flops_per_token()
         self.peak_flops = config.peak_flops or peak_flops(device, dtype)
         self.fp16 = dtype == torch.float16
-        # (step, its first sample, lr, CPU tensor of loss, gradient norm and losses, CUDA event)
+        # (step, its first sample, lr, {name: number} of measures, CPU tensor of loss, gradient
+        # norm and losses, CUDA event)
         self.pending = []
         self.lag = int(device.type == 'cuda')  # steps
         self.skips = 0  # consecutive steps that were not finite
+        self.noise = deque(maxlen=NOISE_LINES)  # (grad_signal, grad_noise) of the last lines
+        if log:  # a resumed run goes on averaging
+            self.noise += [(line['grad_signal'], line['grad_noise'])
+                           for line in read_log(config.out_dir) if 'grad_noise' in line]
         total = config.max_iters if config.max_minutes is None else None
         self.bar = tqdm(total=total, initial=step, desc='train', unit='step',
                         dynamic_ncols=True, disable=None if log else True)
@@ -248,15 +232,23 @@ class StepLog(contextlib.AbstractContextManager):
     def reset_clock(self, step):
         self.time, self.step = time.perf_counter(), step
 
-    def add(self, step, first_sample, lr, values):
+    def measures(self, step):
+        """An empty dict for what a step measures if it is logged, None at other steps."""
+        return {} if step % self.config.log_interval == 0 else None
+
+    def add(self, step, first_sample, lr, values, measures):
         """values: a tensor of the step's loss, its gradient norm and the losses of this process's
-        micro-batches. A GPU copies it while it computes the next step."""
+        micro-batches. measures: {name: 0-d tensor} or None. A GPU copies them while it computes the
+        next step."""
         is_cuda, copied = values.device.type == 'cuda', None
         values = values.to('cpu', non_blocking=is_cuda)
+        if measures:
+            numbers = torch.stack(list(measures.values())).to('cpu', non_blocking=is_cuda)
+            measures = dict(zip(measures, numbers))
         if is_cuda:
             copied = torch.cuda.Event()
             copied.record()
-        self.pending.append((step, first_sample, lr, values, copied))
+        self.pending.append((step, first_sample, lr, measures, values, copied))
         self.bar.update()
 
     def flush_if_due(self, step):
@@ -279,18 +271,37 @@ class StepLog(contextlib.AbstractContextManager):
         all_values = torch.stack([values for *_, values, _ in ended]).tolist()
         seconds = time.perf_counter() - self.time
         speed = (done - self.step) * self.tokens_per_step / seconds
-        for (step, first_sample, lr, *_), (loss, grad_norm, *losses) in zip(ended, all_values):
+        for (step, first_sample, lr, measures, *_), (loss, grad_norm, *losses) in zip(ended,
+                                                                                      all_values):
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             self.skips = 0 if finite else self.skips + 1
             if not finite:
                 self.handle_nonfinite(step, first_sample, loss, grad_norm, losses)
             if self.log and (not finite or step % self.config.log_interval == 0):
+                samples_seen = first_sample + self.samples_per_step
                 line = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm,
-                        'tokens_per_second': round(speed, 1),
-                        'samples_seen': first_sample + self.samples_per_step}
-                self.log.write(line if finite else line | {'skipped': True})
+                        'tokens_per_second': round(speed, 1), 'samples_seen': samples_seen,
+                        'epoch': samples_seen / self.data.n_samples,
+                        'peak_memory': peak_memory(self.device)}
+                if finite:
+                    line |= self.measured(measures, grad_norm)
+                else:
+                    line['skipped'] = True
+                self.log.write(line)
                 self.show(step, loss, lr, speed)
                 self.reset_clock(done)
+
+    def measured(self, measures, grad_norm):
+        """Update ratios and the gradient noise scale, where it is known."""
+        line = {name: x.item() for name, x in measures.items()}
+        first = [line.pop(name, 1) for name in ('first_sq', 'fraction', 'fraction_sq')]
+        if first[1] - first[2] > 1e-6:  # not the whole step
+            estimates = noise_estimates(grad_norm, self.tokens_per_step, *first)
+            self.noise.append(estimates)
+            signal, noise = map(math.fsum, zip(*self.noise))
+            line |= zip(('grad_signal', 'grad_noise'), estimates)
+            line['noise_scale'] = noise / signal if signal > 0 else math.inf
+        return line
 
     def show(self, step, loss, lr, speed):
         text = f'loss {loss:.4f}, {speed:,.0f} tokens/s'
@@ -325,6 +336,18 @@ class StepLog(contextlib.AbstractContextManager):
             advice = 'skip such steps with --nonfinite=skip'
         fail(f'{fault}; the weights were not updated, and checkpoints in {config.out_dir} are '
              f'kept: lower --learning_rate, or {advice}')
+
+
+def noise_estimates(grad_norm, n_tokens, first_sq, fraction, fraction_sq):
+    """Unbiased estimates of |G|^2 and tr(Sigma): G is the true gradient, Sigma the covariance of
+    that of a token (McCandlish et al. 2018, appendix A.1).
+
+    The gradient of n tokens has a squared norm of |G|^2 + tr(Sigma) / n on average. The first
+    micro-batch has the fraction f of the step's n_tokens and adds first_sq = f^2 |G|^2 + f
+    tr(Sigma) / n_tokens; with one per process f, f^2 and first_sq are sums over them.
+    """
+    signal = (fraction * grad_norm**2 - first_sq) / (fraction - fraction_sq)
+    return signal, n_tokens * (grad_norm**2 - signal)
 
 
 class Signals:

@@ -215,9 +215,9 @@ def log_lines(out_dir, key):
 
 
 def read_log(out_dir):
-    """A run's log without the timings."""
+    """A run's log without timings and memory."""
     lines = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
-    timings = ('tokens_per_second', 'seconds')
+    timings = ('tokens_per_second', 'seconds', 'peak_memory')
     return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 

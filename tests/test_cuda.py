@@ -298,7 +298,7 @@ def test_training_step_has_no_host_sync(gpu, capsys, dtype, compiled, keys):
     keys = {'gradient_accumulation_steps': 2, 'max_iters': 100} | keys
     trainer = make_trainer({}, gpu, dtype, compiled=compiled and gpu.type == 'cuda', **keys)
     assert 'torch.compile failed' not in capsys.readouterr().err
-    with StepLog(trainer.config, None, trainer.raw_model, gpu, dtype, Rows.block_size, 0) as log:
+    with StepLog(trainer.config, None, trainer.raw_model, gpu, dtype, Rows(), 0) as log:
         trainer.log = log
         for _ in range(3):  # warmup: allocations, kernels
             trainer.train_step()

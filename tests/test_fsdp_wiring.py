@@ -80,8 +80,9 @@ def test_a_step_after_running_out_of_memory_has_all_gradients(trainer, monkeypat
     """The error leaves FSDP in the middle of a backward pass."""
     assert trainer.config.batch_size == 1  # cut
     has_gradient = []
-    monkeypatch.setattr(trainer.optimizer, 'step_if_finite', lambda finite: has_gradient.extend(
-        p.grad is not None for group in trainer.optimizer.param_groups for p in group['params']))
+    params = [p for group in trainer.optimizer.param_groups for p in group['params']]
+    monkeypatch.setattr(trainer.optimizer, 'step_if_finite', lambda finite, measures:
+                        has_gradient.extend(p.grad is not None for p in params))
     trainer.train_step()
     trainer.train_step()
     assert has_gradient and all(has_gradient)

@@ -163,9 +163,10 @@ def test_log_does_not_wait_for_the_step_just_launched(monkeypatch, tmp_path):
     monkeypatch.setattr(run, 'peak_flops', lambda *args: None)
     model = SimpleNamespace(flops_per_token=lambda: 1)
     config = TrainConfig(log_interval=1)
-    with run.StepLog(config, None, model, torch.device('cuda'), torch.float32, 8, 0) as log:
+    data = SimpleNamespace(block_size=8, n_samples=1)
+    with run.StepLog(config, None, model, torch.device('cuda'), torch.float32, data, 0) as log:
         for step in range(3):
-            log.add(step, 0, 0.1, OnCuda())
+            log.add(step, 0, 0.1, OnCuda(), None)
             log.flush_if_due(step + 1)
             assert waited == list(range(step))
         log.flush()  # before an evaluation or a save

@@ -1,7 +1,6 @@
 """What users do: other terminals, other working directories, paths with ~ and blanks, links in run
 folders, longer runs, small texts."""
 
-import json
 import os
 import random
 import shutil
@@ -260,35 +259,6 @@ def test_changed_data_are_noticed_with_the_same_dataset_flag(run, refused, char_
     refused(*again, f'--dataset={data}', says='has changed since')
     refused(*again, says='has changed since')
     assert 'other data' in run(*again, f'--dataset={tmp_path / "other"}').stdout
-
-
-FAKE_WANDB = """
-import json, os
-class Settings:
-    def __init__(self, **options): pass
-class Run:
-    def log(self, *args, **options): pass
-    def finish(self): pass
-def login(**options): return True
-def init(**options):
-    with open(os.environ['CALLS'], 'a') as file:
-        file.write(json.dumps({k: str(v) for k, v in options.items()}) + '\\n')
-    return Run()
-"""
-
-
-def test_wandb_continues_the_run_of_a_resumed_run(run, char_data, tmp_path):
-    (tmp_path / 'wandb.py').write_text(FAKE_WANDB)
-    calls = tmp_path / 'calls'
-    env = {'PYTHONPATH': str(tmp_path), 'CALLS': str(calls), 'WANDB_DIR': str(tmp_path / 'w')}
-    arguments = ('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={tmp_path / "out"}',
-                 '--wandb_log')  # fmt: skip
-    run(*arguments, env=env)
-    run(*arguments, '--init_from=resume', '--max_iters=6', env=env)
-    run(*arguments, env=env)  # another run
-    first, resumed, other = map(json.loads, calls.read_text().splitlines())
-    assert first['id'] == resumed['id'] != other['id'] and resumed['resume'] == 'allow'
-    assert first['dir'] == str(tmp_path / 'w')
 
 
 def test_a_damaged_manifest_is_told_from_a_missing_checkpoint(refused, reference_run, tmp_path):

@@ -151,11 +151,15 @@ def test_axes_of_curves_follow_from_log(trained):
     found = runs.read_run(trained, 'x')
     lines, evaluations = log_lines(trained, 'loss'), log_lines(trained, 'val_loss')
     curves, evaluated = found['curves'], found['evaluations']
-    for key in ('loss', 'lr', 'grad_norm', 'tokens_per_second'):
+    for key in ('loss', 'lr', 'grad_norm', 'tokens_per_second', 'epoch', 'peak_memory',
+                'update_ratio_adamw', 'update_ratio_gains'):
         np.testing.assert_allclose(curves[key], [line[key] for line in lines], rtol=1e-4)
     assert evaluated['val_loss'] == [line['val_loss'] for line in evaluations]  # to the last bit
     assert curves['tokens'] == [32 * line['samples_seen'] for line in lines]
     assert evaluated['tokens'] == [32 * 4 * line['step'] for line in evaluations]
+    n_samples = lines[0]['samples_seen'] / lines[0]['epoch']
+    assert evaluated['epoch'] == pytest.approx([4 * line['step'] / n_samples
+                                                for line in evaluations])
     seconds = sum(32 * 4 / line['tokens_per_second'] for line in lines)
     assert found['seconds'] == pytest.approx(seconds)
     assert found['tokens'] == 32 * 4 * 20
@@ -255,7 +259,10 @@ def test_served_data_has_only_runs_that_changed(clone, trained, tmp_path):
 @pytest.mark.slow
 def test_page_of_200_long_runs_is_written_in_seconds_and_small(tmp_path):
     lines = [{'step': i, 'loss': 3 + 1 / (i + 1), 'lr': 1e-3, 'grad_norm': 1 + i % 7,
-              'tokens_per_second': 1e4, 'samples_seen': 4 * (i + 1)} for i in range(5000)]
+              'tokens_per_second': 1e4, 'samples_seen': 4 * (i + 1), 'epoch': (i + 1) / 700,
+              'noise_scale': 1e5 / (1 + i % 9), 'peak_memory': 1e9,
+              'update_ratio_muon': 0.01 / (1 + i % 11), 'update_ratio_adamw': 0.01 / (1 + i % 5)}
+             for i in range(5000)]
     first = write_run(tmp_path / '0', lines, 'done', max_iters=5000, block_size=64)
     for i in range(1, 200):
         shutil.copytree(first, tmp_path / str(i))

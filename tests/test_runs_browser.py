@@ -87,11 +87,15 @@ def test_runs_page_shows_numbers_of_logs(chromium, page, folder, tmp_path):
                 expected = [(line['step'], line[key]) for line in evaluations]
                 assert points(tab, chart)[name] == expected, chart  # to the last bit
             for chart, key in (('train-loss', 'loss'), ('lr', 'lr'), ('grad-norm', 'grad_norm'),
-                               ('speed', 'tokens_per_second')):
+                               ('speed', 'tokens_per_second'),
+                               ('ratio-adamw', 'update_ratio_adamw'),
+                               ('ratio-gains', 'update_ratio_gains'), ('memory', 'peak_memory')):
                 xs, ys = zip(*points(tab, chart)[name])
                 assert list(xs) == [line['step'] for line in lines]
                 assert ys == pytest.approx([line[key] for line in lines], rel=1e-4, abs=1e-12)
         assert float(shown['first']['learning_rate']) == 3e-3
+        assert tab.locator('#figure-ratio-adamw').is_visible()
+        assert tab.locator('#figure-noise-scale').is_hidden()  # one micro-batch per step
         assert 'n_layer' not in shown['first']  # the same in all runs
         with tab.expect_download() as download:
             tab.get_by_role('button', name='All runs: save CSV').click()
@@ -111,13 +115,18 @@ def test_runs_page_axes_are_tokens_time_and_flops(chromium, page, folder):
             wait_until_drawn(tab)
             xs = [x for x, _ in points(tab, 'val-loss')['first']]
             assert xs == [factor * 32 * 4 * step for step in (0, 10, 20)]
+        axes.get_by_role('button', name='Epochs').click()
+        wait_until_drawn(tab)
+        epochs = [line['epoch'] for line in log_lines(folder / 'first', 'epoch')]
+        xs = [x for x, _ in points(tab, 'val-loss')['first']]
+        assert xs == pytest.approx([0, epochs[9], epochs[19]])
         axes.get_by_role('button', name='Time').click()
         wait_until_drawn(tab)
         assert points(tab, 'val-loss')['first'][-1][0] == pytest.approx(first['seconds'])
         for name in ('Log x', 'Log y'):
             tab.get_by_role('button', name=name).click()
         wait_until_drawn(tab)
-        assert tab.locator('#curves canvas').count() == 7
+        assert tab.locator('#curves canvas').count() == 10
 
 
 def test_runs_page_shows_differences_to_baseline(chromium, page, folder):
@@ -169,7 +178,7 @@ def test_runs_page_hides_filters_and_sorts(chromium, page, ids):
             assert rates == sorted(rates, reverse=order == 'descending')
     wrong = '#zoom=step:x:1&base=zz&hidden=1&sort=nothing&smooth=7&x=weight&sample=-9'
     with opened(chromium, page, wrong) as tab:
-        assert len(cells(tab)) == 3 and tab.locator('#curves canvas').count() == 7
+        assert len(cells(tab)) == 3 and tab.locator('#curves canvas').count() == 10
 
 
 def test_runs_page_zooms_by_mouse_and_keyboard(chromium, page, folder):

@@ -74,6 +74,7 @@ from lib.device import (
     autocast,
     dtype_name,
     math_attention_is_faster,
+    peak_memory,
     pick_device,
     pick_dtype,
 )
@@ -113,16 +114,6 @@ def measure(part, config):
             if not row['unit'].endswith('/s'):  # less is better
                 row['ratio'] = row['plain'] / row['value']
     return rows
-
-
-def peak_memory(device):
-    """Peak memory of this process in bytes: PyTorch's on a GPU, else resident memory."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    kilobyte = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
 def in_own_process(function, *arguments):

@@ -127,12 +127,12 @@ def last_logged(out_dir):
 
 
 def fingerprint(out_dir):
-    """sha256 of weights, optimizer state, and everything in the log except for speeds."""
+    """sha256 of weights, optimizer state, and everything in the log but speeds and memory."""
     checkpoint = ckpt.load(out_dir)
     lines = read_log(out_dir)
     for line in lines:
-        line.pop('tokens_per_second', None)
-        line.pop('seconds', None)
+        for key in ('tokens_per_second', 'seconds', 'peak_memory'):
+            line.pop(key, None)
     return {'step': checkpoint.step, 'samples': checkpoint.samples_seen,
             'log': f'{len(lines)} lines, sha256 {hash_of(lines)[:16]}',
             'weights': f'sha256 {hash_of(checkpoint.model)[:16]}',

@@ -104,14 +104,18 @@ from lib.serve import serve
 from model import GPT
 
 MAX_DEPTH = 4  # of folders below the given ones
-SKIPPED = re.compile(r'\..*|data|earlier-\d+|wandb|site-packages|node_modules|__pycache__')
+SKIPPED = re.compile(r'\..*|data|earlier-\d+|wandb|tensorboard|site-packages|node_modules|'
+                     '__pycache__')
 MAX_POINTS = 1000  # a longer log is drawn as means of lines
 FIRST, REST = 100, 400  # its points: the first lines one by one, means of the others
 MAX_SAMPLES = 100  # of a run
-STEP_CURVES = ('loss', 'grad_norm', 'tokens_per_second')  # with their extremes; lr has none
+STEP_CURVES = ('loss', 'grad_norm', 'tokens_per_second')  # with their extremes
+GROUPS = ('muon', 'adamw', 'embeddings', 'gains')  # of the optimizer
+SMOOTH_CURVES = ('lr', 'noise_scale', 'peak_memory', *(f'update_ratio_{name}' for name in GROUPS))
 EVALUATION_CURVES = ('val_loss', 'train_loss', 'val_bits_per_byte')
 # not a difference between runs: names, and where they began
-NAMES = {'out_dir', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log', 'extended_at'}
+NAMES = {'out_dir', 'init_from', 'wandb_run_name', 'wandb_project', 'wandb_log', 'tensorboard_log',
+         'extended_at'}
 POLL_SECONDS = 3
 
 
@@ -211,8 +215,9 @@ def rounded(values, digits):
 
 
 def progress(lines, config):
-    """The steps that the lines report, and the tokens and seconds of training at the end of each:
-    {name: (n,)}. Evaluations and saves take no time here. nan: neither log nor config says."""
+    """The steps that the lines report, and the tokens, epochs and seconds of training at the end of
+    each: {name: (n,)}. Evaluations and saves take no time here. nan: neither log nor config says.
+    """
     per_step = tokens_per_step(config)
     steps = column(lines, 'step')
     tokens = column(lines, 'samples_seen') * number_of(config, 'block_size')
@@ -221,7 +226,7 @@ def progress(lines, config):
     with np.errstate(divide='ignore', invalid='ignore'):
         seconds = np.diff(tokens, prepend=0) / speed
     seconds = np.cumsum(np.where(np.isfinite(seconds), seconds, 0))
-    return {'step': steps, 'tokens': tokens, 'seconds': seconds}
+    return {'step': steps, 'tokens': tokens, 'epoch': column(lines, 'epoch'), 'seconds': seconds}
 
 
 def tokens_per_step(config):
@@ -248,17 +253,18 @@ def at_steps(steps, known_steps, values):
 
 
 def step_curves(lines, axes):
-    """The curves of the steps for the page: {name: list}. axes: step, tokens and seconds, (n,)."""
+    """The curves of the steps for the page: {name: list}. axes: of progress."""
     if not lines:
         return {}
     starts = bucket_starts(len(lines))
-    curves = {name: rounded(means(values, starts), 8) for name, values in axes.items()}
-    for name in (*STEP_CURVES, 'lr'):
+    curves = {name: rounded(means(values, starts), 8) for name, values in axes.items()
+              if np.isfinite(values).any()}
+    for name in (*STEP_CURVES, *SMOOTH_CURVES):
         values = column(lines, name)
         if not np.isfinite(values).any():
             continue
         curves[name] = rounded(means(values, starts), 5)
-        if len(starts) < len(lines) and name != 'lr':
+        if len(starts) < len(lines) and name in STEP_CURVES:
             curves[f'{name}_low'] = rounded(np.fmin.reduceat(values, starts), 4)
             curves[f'{name}_high'] = rounded(np.fmax.reduceat(values, starts), 4)
     return curves
@@ -268,7 +274,7 @@ def evaluation_curves(evaluations, axes):
     """The same of the evaluations, with all digits; axes: those of the steps."""
     steps = column(evaluations, 'step')
     curves = {'step': steps} | {name: at_steps(steps, axes['step'], axes[name])
-                                for name in ('tokens', 'seconds')}
+                                for name in ('tokens', 'epoch', 'seconds')}
     curves |= {name: column(evaluations, name) for name in EVALUATION_CURVES}
     starts = bucket_starts(len(evaluations))
     return {name: values[starts].tolist() for name, values in curves.items()

@@ -213,7 +213,8 @@ function paintCurves(pen, curves, raw, scales) {
 
 // The chart ---------------------------------------------------------------------------------------
 
-const xText = x => (state.x === 'flops' ? x.toExponential(3).replace('e+', 'e') : integer(x));
+const X_TEXTS = {flops: x => x.toExponential(3).replace('e+', 'e'), epoch: x => x.toPrecision(4)};
+const xText = x => (X_TEXTS[state.x] ?? integer)(x);
 const yText = y => (Math.abs(y) >= 1000 || y === 0 ? integer(y) : y.toPrecision(5));
 
 /** The values of up to 8 curves at x, the smallest first; the picked one is marked. */

@@ -4,6 +4,13 @@ import {choice, content, figure, h, set, state, watch} from '../core.js';
 import {X_NAMES, baseline, curveOf, difference, shownRuns, smoothed} from './data.js';
 import {curveChart, zoomBack, zoomOut, zoomRange} from './chart.js';
 
+const ratioChart = (group, title) => ({
+  name: `ratio-${group}`,
+  title,
+  source: 'curves',
+  key: `update_ratio_${group}`,
+  note: 'Norm of the step divided by the norm of the weights that it changes.'
+});
 const CHARTS = [
   {name: 'val-loss', title: 'Val loss', source: 'evaluations', key: 'val_loss', height: 340},
   {name: 'train-loss', title: 'Train loss', source: 'curves', key: 'loss'},
@@ -13,7 +20,16 @@ const CHARTS = [
   {name: 'lr', title: 'Learning rate', source: 'curves', key: 'lr', zero: true},
   {name: 'grad-norm', title: 'Gradient norm', source: 'curves', key: 'grad_norm'},
   {name: 'speed', title: 'Tokens per second', source: 'curves', key: 'tokens_per_second',
-    zero: true}
+    zero: true},
+  {name: 'noise-scale', title: 'Gradient noise scale', source: 'curves', key: 'noise_scale',
+    note: 'The batch, in tokens, whose gradient is as much noise as signal: much smaller batches ' +
+      'need few more tokens, much larger ones few fewer steps (McCandlish et al. 2018).'},
+  ratioChart('muon', "Update ratio of the blocks' matrices (Muon)"),
+  ratioChart('adamw', 'Update ratio of matrices and embeddings (AdamW)'),
+  ratioChart('embeddings', 'Update ratio of embeddings'),
+  ratioChart('gains', 'Update ratio of gains and biases'),
+  {name: 'memory', title: 'Peak memory', source: 'curves', key: 'peak_memory', zero: true,
+    note: 'Bytes: allocated on a GPU, else resident in the main process.'}
 ];
 // what changes the curves of all charts
 const CURVE_KEYS = ['x', 'logx', 'logy', 'smooth', 'show', 'zoom', 'base', 'hidden', 'filter',
@@ -39,11 +55,13 @@ function buildChart(chart) {
     const rowsOf = ({run, x, y}) => x.map((value, i) => [run.name, value, y[i]]);
     return [['run', X_NAMES[state.x], chart.title], chartCurves(chart).raw.flatMap(rowsOf)];
   };
-  const element = figure(chart.name, chart.title, table);
+  const note = chart.note && h('p', {class: 'note'}, chart.note);
+  const element = figure(chart.name, chart.title, table, note);
   watch(CURVE_KEYS, () => {
     const {curves, raw} = chartCurves(chart);
     const title = comparing() ? `${chart.title} minus that of ${baseline().name}` : chart.title;
     element.heading.textContent = title;
+    element.hidden = note && !raw.length; // not every run has it
     curveChart(element, curves, raw, {
       label: `${title} against ${X_NAMES[state.x]}`,
       height: chart.height ?? 240,
@@ -80,7 +98,7 @@ function zoomButtons() {
 }
 
 export function buildCurves() {
-  const xChoices = {step: 'Steps', tokens: 'Tokens', seconds: 'Time', flops: 'FLOPs'};
+  const xChoices = {step: 'Steps', tokens: 'Tokens', epoch: 'Epochs', seconds: 'Time', flops: 'FLOPs'};
   const hint = h('p', {class: 'note'});
   watch(['show', 'base'], () => {
     const needsBase = state.show === 'difference' && !baseline();

@@ -79,6 +79,7 @@ export const selectedRun = () =>
 export const X_NAMES = {
   step: 'step',
   tokens: 'tokens',
+  epoch: 'epochs',
   seconds: 'training time (s)',
   flops: 'FLOPs'
 };
