@@ -238,7 +238,6 @@ def scalars(out_dir):
 
 
 def test_tensorboard_shows_the_log_of_a_resumed_run(run, char_data, tmp_path):
-    pytest.importorskip('tensorboard')
     out_dir = tmp_path / 'out'
     run('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={out_dir}', '--tensorboard_log')
     (out_dir / 'ckpt_00000012.pt').unlink()  # as if the run had been killed after step 8
@@ -258,7 +257,6 @@ def test_tensorboard_shows_the_log_of_a_resumed_run(run, char_data, tmp_path):
 
 
 def test_values_that_are_not_finite_reach_trackers(run, char_data, patched_env, tmp_path):
-    pytest.importorskip('tensorboard')
     bad = patched_env(NONFINITE, AT=[13], WHAT='loss', RANK='0')
     run('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={tmp_path}/out', '--nonfinite=skip',
         '--tensorboard_log', env=bad)
@@ -282,9 +280,9 @@ sys.modules['tensorboard'] = None
 
 @pytest.mark.parametrize('what, says', [
     (FULL_DISK, 'OSError: [Errno 28] No space left on device'),
-    (MISSING, 'ModuleNotFoundError: import of tensorboard halted; None in sys.modules')], ids=['full disk', 'not installed'])
+    (MISSING, 'ModuleNotFoundError: import of tensorboard halted; None in sys.modules'),
+], ids=['full disk', 'not installed'])
 def test_training_goes_on_without_tensorboard(run, char_data, patched_env, tmp_path, what, says):
-    pytest.importorskip('tensorboard')
     result = run('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={tmp_path}/out',
                  '--tensorboard_log', env=patched_env(what))
     assert f'TensorBoard failed, going on without it: {says}\n' in result.stdout

@@ -35,13 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configurator import Bound, Count, FilePath, TrainConfig, WholeNumber, configure, help_text
+from lib import budget
 from lib.errors import os_errors, plural, require, user_errors
 from lib.files import command, find, write_text
 from lib.recipe import read_train_config
 from lib.trials import Range, combinations, folder_name, read_values, rungs, without_seed
 
 MAX_RUNS = 10_000
-BUDGETS = ('target_tokens', 'target_flops', 'max_minutes', 'patience')  # not max_iters
+BUDGETS = (*budget.BUDGETS[1:], 'patience')  # a run may end before max_iters
 
 
 @dataclass

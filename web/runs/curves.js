@@ -98,7 +98,9 @@ function zoomButtons() {
 }
 
 export function buildCurves() {
-  const xChoices = {step: 'Steps', tokens: 'Tokens', epoch: 'Epochs', seconds: 'Time', flops: 'FLOPs'};
+  const xChoices = {
+    step: 'Steps', tokens: 'Tokens', epoch: 'Epochs', seconds: 'Time', flops: 'FLOPs'
+  };
   const hint = h('p', {class: 'note'});
   watch(['show', 'base'], () => {
     const needsBase = state.show === 'difference' && !baseline();
