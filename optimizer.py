@@ -5,8 +5,15 @@ import torch
 from torch.optim.adamw import adamw as adamw_step
 
 from lib.device import has_bfloat16
-from lib.distributed import all_reduce, gather_like, is_shard, local, map_shared, shard_like
-from lib.distributed import world_size
+from lib.distributed import (
+    all_reduce,
+    gather_like,
+    is_shard,
+    local,
+    map_shared,
+    shard_like,
+    world_size,
+)
 
 MUON_MAX_NUMEL = 2**25  # most elements orthogonalized in one batch
 N_SAMPLED = 2**16  # weights of a group from which its update ratio is estimated

@@ -282,7 +282,8 @@ sys.modules['tensorboard'] = None
 
 @pytest.mark.parametrize('what, says', [
     (FULL_DISK, 'OSError: [Errno 28] No space left on device'),
-    (MISSING, 'ModuleNotFoundError: import of tensorboard halted; None in sys.modules')], ids=['full disk', 'not installed'])
+    (MISSING, 'ModuleNotFoundError: import of tensorboard halted; None in sys.modules'),
+], ids=['full disk', 'not installed'])
 def test_training_goes_on_without_tensorboard(run, char_data, patched_env, tmp_path, what, says):
     pytest.importorskip('tensorboard')
     result = run('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={tmp_path}/out',
