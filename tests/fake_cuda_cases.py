@@ -240,6 +240,7 @@ def tf32_is_on(gpu):
 def scaler_order(gpu):
     """fp16: gradients are clipped after unscaling, and the scale changes after the step."""
     trainer = prepare(gpu, {}, torch.float16, gradient_accumulation_steps=2)
+    trainer.log.measures = lambda step: None  # which would call scale
     calls = []
     with contextlib.ExitStack() as stack:
         for target, name in (
