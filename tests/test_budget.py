@@ -26,7 +26,9 @@ def flops_per_token(vocab_size):
     return 6 * (2 * 12 * 32**2 + 32 * vocab_size) + 12 * 2 * 32 * T
 
 
-@pytest.mark.parametrize('key', ['target_tokens', 'target_flops'])
+@pytest.mark.parametrize(
+    'key', ['target_tokens', pytest.param('target_flops', marks=pytest.mark.slow)]
+)
 def test_interrupted_budget_equals_the_unbroken_one_bitwise(run, command, key, tmp_path):
     """As if the run had been killed after step 4."""
     budget = 12.3 * PER_STEP
@@ -44,6 +46,7 @@ def test_interrupted_budget_equals_the_unbroken_one_bitwise(run, command, key, t
     assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
 
 
+@pytest.mark.slow
 def test_another_budget_replaces_the_one_of_the_run(run, command, tmp_path):
     out = f'--out_dir={tmp_path}/out'
     run(*command, out, f'--target_tokens={4 * PER_STEP}')
@@ -76,6 +79,7 @@ def test_schedule_follows_time():
         assert lr_multiplier(schedule_step(config, 7, seconds), config) == multiplier
 
 
+@pytest.mark.slow
 def test_time_that_was_used_is_kept(run, command, tmp_path):
     out = f'--out_dir={tmp_path}/out'
     run(*command, out, '--max_minutes=0.01', '--schedule=linear', '--min_lr=0')

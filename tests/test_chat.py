@@ -179,6 +179,7 @@ def test_evaluate_reads_every_turn_of_a_chat(chat_run):
     assert len(expected) > 2
 
 
+@pytest.mark.slow
 def test_evaluate_pairs_refuses_nonfinite_logits_and_stride(refused, chat_run, tmp_path):
     save_overflowing(chat_run[0], tmp_path / 'out')
     for num_beams in (1, 2):
@@ -189,6 +190,7 @@ def test_evaluate_pairs_refuses_nonfinite_logits_and_stride(refused, chat_run, t
         refused(*out, f'--task={task}', says='stride = 4 is for plain text')
 
 
+@pytest.mark.slow
 def test_prefix_lm_mismatch_is_reported(run, refused, chat_run, tmp_path):
     tuned = (
         'train.py',

@@ -11,6 +11,7 @@ import checkpoint as ckpt
 from helpers import assert_same_run, error_line, folder_contents
 
 
+@pytest.mark.slow
 def test_train_stops_on_full_disk_and_keeps_checkpoints(run, out_dir):
     size = (out_dir / 'ckpt_00000020.pt').stat().st_size
     for background in (True, False):

@@ -101,6 +101,7 @@ def test_runs_are_found_below_folders_but_not_in_those_set_aside(tmp_path):
     assert runs.find_runs([tmp_path / 'a/x/earlier-1'])  # which is named
 
 
+@pytest.mark.slow
 def test_runs_reports_mistakes_in_one_line(refused, tmp_path):
     (tmp_path / 'empty').mkdir()
     mine = tmp_path / 'notes.html'
@@ -197,6 +198,7 @@ def test_long_logs_are_means_with_their_range(tmp_path):
     assert found['val_loss'] == found['best'] == 2.123456789012345
 
 
+@pytest.mark.slow
 def test_commands_of_page_resume_and_repeat_run(run, clone, out_dir, tmp_path):
     (out_dir / 'status').write_text('stopped\n')
     commands = runs.read_run(out_dir, 'x')['commands']

@@ -213,6 +213,7 @@ def test_sample_text_holds_back_possible_stop_text():
     assert [text.add(b) for b in b'aEN'] == ['a', '', ''] and text.finish() == 'EN'
 
 
+@pytest.mark.slow
 def test_sample_reports_user_errors(refused, trained, tmp_path):
     refused('sample.py', f'--out_dir={trained}', '--start=a日', says=("'日' at position 1",))
     refused(

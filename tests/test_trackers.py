@@ -72,6 +72,7 @@ def fake_wandb(tmp_path):
 
 # wandb --------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_wandb_continues_the_run_of_a_resumed_run(run, char_data, fake_wandb, tmp_path):
     out_dir = tmp_path / 'out'
     command = ('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={out_dir}', '--wandb_log')
@@ -119,6 +120,7 @@ def test_wandb_is_told_how_a_run_ended(run, char_data, fake_wandb, tmp_path):
     assert fake_wandb()[-1] == ['finish', {'exit_code': '1'}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', ['init', 'log', 'table', 'finish'])
 def test_training_goes_on_without_wandb(run, char_data, fake_wandb, tmp_path, what):
     result = run('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={tmp_path}/out',
@@ -237,6 +239,7 @@ def scalars(out_dir):
     return found, texts
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_log_of_a_resumed_run(run, char_data, tmp_path):
     out_dir = tmp_path / 'out'
     run('train.py', *RUN, f'--dataset={char_data}', f'--out_dir={out_dir}', '--tensorboard_log')
@@ -278,6 +281,7 @@ sys.modules['tensorboard'] = None
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what, says', [
     (FULL_DISK, 'OSError: [Errno 28] No space left on device'),
     (MISSING, 'ModuleNotFoundError: import of tensorboard halted; None in sys.modules'),
