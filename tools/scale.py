@@ -288,9 +288,9 @@ def plan(files, words, settings, tokens):
     return result.stdout.rstrip().rpartition('\n\n')[2]
 
 
-def print_prediction(points, target):
+def print_prediction(points, ladder, target):
     """Returns (loss, its interval)."""
-    loss, (low, high) = scaling.predict(*arrays(points), target.n, target.d)
+    loss, (low, high) = scaling.predict(ladder, target.n, target.d)
     ratio = target.flops / max(point.flops for point in points)
     print(f'\ndepth {target.settings.depth}, {target.n / 1e6:,.2f}M parameters, '
           f'{target.d / 1e6:,.2f}M tokens, {target.flops:.3g} FLOPs ({ratio:.3g} times the largest '
@@ -299,18 +299,18 @@ def print_prediction(points, target):
     return loss, (low, high)
 
 
-def print_best(law, laws, budget, config, files, words):
+def print_best(ladder, budget, config, files, words):
     """The compute-optimal depth and tokens for a budget of FLOPs."""
     rows, best = [], 0  # (parameters, tokens, loss, settings) of depth 1, 2, ...
     while len(rows) < 2 * best + 10 and len(rows) < 200:
         _, settings = settle(files, words['train'], len(rows) + 1, config)
         n, flops = measure(settings)
-        rows.append((n, budget / flops, law.loss(n, budget / flops), settings))
+        rows.append((n, budget / flops, ladder.law.loss(n, budget / flops), settings))
         best = min(range(len(rows)), key=lambda i: rows[i][2])
     n, d, loss, settings = rows[best]
     all_n, all_d = (np.array([row[i] for row in rows]) for i in (0, 1))
-    low, high = scaling.interval([other.loss(all_n, all_d).argmin() + 1 for other in laws])
-    power = law.b / (law.a + law.b)
+    low, high = scaling.interval([law.loss(all_n, all_d).argmin() + 1 for law in ladder.laws])
+    power = ladder.law.b / (ladder.law.a + ladder.law.b)
     print(f'\ncompute-optimal for {budget:.3g} FLOPs: depth {best + 1} (90%: {low:.0f} to '
           f'{high:.0f}), {n / 1e6:,.2f}M parameters, {d / 1e6:,.2f}M tokens ({d / n:.1f} per '
           f'parameter), val loss {loss:.4f};\n'
@@ -318,7 +318,7 @@ def print_best(law, laws, budget, config, files, words):
           f'{plan(files, words, settings, d)}')
 
 
-def compare(points, folder):
+def compare(points, ladder, folder):
     """Print what the runs in a folder are worth: the compute with which the ladder reaches their
     losses, over theirs."""
     paths = [folder, *sorted(folder.iterdir())]
@@ -330,7 +330,7 @@ def compare(points, folder):
                 f'{points[0].windows}: train it with tools/scale.py')
     places = {(point.config.depth, point.d): i for i, point in enumerate(points)}
     pairs = np.array([places.get((other.config.depth, other.d), -1) for other in others])
-    factor, (low, high) = scaling.speedup(arrays(points), arrays(others), pairs)
+    factor, (low, high) = scaling.speedup(ladder, arrays(points)[2], arrays(others), pairs)
     verdict = ', within the noise' * (low <= 1 <= high)
     print(f'{folder}: x{factor:.2f} compute (90%: {low:.2f} to {high:.2f}){verdict}; '
           f'{plural(len(others), "run")}, {(pairs >= 0).sum()} against one of the ladder with '
@@ -347,18 +347,18 @@ def report(config, rungs, epoch, target, files, words):
     if reason:
         print(f'no law and no prediction: {reason}')
         return
-    laws, _ = scaling.bootstrap(n, d, losses)
+    ladder = scaling.bootstrap(n, d, losses)
     ranges = [f'{name} {low:.3g} to {high:.3g}' for name, (low, high)
-              in zip(law._fields, map(scaling.interval, zip(*laws))) if name in 'Eab']
+              in zip(law._fields, map(scaling.interval, zip(*ladder.laws))) if name in 'Eab']
     print(f'\n{describe(law)}\n90%: {", ".join(ranges)}; noise of a run '
           f'{scaling.noise(law, n, d, losses):.2%}')
     print_hold_out(points)
-    predicted = print_prediction(points, target) if target else None
+    predicted = print_prediction(points, ladder, target) if target else None
     budget = config.flops or target and target.flops
     if budget:
-        print_best(law, laws, budget, config, files, words)
+        print_best(ladder, budget, config, files, words)
     for folder in filter(None, config.compare.split(',')):
-        compare(points, find(folder))
+        compare(points, ladder, find(folder))
     path = Path(config.out_dir) / 'scale.png'
     drawn = plot(points, law, target and (target.flops, *predicted), path)
     print(path if drawn else 'for a plot: pip install matplotlib')
