@@ -14,6 +14,7 @@ from lib.memory import Sizes
 from lib.plot import import_pyplot
 from lib.resume import choose_model_config
 from lib.run import read_log
+from lib.tokenizer import gpt2
 from model import GPT
 
 
@@ -25,13 +26,6 @@ class Point(NamedTuple):
     d: float  # tokens
     flops: float
     loss: float
-
-    @property
-    def windows(self):
-        """What its evaluation depends on, in words."""
-        config = self.config
-        n = config.eval_iters * config.batch_size if config.eval_iters > 0 else 'all'
-        return f'{n} windows of {config.block_size} tokens of {config.dataset}'
 
 
 def read_point(folder):
@@ -52,9 +46,15 @@ def read_point(folder):
 def measure(train):
     """(parameters in matrix products, FLOPs per token) of a run's model."""
     shape = choose_model_config(train, given=set(), checkpoint=None)
-    tokenizer = bins.open_dataset(bins.find_dataset(train.dataset), train.block_size).tokenizer
+    tokenizer = bins.open_tokenizer(bins.find_dataset(train.dataset)) or gpt2()
     sizes = Sizes(GPTConfig(**shape, vocab_size=tokenizer.vocab_size), torch.device('cpu'))
     return sizes.of(GPT.num_matmul_params), sizes.of(GPT.flops_per_token)
+
+
+def describe_evaluation(train):
+    """The windows over which a run's losses are taken."""
+    n = train.eval_iters * train.batch_size if train.eval_iters > 0 else 'all'
+    return f'{n} windows of {train.block_size} tokens of {train.dataset}'
 
 
 def arrays(points):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 EXPONENTS = np.linspace(0.04, 2, 25)  # the first grid, for a and b
-N_ZOOMS = 8  # each on a third of the grid before it
+PRECISION = 2e-5  # of the exponents
 N_BOOTSTRAP = 300
 N_FREE = 5  # E, A, a, B, b
 
@@ -33,21 +33,30 @@ def fit(n, d, losses):
     E, A, B >= 0. At least 5 runs determine it."""
     n, d, losses = (np.asarray(values, dtype=float) for values in (n, d, losses))
     center = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())  # keeps the columns near 1
-    grid_a, grid_b = EXPONENTS, EXPONENTS
-    for _ in range(N_ZOOMS + 1):
+    grid_a = grid_b = EXPONENTS
+    step = EXPONENTS[1] - EXPONENTS[0]
+    for _ in range(100):
         errors, coefficients = project(n / center[0], d / center[1], losses, grid_a, grid_b)
         i, j = np.unravel_index(errors.argmin(), errors.shape)
         a, b = grid_a[i], grid_b[j]
-        E, A, B = coefficients[i, j]
-        best = Law(E, A * center[0]**a, a, B * center[1]**b, b)
-        grid_a, grid_b = zoom(grid_a, a), zoom(grid_b, b)
-    return Law(*map(float, best))
+        if step < PRECISION:
+            break
+        if not at_edge(grid_a, i) and not at_edge(grid_b, j):
+            step /= 3
+        # else the valley leads out of the grid: follow it
+        grid_a, grid_b = grid_around(a, step), grid_around(b, step)
+    E, A, B = coefficients[i, j]
+    return Law(*map(float, (E, A * center[0]**a, a, B * center[1]**b, b)))
 
 
-def zoom(grid, best):
-    """13 exponents around the best one, at a third of the distance."""
-    width = 2 * (grid[1] - grid[0])
-    return np.linspace(max(best - width, EXPONENTS[0]), min(best + width, EXPONENTS[-1]), 13)
+def at_edge(grid, i):
+    """Whether grid[i] is its first or last number, but not the first or last of EXPONENTS."""
+    return i in (0, len(grid) - 1) and EXPONENTS[0] < grid[i] < EXPONENTS[-1]
+
+
+def grid_around(exponent, step):
+    grid = exponent + step * np.arange(-6, 7)
+    return np.unique(grid.clip(EXPONENTS[0], EXPONENTS[-1]))
 
 
 def project(n, d, losses, grid_a, grid_b):

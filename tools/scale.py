@@ -143,7 +143,16 @@ import numpy as np
 
 from checkpoint import manifests
 from lib import bins, scaling
-from lib.ladder import arrays, describe, format_table, measure, plot, read_keys, read_point
+from lib.ladder import (
+    arrays,
+    describe,
+    describe_evaluation,
+    format_table,
+    measure,
+    plot,
+    read_keys,
+    read_point,
+)
 
 # Training ----------------------------------------------------------------------------------------
 
@@ -230,8 +239,7 @@ def print_ladder(config, rungs):
         work.append((rung.config.max_iters - shared.get(rung.depth, 0)) * per_step * flops)
         shared[rung.depth] = rung.branch  # the stable steps, which the next run does not repeat
     print(f'{plural(len(rungs), "run")} in {config.out_dir}, {sum(work):.3g} FLOPs; val loss over '
-          f'the same {first.eval_iters * first.batch_size:,} windows of {first.block_size:,} '
-          f'tokens for all, or the whole split if it has fewer')
+          f'the same {describe_evaluation(first)} for all, or the whole split if it has fewer')
     if max(d) > 1.01 * epoch:
         print(f'note: the longest run has {max(d) / epoch:.1f} epochs of {epoch:,} tokens: '
               f'repeated tokens are worth less than new ones (Muennighoff et al. 2023), which the '
@@ -318,26 +326,36 @@ def print_best(ladder, budget, config, files, words):
           f'{plan(files, words, settings, d)}')
 
 
-def compare(points, ladder, folder):
-    """Print what the runs in a folder are worth: the compute with which the ladder reaches their
-    losses, over theirs."""
-    paths = [folder, *sorted(folder.iterdir())]
-    others = [point for point in map(read_point, paths) if point]
-    require(others, f'compare: {folder} has no finished run')
-    for other in others:
-        require(other.windows == points[0].windows,
-                f'compare: {folder}: {other.name} was evaluated on {other.windows}, the ladder on '
-                f'{points[0].windows}: train it with tools/scale.py')
+def read_others(config, rungs):
+    """{folder: [Point]} to compare with. Raises UserError if they do not compare."""
+    found, windows = {}, describe_evaluation(rungs[0].config)
+    for name in filter(None, config.compare.split(',')):
+        folder = find(name)
+        require(folder.is_dir(), f'compare: there is no folder {name}')
+        paths = [folder, *sorted(folder.iterdir())]
+        found[name] = [point for point in map(read_point, paths) if point]
+        require(found[name], f'compare: {name} has no finished run')
+        for point in found[name]:
+            other = describe_evaluation(point.config)
+            require(other == windows,
+                    f'compare: {name}: {point.name} was evaluated on {other}, the ladder on '
+                    f'{windows}: train it with tools/scale.py')
+    return found
+
+
+def print_speedup(points, ladder, name, others):
+    """What other runs are worth: the compute with which the ladder reaches their losses, over
+    theirs."""
     places = {(point.config.depth, point.d): i for i, point in enumerate(points)}
     pairs = np.array([places.get((other.config.depth, other.d), -1) for other in others])
     factor, (low, high) = scaling.speedup(ladder, arrays(points)[2], arrays(others), pairs)
     verdict = ', within the noise' * (low <= 1 <= high)
-    print(f'{folder}: x{factor:.2f} compute (90%: {low:.2f} to {high:.2f}){verdict}; '
+    print(f'{name}: x{factor:.2f} compute (90%: {low:.2f} to {high:.2f}){verdict}; '
           f'{plural(len(others), "run")}, {(pairs >= 0).sum()} against one of the ladder with '
           f'equal depth and tokens')
 
 
-def report(config, rungs, epoch, target, files, words):
+def report(config, rungs, epoch, target, others, files, words):
     """Print and draw what the runs say."""
     points = [read_point(rung.folder) for rung in rungs]
     n, d, losses = arrays(points)
@@ -357,8 +375,8 @@ def report(config, rungs, epoch, target, files, words):
     budget = config.flops or target and target.flops
     if budget:
         print_best(ladder, budget, config, files, words)
-    for folder in filter(None, config.compare.split(',')):
-        compare(points, ladder, find(folder))
+    for name, found in others.items():
+        print_speedup(points, ladder, name, found)
     path = Path(config.out_dir) / 'scale.png'
     drawn = plot(points, law, target and (target.flops, *predicted), path)
     print(path if drawn else 'for a plot: pip install matplotlib')
@@ -367,8 +385,7 @@ def report(config, rungs, epoch, target, files, words):
 def main(config, rungs, files, words):
     """Returns the exit code."""
     check_folders(rungs)
-    for folder in filter(None, config.compare.split(',')):
-        require(find(folder).is_dir(), f'compare: there is no folder {folder}')
+    others = read_others(config, rungs)
     work, epoch = print_ladder(config, rungs)
     target = find_target(config, files, words)
     for i, rung in enumerate(rungs):
@@ -383,7 +400,7 @@ def main(config, rungs, files, words):
             print('stopped; the same command continues from here' if stopped else
                   f'{rung.folder.name} failed; the same command tries again')
             return code
-    report(config, rungs, epoch, target, files, words)
+    report(config, rungs, epoch, target, others, files, words)
     return 0
 
 
