@@ -29,6 +29,10 @@ def set_max_iters(config, flops_per_token, tokens_per_sample, step=0, samples_se
             f'{key} = {target:,}: a step takes {per_step:,.0f}: give more, or a smaller batch_size')
 
 
+def tokens_per_step(config):
+    return config.batch_size * config.gradient_accumulation_steps * config.block_size
+
+
 def schedule_step(config, step, seconds):
     """Where a run is on its schedule, 0 to max_iters: with max_minutes, by the share of the time
     that is used; else its step. seconds: of training so far."""

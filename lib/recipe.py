@@ -3,7 +3,7 @@ import math
 import sys
 
 from configurator import TrainConfig, check_fields, configure
-from lib.budget import choose_budget
+from lib.budget import choose_budget, tokens_per_step
 from lib.errors import require
 
 
@@ -84,6 +84,5 @@ def turn_dial(config, given):
     sequences = max(1, 2 ** round(math.log2(2.6 * tokens**0.5)) // config.block_size)
     imply(batch_size=min(sequences, 16))
     imply(gradient_accumulation_steps=max(1, sequences // config.batch_size))
-    per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    imply(max_iters=tokens // per_step)
+    imply(max_iters=tokens // tokens_per_step(config))
     imply(eval_interval=max(1, config.max_iters // 10))

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configurator import Bound, Count, NonNegative, Positive, TrainConfig
+from lib.budget import tokens_per_step
 from lib.errors import plural, require, user_errors
 from lib.recipe import read_train_config
 
@@ -125,10 +126,6 @@ def print_model(config, sizes, micro_batches):
          f'{config.batch_size} sequences x {config.block_size:,} x {micro_batches} micro-batches x '
          f'{plural(config.gpus, "GPU")}'),
     ])
-
-
-def tokens_per_step(config):
-    return config.batch_size * config.gradient_accumulation_steps * config.block_size
 
 
 def print_memory(config, sizes, gpu):
