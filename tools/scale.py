@@ -1,6 +1,6 @@
 """Predict a large run from small ones: train a ladder of models and fit a scaling law to it.
 
-    python tools/scale.py config/quickstart.py --depths=1,2,3,4 --tokens=2.9e6 --predict_depth=6
+    python tools/scale.py config/quickstart.py --depths=1,2,3,4 --tokens_per_layer=725e3
     python tools/scale.py config/train_gpt2.py --depths=2,3,4,6,8 --predict_depth=12 --gpu=h100
     python tools/scale.py config/x.py --depths=2,3,4,6 --compare=scale-other
 
@@ -54,8 +54,8 @@ class Config:
     # ladder
     depths: list[int] = field(default_factory=lambda: [2, 3, 4, 6])  # settings of --depth to train
     horizons: list[int | float] = field(
-        default_factory=lambda: [0.125, 0.25, 0.5, 1])  # lengths of runs, as shares of the tokens
-    tokens: Count | None = None  # of a full run at every depth; None: what --depth implies
+        default_factory=lambda: [0.25, 0.5, 1])  # lengths of runs, as shares of the tokens
+    tokens_per_layer: Count | None = None  # of a full run; None: the tokens that --depth implies
     out_dir: FilePath = ''  # folder of the runs; empty: scale-<config>
     # questions
     predict_depth: Depth | None = None  # predict this depth at its tokens
@@ -104,7 +104,9 @@ def settle(files, flags, depth, config):
     train, _ = read_train_config(arguments)
     require(not train.auto_batch_size, 'batch_size = auto: all runs of a depth need one batch: '
                                        'give a number')
-    tokens = config.tokens or train.max_iters * tokens_per_step(train)
+    tokens = train.max_iters * tokens_per_step(train)
+    if config.tokens_per_layer:
+        tokens = config.tokens_per_layer * depth
     longest = round(tokens * max(config.horizons))
     train, _ = read_train_config([*arguments, f'--target_tokens={longest}'])
     train.max_iters = max(1, round(tokens / tokens_per_step(train)))
@@ -243,7 +245,7 @@ def print_ladder(config, rungs):
     if max(d) > 1.01 * epoch:
         print(f'note: the longest run has {max(d) / epoch:.1f} epochs of {epoch:,} tokens: '
               f'repeated tokens are worth less than new ones (Muennighoff et al. 2023), which the '
-              f'law ignores; --tokens={epoch} stays within one')
+              f'law ignores; --tokens_per_layer={epoch // max(config.depths)} stays within one')
     reason = scaling.why_not(n, d)
     if reason:
         print(f'note: {reason}: there will be no law; give more --depths or --horizons')
