@@ -210,17 +210,13 @@ def train_rung(rung):
 
 
 def branch_off(stable, folder):
-    """Copy a run's checkpoint and log, not its keys: the copy is no finished run. One that was cut
-    off is made again."""
-    incomplete = folder.with_name(folder.name + '.tmp')
+    """Copy a run's checkpoint and log, not its keys: the copy is no finished run. The manifests
+    come last, so that a copy that was cut off has no checkpoint and is made again."""
+    skipped = ('config.py', 'status', '.lock', 'wandb*', 'earlier-*', '*.tmp', '*.json')
     with os_errors(f'{folder}: cannot write', 'choose another --out_dir'):
-        shutil.rmtree(incomplete, ignore_errors=True)
-        unwanted = shutil.ignore_patterns('config.py', 'status', '.lock', 'wandb*', 'earlier-*',
-                                          '*.tmp')
-        shutil.copytree(stable, incomplete, ignore=unwanted)
-        if folder.exists():  # of a run that has not saved anything
-            shutil.rmtree(folder)
-        incomplete.rename(folder)
+        shutil.copytree(stable, folder, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
+        for manifest in stable.glob('ckpt_*.json'):
+            shutil.copy(manifest, folder)
 
 
 # Reporting ---------------------------------------------------------------------------------------
