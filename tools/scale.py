@@ -294,18 +294,18 @@ def plan(files, words, settings, tokens):
     return result.stdout.rstrip().rpartition('\n\n')[2]
 
 
-def print_prediction(points, ladder, target):
+def print_prediction(points, ladder, target, epoch):
     """Returns (loss, its interval)."""
     loss, (low, high) = scaling.predict(ladder, target.n, target.d)
     ratio = target.flops / max(point.flops for point in points)
     print(f'\ndepth {target.settings.depth}, {target.n / 1e6:,.2f}M parameters, '
-          f'{target.d / 1e6:,.2f}M tokens, {target.flops:.3g} FLOPs ({ratio:.3g} times the largest '
-          f'run of the ladder):\n'
+          f'{target.d / 1e6:,.2f}M tokens ({target.d / epoch:.1f} epochs), {target.flops:.3g} '
+          f'FLOPs ({ratio:.3g} times the largest run of the ladder):\n'
           f'predicted val loss {loss:.4f} (90%: {low:.4f} to {high:.4f})\n{target.plan}')
     return loss, (low, high)
 
 
-def print_best(ladder, budget, config, files, words):
+def print_best(ladder, budget, epoch, config, files, words):
     """The compute-optimal depth and tokens for a budget of FLOPs."""
     rows, best = [], 0  # (parameters, tokens, loss, settings) of depth 1, 2, ...
     while len(rows) < 2 * best + 10 and len(rows) < 200:
@@ -319,7 +319,7 @@ def print_best(ladder, budget, config, files, words):
     power = ladder.law.b / (ladder.law.a + ladder.law.b)
     print(f'\ncompute-optimal for {budget:.3g} FLOPs: depth {best + 1} (90%: {low:.0f} to '
           f'{high:.0f}), {n / 1e6:,.2f}M parameters, {d / 1e6:,.2f}M tokens ({d / n:.1f} per '
-          f'parameter), val loss {loss:.4f};\n'
+          f'parameter, {d / epoch:.1f} epochs), val loss {loss:.4f};\n'
           f'N grows as FLOPs^{power:.2f}, D as FLOPs^{1 - power:.2f}\n'
           f'{plan(files, words, settings, d)}')
 
@@ -366,13 +366,13 @@ def report(config, rungs, epoch, target, others, files, words):
     ladder = scaling.bootstrap(n, d, losses)
     ranges = [f'{name} {low:.3g} to {high:.3g}' for name, (low, high)
               in zip(law._fields, map(scaling.interval, zip(*ladder.laws))) if name in 'Eab']
-    print(f'\n{describe(law)}\n90%: {", ".join(ranges)}; noise of a run '
+    print(f'\n{describe(law)}\n90%: {", ".join(ranges)}; residuals '
           f'{scaling.noise(law, n, d, losses):.2%}')
     print_hold_out(points)
-    predicted = print_prediction(points, ladder, target) if target else None
+    predicted = print_prediction(points, ladder, target, epoch) if target else None
     budget = config.flops or target and target.flops
     if budget:
-        print_best(ladder, budget, config, files, words)
+        print_best(ladder, budget, epoch, config, files, words)
     for name, found in others.items():
         print_speedup(points, ladder, name, found)
     path = Path(config.out_dir) / 'scale.png'
