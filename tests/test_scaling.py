@@ -59,7 +59,7 @@ def test_the_fit_is_at_least_as_good_as_that_of_lbfgs_over_all_five_numbers():
     log_n, log_d, target = (torch.tensor(np.log(values)) for values in (n, d, losses))
     E, A, a, B, b = HOFFMANN
     x = torch.tensor([np.log(E), np.log(A), a, np.log(B), b], requires_grad=True)
-    optimizer = torch.optim.LBFGS([x], max_iter=200, line_search_fn='strong_wolfe',
+    optimizer = torch.optim.LBFGS([x], max_iter=100, line_search_fn='strong_wolfe',
                                   tolerance_grad=1e-12, tolerance_change=1e-14)
 
     def closure():

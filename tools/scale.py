@@ -1,6 +1,6 @@
 """Predict a large run from small ones: train a ladder of models and fit a scaling law to it.
 
-    python tools/scale.py config/quickstart.py --depths=1,2,3,4 --tokens=2.9e6 --predict_depth=6
+    python tools/scale.py config/quickstart.py --depths=1,2,3,4 --tokens_per_layer=725e3
     python tools/scale.py config/train_gpt2.py --depths=2,3,4,6,8 --predict_depth=12 --gpu=h100
     python tools/scale.py config/x.py --depths=2,3,4,6 --compare=scale-other
 
@@ -54,8 +54,8 @@ class Config:
     # ladder
     depths: list[int] = field(default_factory=lambda: [2, 3, 4, 6])  # settings of --depth to train
     horizons: list[int | float] = field(
-        default_factory=lambda: [0.125, 0.25, 0.5, 1])  # lengths of runs, as shares of the tokens
-    tokens: Count | None = None  # of a full run at every depth; None: what --depth implies
+        default_factory=lambda: [0.25, 0.5, 1])  # lengths of runs, as shares of the tokens
+    tokens_per_layer: Count | None = None  # of a full run; None: the tokens that --depth implies
     out_dir: FilePath = ''  # folder of the runs; empty: scale-<config>
     # questions
     predict_depth: Depth | None = None  # predict this depth at its tokens
@@ -104,7 +104,9 @@ def settle(files, flags, depth, config):
     train, _ = read_train_config(arguments)
     require(not train.auto_batch_size, 'batch_size = auto: all runs of a depth need one batch: '
                                        'give a number')
-    tokens = config.tokens or train.max_iters * tokens_per_step(train)
+    tokens = train.max_iters * tokens_per_step(train)
+    if config.tokens_per_layer:
+        tokens = config.tokens_per_layer * depth
     longest = round(tokens * max(config.horizons))
     train, _ = read_train_config([*arguments, f'--target_tokens={longest}'])
     train.max_iters = max(1, round(tokens / tokens_per_step(train)))
@@ -208,17 +210,13 @@ def train_rung(rung):
 
 
 def branch_off(stable, folder):
-    """Copy a run's checkpoint and log, not its keys: the copy is no finished run. One that was cut
-    off is made again."""
-    incomplete = folder.with_name(folder.name + '.tmp')
+    """Copy a run's checkpoint and log, not its keys: the copy is no finished run. The manifests
+    come last, so that a copy that was cut off has no checkpoint and is made again."""
+    skipped = ('config.py', 'status', '.lock', 'wandb*', 'earlier-*', '*.tmp', '*.json')
     with os_errors(f'{folder}: cannot write', 'choose another --out_dir'):
-        shutil.rmtree(incomplete, ignore_errors=True)
-        unwanted = shutil.ignore_patterns('config.py', 'status', '.lock', 'wandb*', 'earlier-*',
-                                          '*.tmp')
-        shutil.copytree(stable, incomplete, ignore=unwanted)
-        if folder.exists():  # of a run that has not saved anything
-            shutil.rmtree(folder)
-        incomplete.rename(folder)
+        shutil.copytree(stable, folder, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
+        for manifest in stable.glob('ckpt_*.json'):
+            shutil.copy(manifest, folder)
 
 
 # Reporting ---------------------------------------------------------------------------------------
@@ -243,7 +241,7 @@ def print_ladder(config, rungs):
     if max(d) > 1.01 * epoch:
         print(f'note: the longest run has {max(d) / epoch:.1f} epochs of {epoch:,} tokens: '
               f'repeated tokens are worth less than new ones (Muennighoff et al. 2023), which the '
-              f'law ignores; --tokens={epoch} stays within one')
+              f'law ignores; --tokens_per_layer={epoch // max(config.depths)} stays within one')
     reason = scaling.why_not(n, d)
     if reason:
         print(f'note: {reason}: there will be no law; give more --depths or --horizons')
@@ -296,18 +294,18 @@ def plan(files, words, settings, tokens):
     return result.stdout.rstrip().rpartition('\n\n')[2]
 
 
-def print_prediction(points, ladder, target):
+def print_prediction(points, ladder, target, epoch):
     """Returns (loss, its interval)."""
     loss, (low, high) = scaling.predict(ladder, target.n, target.d)
     ratio = target.flops / max(point.flops for point in points)
     print(f'\ndepth {target.settings.depth}, {target.n / 1e6:,.2f}M parameters, '
-          f'{target.d / 1e6:,.2f}M tokens, {target.flops:.3g} FLOPs ({ratio:.3g} times the largest '
-          f'run of the ladder):\n'
+          f'{target.d / 1e6:,.2f}M tokens ({target.d / epoch:.1f} epochs), {target.flops:.3g} '
+          f'FLOPs ({ratio:.3g} times the largest run of the ladder):\n'
           f'predicted val loss {loss:.4f} (90%: {low:.4f} to {high:.4f})\n{target.plan}')
     return loss, (low, high)
 
 
-def print_best(ladder, budget, config, files, words):
+def print_best(ladder, budget, epoch, config, files, words):
     """The compute-optimal depth and tokens for a budget of FLOPs."""
     rows, best = [], 0  # (parameters, tokens, loss, settings) of depth 1, 2, ...
     while len(rows) < 2 * best + 10 and len(rows) < 200:
@@ -321,7 +319,7 @@ def print_best(ladder, budget, config, files, words):
     power = ladder.law.b / (ladder.law.a + ladder.law.b)
     print(f'\ncompute-optimal for {budget:.3g} FLOPs: depth {best + 1} (90%: {low:.0f} to '
           f'{high:.0f}), {n / 1e6:,.2f}M parameters, {d / 1e6:,.2f}M tokens ({d / n:.1f} per '
-          f'parameter), val loss {loss:.4f};\n'
+          f'parameter, {d / epoch:.1f} epochs), val loss {loss:.4f};\n'
           f'N grows as FLOPs^{power:.2f}, D as FLOPs^{1 - power:.2f}\n'
           f'{plan(files, words, settings, d)}')
 
@@ -368,13 +366,13 @@ def report(config, rungs, epoch, target, others, files, words):
     ladder = scaling.bootstrap(n, d, losses)
     ranges = [f'{name} {low:.3g} to {high:.3g}' for name, (low, high)
               in zip(law._fields, map(scaling.interval, zip(*ladder.laws))) if name in 'Eab']
-    print(f'\n{describe(law)}\n90%: {", ".join(ranges)}; noise of a run '
+    print(f'\n{describe(law)}\n90%: {", ".join(ranges)}; residuals '
           f'{scaling.noise(law, n, d, losses):.2%}')
     print_hold_out(points)
-    predicted = print_prediction(points, ladder, target) if target else None
+    predicted = print_prediction(points, ladder, target, epoch) if target else None
     budget = config.flops or target and target.flops
     if budget:
-        print_best(ladder, budget, config, files, words)
+        print_best(ladder, budget, epoch, config, files, words)
     for name, found in others.items():
         print_speedup(points, ladder, name, found)
     path = Path(config.out_dir) / 'scale.png'
