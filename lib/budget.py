@@ -22,11 +22,12 @@ def set_max_iters(config, flops_per_token, tokens_per_sample, step=0, samples_se
     if target is None:
         return
     per_sample = tokens_per_sample * (flops_per_token if key == 'target_flops' else 1)
-    per_step = config.batch_size * config.gradient_accumulation_steps * per_sample
-    left = round((target - samples_seen * per_sample) / per_step)
-    config.max_iters = step + max(0, left)
-    require(config.max_iters > 0,
-            f'{key} = {target:,}: a step takes {per_step:,.0f}: give more, or a smaller batch_size')
+    per_step = config.batch_size * config.gradient_accumulation_steps  # samples
+    # in whole samples, half a step rounded up: the same from wherever the run is resumed
+    left = round(target / per_sample) - samples_seen
+    config.max_iters = step + max(0, (2 * left + per_step) // (2 * per_step))
+    require(config.max_iters > 0, f'{key} = {target:,}: a step takes {per_step * per_sample:,.0f}: '
+                                  f'give more, or a smaller batch_size')
 
 
 def tokens_per_step(config):

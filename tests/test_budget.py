@@ -7,7 +7,7 @@ import pytest
 import checkpoint as ckpt
 from configurator import TrainConfig
 from helpers import TINY, assert_same_run, log_lines
-from lib.budget import schedule_step
+from lib.budget import schedule_step, set_max_iters
 from lib.recipe import read_train_config
 from optimizer import lr_multiplier
 
@@ -58,6 +58,19 @@ def test_another_budget_replaces_the_one_of_the_run(run, command, tmp_path):
     run('train.py', out, '--init_from=resume', f'--target_tokens={8 * PER_STEP}', '--batch_size=2')
     checkpoint = ckpt.load(tmp_path / 'out')
     assert (checkpoint.step, checkpoint.samples_seen * T) == (9, 8 * PER_STEP)
+
+
+@pytest.mark.parametrize('key', ['target_tokens', 'target_flops'])
+@pytest.mark.parametrize('steps', [12.3, 12.5, 12.7, 13.5])
+def test_budget_has_the_same_steps_from_wherever_it_is_resumed(key, steps):
+    per_token = 12345.6789 if key == 'target_flops' else 1
+    config = TrainConfig(batch_size=4, gradient_accumulation_steps=2)
+    setattr(config, key, steps * PER_STEP * per_token)
+    found = set()
+    for step in range(12):
+        set_max_iters(config, 12345.6789, T, step, 8 * step)
+        found.add(config.max_iters)
+    assert found == {int(steps + 0.5)}
 
 
 def test_dial_takes_batch_from_the_budget():
