@@ -1,13 +1,17 @@
-"""train.py in child processes, for tools: one on each GPU, until a signal stops them all."""
+"""train.py in child processes, for tools: one on each GPU, until a signal stops them all; the keys
+and losses of such runs."""
 import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 
+from configurator import TrainConfig, read_config_file
+from lib.errors import require
 from lib.files import ROOT, open_own
 from lib.run import read_log
 
@@ -16,6 +20,23 @@ def val_losses(folder):
     """{step: val loss} of a run; {} if it has not been evaluated yet."""
     return {line['step']: line['val_loss'] for line in read_log(folder)
             if line.get('val_loss') is not None}
+
+
+def read_keys(folder):
+    """{key: value} of a run's config.py; None if there is none that can be read."""
+    try:
+        return read_config_file(str(folder / 'config.py'), TrainConfig)
+    except ValueError:  # not a run, or one of another version
+        return None
+
+
+def check_keys(folder, config, free):
+    """Raise UserError if the folder holds a run with other keys, not counting the free ones."""
+    saved = read_keys(folder) or {}
+    changed = [key for key, value in asdict(config).items()  # None: derived from other keys
+               if key not in free and value is not None and saved.get(key, value) != value]
+    require(not changed, f'{folder} holds a run with other values of {", ".join(changed)}: choose '
+                         f'another --out_dir, or move the folder away')
 
 
 def environments(n_jobs, devices):
@@ -40,18 +61,28 @@ def environments(n_jobs, devices):
 
 class Jobs:
     """Runs of train.py, one at a time in each of the environments. Several print to output.txt in
-    their folders, a single one to the terminal."""
+    their folders, a single one to the terminal. quiet: leave it to the caller to say which."""
 
-    def __init__(self, environments):
-        self.free = list(environments)
+    def __init__(self, environments, quiet=False):
+        self.free, self.quiet = list(environments), quiet
         self.to_files = len(environments) > 1
         self.running = {}  # process -> (folder, environment)
         self.failed = []  # folders
         self.stop = 0  # the signal that stopped all
+
+    @contextlib.contextmanager
+    def catch_signals(self):
+        """Stop all runs on SIGINT, SIGTERM or SIGHUP."""
+        before = {}
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
             number = getattr(signal, name, None)  # Windows lacks one
             if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.request_stop)
+                before[number] = signal.signal(number, self.request_stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def request_stop(self, number, frame):
         for process in self.running:
@@ -66,20 +97,21 @@ class Jobs:
     def train(self, runs):
         """Start or resume runs: [(folder, arguments, arguments for resuming)]."""
         waiting = list(enumerate(runs, 1))
-        try:
-            while self.running or waiting and not self.stop:
-                if waiting and self.free and not self.stop:
-                    i, run = waiting.pop(0)
-                    print(f'{i}/{len(runs)} {run[0].name}', flush=True)
-                    self.start(*run)
-                else:
-                    time.sleep(0.05)
-                ended = [process for process in self.running if process.poll() is not None]
-                for process in ended:
-                    self.end(process)
-        finally:
-            for process in self.running:
-                process.terminate()
+        with self.catch_signals():
+            try:
+                while self.running or waiting and not self.stop:
+                    if waiting and self.free and not self.stop:
+                        i, run = waiting.pop(0)
+                        self.report(f'{i}/{len(runs)} {run[0].name}')
+                        self.start(*run)
+                    else:
+                        time.sleep(0.05)
+                    ended = [process for process in self.running if process.poll() is not None]
+                    for process in ended:
+                        self.end(process)
+            finally:
+                for process in self.running:
+                    process.terminate()
 
     def start(self, folder, arguments, resume):
         if any(folder.glob('ckpt_*.json')):  # all other keys are in the checkpoint
@@ -104,8 +136,12 @@ class Jobs:
         self.free.append(environment)
         losses = val_losses(folder)
         if process.returncode == 0 and losses:
-            print(f'{folder.name}: val loss {losses[max(losses)]:.4f}', flush=True)
+            self.report(f'{folder.name}: val loss {losses[max(losses)]:.4f}')
         elif not self.stop:
             self.failed.append(folder)
             see = f'; see {folder / "output.txt"}' if self.to_files else ''
-            print(f'{folder.name} failed{see}', flush=True)
+            self.report(f'{folder.name} failed{see}')
+
+    def report(self, text):
+        if not self.quiet:
+            print(text, flush=True)

@@ -1,20 +1,15 @@
 """The finished runs of a ladder (tools/scale.py): read, tabulated, drawn with their law."""
-import io
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from configurator import GPTConfig, TrainConfig, read_config_file
-from lib import bins
+from configurator import TrainConfig
 from lib.budget import tokens_per_step
 from lib.errors import os_errors
-from lib.files import create
-from lib.memory import Sizes
-from lib.plot import import_pyplot
-from lib.resume import choose_model_config
-from lib.run import read_log
-from lib.tokenizer import gpt2
+from lib.jobs import read_keys, val_losses
+from lib.plot import import_pyplot, save_png
+from lib.sizes import config_sizes
 from model import GPT
 
 
@@ -34,20 +29,17 @@ def read_point(folder):
     if keys is None:
         return None
     train = TrainConfig(**keys)
-    losses = [line['val_loss'] for line in read_log(folder)
-              if line.get('val_loss') is not None and line['step'] == train.max_iters]
-    if not losses or folder.name.endswith('-stable'):
+    loss = val_losses(folder).get(train.max_iters)
+    if loss is None or folder.name.endswith('-stable'):
         return None
     n, flops = measure(train)
     d = train.max_iters * tokens_per_step(train)
-    return Point(folder.name, train, n, d, flops * d, losses[-1])
+    return Point(folder.name, train, n, d, flops * d, loss)
 
 
 def measure(train):
     """(parameters in matrix products, FLOPs per token) of a run's model."""
-    shape = choose_model_config(train, given=set(), checkpoint=None)
-    tokenizer = bins.open_tokenizer(bins.find_dataset(train.dataset)) or gpt2()
-    sizes = Sizes(GPTConfig(**shape, vocab_size=tokenizer.vocab_size), torch.device('cpu'))
+    sizes = config_sizes(train, torch.device('cpu'))
     return sizes.of(GPT.num_matmul_params), sizes.of(GPT.flops_per_token)
 
 
@@ -61,14 +53,6 @@ def arrays(points):
     """(parameters, tokens, losses)"""
     return tuple(np.array([getattr(point, name) for point in points], dtype=float)
                  for name in ('n', 'd', 'loss'))
-
-
-def read_keys(folder):
-    """{key: value} of a run's config.py; None if there is none that can be read."""
-    try:
-        return read_config_file(str(folder / 'config.py'), TrainConfig)
-    except ValueError:  # not a run, or one of another version
-        return None
 
 
 def format_table(points, law, epoch):
@@ -122,11 +106,8 @@ def plot(points, law, target, path):
     bottom.axhline(0, color='gray', linewidth=1)
     bottom.set(xlabel='training FLOPs', ylabel='loss over law (%)')
     bottom.grid(alpha=0.3)
-    image = io.BytesIO()
-    figure.savefig(image, format='png', dpi=120)
-    pyplot.close(figure)
-    with os_errors(f'{path}: cannot write', 'choose another --out_dir'), create(path) as file:
-        file.write(image.getvalue())
+    with os_errors(f'{path}: cannot write', 'choose another --out_dir'):
+        save_png(pyplot, figure, path, dpi=120)
     return True
 
 

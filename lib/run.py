@@ -271,8 +271,8 @@ class StepLog(contextlib.AbstractContextManager):
         all_values = torch.stack([values for *_, values, _ in ended]).tolist()
         seconds = time.perf_counter() - self.time
         speed = (done - self.step) * self.tokens_per_step / seconds
-        for (step, first_sample, lr, measures, *_), (loss, grad_norm, *losses) in zip(ended,
-                                                                                      all_values):
+        for entry, (loss, grad_norm, *losses) in zip(ended, all_values):
+            step, first_sample, lr, measures, *_ = entry
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             self.skips = 0 if finite else self.skips + 1
             if not finite:

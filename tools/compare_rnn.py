@@ -8,7 +8,6 @@ tokens and against seconds, the gradient of the last token's loss with respect t
 and the time of a step against sequence length. Each model is trained at several learning rates; the
 best run counts.
 """
-import io
 import json
 import math
 import os
@@ -24,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import Bound, Count, Fraction, NonNegative, WholeNumber, configure
 from lib.errors import os_errors, require, user_errors
-from lib.files import create, write_text
+from lib.files import write_text
 
 HEAD_SIZE = 32  # of the GPT
 
@@ -76,7 +75,7 @@ from tqdm import tqdm
 
 from lib import bins, evaluation
 from lib.device import autocast, math_attention_is_faster, pick_device, pick_dtype, to_device
-from lib.plot import import_pyplot
+from lib.plot import import_pyplot, save_png
 from lib.run import Signals
 from model import GPT, GPTConfig
 from optimizer import adamw
@@ -299,11 +298,7 @@ def plot(results, config, path):
     axes[3].set(xlabel='sequence length', ylabel='ms', xscale='log', yscale='log',
                 title='forward and backward')
     axes[0].legend(fontsize='small')
-    image = io.BytesIO()
-    figure.savefig(image, format='png', dpi=100)
-    pyplot.close(figure)
-    with create(path) as file:
-        file.write(image.getvalue())
+    save_png(pyplot, figure, path, dpi=100)
     return True
 
 

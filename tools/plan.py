@@ -86,26 +86,12 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
 
 import torch
 
-from lib import bins
 from lib.device import PEAK_FLOPS
 from lib.distributed import choose_parallel
-from lib.memory import Sizes, step_bytes
-from lib.resume import choose_model_config
-from model import GPT, GPTConfig
+from lib.memory import step_bytes
+from lib.sizes import config_sizes
+from model import GPT
 from optimizer import block_matrices
-
-
-def measure(config):
-    """The Sizes of the config's model."""
-    vocab_size = config.vocab_size
-    if vocab_size is None:
-        tokenizer = bins.open_tokenizer(bins.find_dataset(config.dataset))
-        vocab_size = tokenizer.vocab_size if tokenizer else 50257
-    shape = choose_model_config(config, given=set(), checkpoint=None)
-    # which token separates documents does not matter here, only whether one does
-    eot_token = 0 if config.doc_mask or config.prefix_lm else None
-    return Sizes(GPTConfig(**shape, vocab_size=vocab_size, eot_token=eot_token),
-                 torch.device('cuda'))
 
 
 def print_model(config, sizes, micro_batches):
@@ -250,7 +236,7 @@ def seconds(value):
 
 def main(config):
     gpu = GPUS[config.gpu]
-    sizes = measure(config)
+    sizes = config_sizes(config, torch.device('cuda'), config.vocab_size)
     micro_batches = config.gradient_accumulation_steps // config.gpus  # per GPU
     print(f'{plural(config.n_layer, "layer")}, {plural(config.n_head, "head")}, '
           f'{config.n_embd} wide, context {config.block_size:,}, vocabulary '

@@ -77,7 +77,6 @@ import ast
 import base64
 import contextlib
 import functools
-import io
 import json
 import math
 import os
@@ -95,10 +94,10 @@ import torch
 import checkpoint as ckpt
 from configurator import GPTConfig, ModelConfig, read_model_config
 from lib import bins
-from lib.files import command, create, printable, write_text
+from lib.files import command, printable, write_text
 from lib.memory import Sizes
 from lib.page import DATA, nan_to_none, page_template
-from lib.plot import import_pyplot
+from lib.plot import import_pyplot, save_png
 from lib.run import read_log, read_samples
 from lib.serve import serve
 from model import GPT
@@ -503,11 +502,8 @@ def draw_png(runs, path):
     axis.grid(alpha=0.3)
     if len(runs) <= 12 and axis.lines:
         axis.legend(fontsize='small', title='best val loss')
-    image = io.BytesIO()
-    figure.savefig(image, format='png', dpi=150, metadata={'Title': MARK})
-    pyplot.close(figure)
-    with os_errors(f'{path}: cannot write'), create(path) as file:
-        file.write(image.getvalue())
+    with os_errors(f'{path}: cannot write'):
+        save_png(pyplot, figure, path, dpi=150, metadata={'Title': MARK})
     print(f'{path}: val loss of {plural(len(runs), "run")}')
 
 

@@ -14,7 +14,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,6 +145,7 @@ import numpy as np
 
 from checkpoint import manifests
 from lib import bins, scaling
+from lib.jobs import Jobs, check_keys
 from lib.ladder import (
     arrays,
     describe,
@@ -152,7 +153,6 @@ from lib.ladder import (
     format_table,
     measure,
     plot,
-    read_keys,
     read_point,
 )
 
@@ -161,17 +161,10 @@ from lib.ladder import (
 
 def check_folders(rungs):
     """Raises UserError if a folder of the ladder holds a run with other keys."""
-    varying = {*OWN_KEYS, 'out_dir', 'wandb_run_name', 'doc_mask', 'prefix_lm'} - {'depth'}
+    free = {*OWN_KEYS, 'out_dir', 'wandb_run_name', 'doc_mask', 'prefix_lm'} - {'depth'}
     for rung in rungs:
         for folder in (rung.folder, stable_folder(rung)):
-            saved = read_keys(folder) or {}
-            # None: derived from other keys
-            changed = [key for key, value in asdict(rung.config).items()
-                       if value is not None and key not in varying
-                       and saved.get(key, value) != value]
-            require(not changed, f'{folder} holds a run with other values of '
-                                 f'{", ".join(changed)}: choose another --out_dir, or move the '
-                                 f'folder away')
+            check_keys(folder, rung.config, free)
 
 
 def stable_folder(rung):
@@ -183,30 +176,26 @@ def last_step(folder):
     return max((manifest['step'] for manifest in manifests(folder)), default=0)
 
 
-def train(folder, words, *changes):
-    """Run train.py in folder, or resume it with the changes alone; returns its exit code."""
-    keys = [*words, *changes]
-    if last_step(folder):
-        keys = ['--init_from=resume', *changes]  # the rest is in the checkpoint
-    command = [sys.executable, ROOT / 'train.py', *keys, f'--out_dir={folder}']
-    return subprocess.run(command).returncode
-
-
-def train_rung(rung):
-    """Train or go on with a run of the ladder; returns train.py's exit code."""
+def train_rung(jobs, rung):
+    """Train or go on with a run of the ladder."""
     stable = stable_folder(rung)
     if not last_step(rung.folder) and 0 < rung.branch:
         if last_step(stable) < rung.branch:
-            code = train(stable, rung.words, '--schedule=constant', f'--max_iters={rung.branch}',
-                         '--eval_iters=1', '--eval_interval=1000000000')
-            if code:
-                return code
+            train(jobs, stable, rung.words, '--schedule=constant', f'--max_iters={rung.branch}',
+                  '--eval_iters=1', '--eval_interval=1000000000')
+            if jobs.stop or jobs.failed:
+                return
         if last_step(stable) == rung.branch:
             branch_off(stable, rung.folder)
         # else it is beyond: a horizon was added; this run then starts from scratch
     evaluations = [word for word in rung.words if word.startswith('--eval_')]
-    return train(rung.folder, rung.words, '--schedule=wsd', f'--max_iters={rung.config.max_iters}',
-                 *evaluations)
+    train(jobs, rung.folder, rung.words, '--schedule=wsd',
+          f'--max_iters={rung.config.max_iters}', *evaluations)
+
+
+def train(jobs, folder, words, *changes):
+    """Run train.py in folder, or resume it with the changes alone."""
+    jobs.train([(folder, [*words, *changes], changes)])
 
 
 def branch_off(stable, folder):
@@ -386,18 +375,20 @@ def main(config, rungs, files, words):
     others = read_others(config, rungs)
     work, epoch = print_ladder(config, rungs)
     target = find_target(config, files, words)
+    jobs = Jobs([{}], quiet=True)
     for i, rung in enumerate(rungs):
         progress = f'{i + 1}/{len(rungs)} {rung.folder.name}'
         if read_point(rung.folder):
             print(f'{progress}: already done')
             continue
         print(f'{progress}: {sum(work[:i]) / sum(work):.0%} of the FLOPs are done', flush=True)
-        code = train_rung(rung)
-        if code:
-            stopped = code > 128 or code < 0  # a signal, to this run and to the ladder
-            print('stopped; the same command continues from here' if stopped else
-                  f'{rung.folder.name} failed; the same command tries again')
-            return code
+        train_rung(jobs, rung)
+        if jobs.stop:
+            print('stopped; the same command continues from here')
+            return 128 + jobs.stop
+        if jobs.failed:
+            print(f'{jobs.failed[0].name} failed; the same command tries again')
+            return 1
     report(config, rungs, epoch, target, others, files, words)
     return 0
 

@@ -131,10 +131,9 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
             sys.exit(0)
         config, runs = read_command(sys.argv[1:])
 
-from configurator import read_config_file
 from lib import resume
 from lib.bins import find_or_prepare
-from lib.jobs import Jobs, environments, val_losses
+from lib.jobs import Jobs, check_keys, environments, read_keys, val_losses
 from lib.noise import compare, standard_error
 from lib.run import read_log
 
@@ -201,11 +200,10 @@ def read_result(folder):
     """The Result of a run; None if it has not been evaluated yet."""
     lines = read_log(folder)
     evaluations = [line for line in lines if line.get('val_loss') is not None]
-    try:
-        config = asdict(TrainConfig(**read_config_file(folder / 'config.py', TrainConfig)))
-        last = evaluations[-1]
-    except (ValueError, IndexError):  # not a run, or one of another version
+    keys = read_keys(folder)
+    if keys is None or not evaluations:
         return None
+    config, last = asdict(TrainConfig(**keys)), evaluations[-1]
     if config['patience']:  # it has stopped after the best
         last = min(evaluations, key=lambda line: line['val_loss'])
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
@@ -274,14 +272,8 @@ def check_runs(runs):
     for name in dict.fromkeys(run.config.dataset for run in runs):
         find_or_prepare(name)
     for run in runs:
-        result = read_result(run.folder)
-        saved = result.config if result else {}
         derived = len(run.stops) > 1 or budget_of(asdict(run.config)) is not None
-        free = ['out_dir', 'init_from'] + ['max_iters'] * derived
-        changed = [key for key, value in asdict(run.config).items()  # None: derived from others
-                   if key not in free and value is not None and saved.get(key, value) != value]
-        require(not changed, f'{run.folder} holds a run with other values of {", ".join(changed)}: '
-                             f'choose another --out_dir, or move the folder away')
+        check_keys(run.folder, run.config, ['out_dir', 'init_from'] + ['max_iters'] * derived)
 
 
 def report(out_dir):
