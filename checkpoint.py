@@ -107,6 +107,7 @@ class Checkpoint:
 
 
 SAVED = [f.name for f in fields(Checkpoint) if f.name != 'path']  # the keys of a .pt file
+ADDED_LATER = ('lora', 'seconds', 'best_step')  # keys that files of earlier versions do not have
 # and what tools/export.py writes into the header of a .safetensors file
 IN_SAFETENSORS = ('model_config', 'step', 'samples_seen', 'val_loss', 'config')
 
@@ -422,9 +423,9 @@ def load_file(path, mmap=False):
                      'not a whole checkpoint'):
             values = formats.convert_nanogpt(state, path)
         return Checkpoint(**values, path=str(path))
-    formats.check_weights(state.setdefault('lora', None) or {}, path)  # not in earlier versions
-    missing = {'format', *SAVED} - state.keys()
+    formats.check_weights(state.get('lora') or {}, path)
+    missing = {'format', *SAVED} - {*ADDED_LATER} - state.keys()
     require(not missing, f'{path}: not a whole checkpoint: {", ".join(sorted(missing))} is missing')
     require(state['format'] == FORMAT,
             f'{path}: format {state["format"]} is not {FORMAT}, the one this version reads')
-    return Checkpoint(**{name: state[name] for name in SAVED}, path=str(path))
+    return Checkpoint(**{name: state[name] for name in SAVED if name in state}, path=str(path))

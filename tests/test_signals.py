@@ -183,7 +183,7 @@ def test_ddp_ranks_stop_after_same_step_on_signal(
             time.sleep(0.3)
         rest = process.stdout.read()
     assert process.returncode != 0 and 'stopped by SIGTERM' in rest
-    assert 4 <= ckpt.load(tmp_path / 'out').step < 20
+    assert 3 <= ckpt.load(tmp_path / 'out').step < 20  # step 2, counted from 0, was done
     result = run('train.py', f'--out_dir={tmp_path}/out', '--init_from=resume')
     assert 'processes 2 then, 1 now' in result.stdout
     losses = [loss for _, loss, _ in step_losses(tmp_path / 'out')]
