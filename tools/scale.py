@@ -75,7 +75,7 @@ class Rung(NamedTuple):
 
 
 def read_command(argv):
-    """(Config, [Rung], arguments of plan.py for the predicted run or None, files and flags)."""
+    """(Config, [Rung], config files, {'own', 'plan', 'train': flags}). Raises UserError."""
     files = [str(find(word)) for word in argv if not word.startswith('-')]
     require(files, 'name a config file: python tools/scale.py config/quickstart.py --depths=1,2,3')
     words = {'own': [], 'plan': [], 'train': []}
@@ -375,14 +375,14 @@ def report(config, rungs, epoch, target, others, files, words):
           f'{scaling.noise(law, n, d, losses):.2%}')
     print_hold_out(points)
     predicted = print_prediction(points, ladder, target, epoch) if target else None
+    path = Path(config.out_dir) / 'scale.png'
+    drawn = plot(points, law, target and (target.flops, *predicted), path)
+    print(f'\n{path}' if drawn else '\nfor a plot: pip install matplotlib')
+    for name, found in others.items():
+        print_speedup(points, ladder, name, found)
     budget = config.flops or target and target.flops
     if budget:
         print_best(points, ladder, budget, epoch, config, files, words)
-    for name, found in others.items():
-        print_speedup(points, ladder, name, found)
-    path = Path(config.out_dir) / 'scale.png'
-    drawn = plot(points, law, target and (target.flops, *predicted), path)
-    print(path if drawn else 'for a plot: pip install matplotlib')
 
 
 def main(config, rungs, files, words):
