@@ -6,9 +6,11 @@
 
 Each depth is one stable run at a constant rate. Where the decay of a horizon begins, a copy
 branches off and decays: bit by bit what a run of that length gives, in fewer steps (wsd: Hu et al.
-2024). Batch and rates are those of --depth, the same for all horizons of a depth. The law is L = E
-+ A / N^a + B / D^b; N: parameters in matrix products (blocks and head), D: tokens; lib/scaling.py
-says how it is fitted. The same command continues where it stopped.
+2024). Batch and rates are those of --depth for the longest horizon, the same for all of a depth:
+much shorter ones lose by its batch, and the law has no term for that. The law is L = E + A / N^a
++ B / D^b; N: parameters in matrix products (blocks and head), D: tokens; lib/scaling.py says how it
+is fitted. Only the noise is in its intervals, not whether it holds: see the size that is left out.
+The same command continues where it stopped.
 """
 import math
 import shutil
@@ -54,7 +56,7 @@ class Config:
     # ladder
     depths: list[int] = field(default_factory=lambda: [2, 3, 4, 6])  # settings of --depth to train
     horizons: list[int | float] = field(
-        default_factory=lambda: [0.25, 0.5, 1])  # lengths of runs, as shares of the tokens
+        default_factory=lambda: [0.4, 0.55, 0.75, 1])  # lengths of runs, as shares of the tokens
     tokens_per_layer: Count | None = None  # of a full run; None: the tokens that --depth implies
     out_dir: FilePath = ''  # folder of the runs; empty: scale-<config>
     # questions
@@ -73,7 +75,7 @@ class Rung(NamedTuple):
 
 
 def read_command(argv):
-    """(Config, [Rung], arguments of plan.py for the predicted run or None, files and flags)."""
+    """(Config, [Rung], config files, {'own', 'plan', 'train': flags}). Raises UserError."""
     files = [str(find(word)) for word in argv if not word.startswith('-')]
     require(files, 'name a config file: python tools/scale.py config/quickstart.py --depths=1,2,3')
     words = {'own': [], 'plan': [], 'train': []}
@@ -294,7 +296,7 @@ def print_prediction(points, ladder, target, epoch):
     return loss, (low, high)
 
 
-def print_best(ladder, budget, epoch, config, files, words):
+def print_best(points, ladder, budget, epoch, config, files, words):
     """The compute-optimal depth and tokens for a budget of FLOPs."""
     rows, best = [], 0  # (parameters, tokens, loss, settings) of depth 1, 2, ...
     while len(rows) < 2 * best + 10 and len(rows) < 200:
@@ -309,8 +311,11 @@ def print_best(ladder, budget, epoch, config, files, words):
     print(f'\ncompute-optimal for {budget:.3g} FLOPs: depth {best + 1} (90%: {low:.0f} to '
           f'{high:.0f}), {n / 1e6:,.2f}M parameters, {d / 1e6:,.2f}M tokens ({d / n:.1f} per '
           f'parameter, {d / epoch:.1f} epochs), val loss {loss:.4f};\n'
-          f'N grows as FLOPs^{power:.2f}, D as FLOPs^{1 - power:.2f}\n'
-          f'{plan(files, words, settings, d)}')
+          f'N grows as FLOPs^{power:.2f}, D as FLOPs^{1 - power:.2f}')
+    beyond = max(n / max(point.n for point in points), d / max(point.d for point in points))
+    if beyond > 10:
+        print(f'note: that is {beyond:.0f} times what the ladder has measured: do not rely on it')
+    print(plan(files, words, settings, d))
 
 
 def read_others(config, rungs):
@@ -359,14 +364,14 @@ def report(config, rungs, epoch, target, others, files, words):
           f'{scaling.noise(law, n, d, losses):.2%}')
     print_hold_out(points)
     predicted = print_prediction(points, ladder, target, epoch) if target else None
-    budget = config.flops or target and target.flops
-    if budget:
-        print_best(ladder, budget, epoch, config, files, words)
-    for name, found in others.items():
-        print_speedup(points, ladder, name, found)
     path = Path(config.out_dir) / 'scale.png'
     drawn = plot(points, law, target and (target.flops, *predicted), path)
-    print(path if drawn else 'for a plot: pip install matplotlib')
+    print(f'\n{path}' if drawn else '\nfor a plot: pip install matplotlib')
+    for name, found in others.items():
+        print_speedup(points, ladder, name, found)
+    budget = config.flops or target and target.flops
+    if budget:
+        print_best(points, ladder, budget, epoch, config, files, words)
 
 
 def main(config, rungs, files, words):
