@@ -44,6 +44,10 @@ LLAMA_NAMES = {'ln_1': ['input_layernorm'], 'ln_2': ['post_attention_layernorm']
 UNGATED = {'relu2': ['relu2'], 'gelu_tanh': ['gelu_pytorch_tanh', 'gelu_new'], 'gelu': ['gelu'],
            'relu': ['relu']}
 SWIGLU = {'swiglu': ['silu']}
+LLAMA_DEFAULTS = {'hidden_act': 'silu', 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False,
+                  'attention_bias': False, 'mlp_bias': False}
+APERTUS_DEFAULTS = LLAMA_DEFAULTS | {'rms_norm_eps': 1e-5}
+BIASES = {'attention_bias': '.attn.c_', 'mlp_bias': '.mlp.c_', 'use_bias': '.c_'}
 
 
 @dataclass
@@ -53,18 +57,19 @@ class Layout:
     model of this layout can have; the first is what it has unless config.json says otherwise.
     activations: {ours: theirs}, of which the first is written. names: {our layer: theirs} in a
     block, several where ours stacks the rows of theirs; outside: the same for the rest. conv1d:
-    their matrices are (in, out).
+    their matrices are (in, out). no_bias: parts of our names where config.json rules biases out.
     """
     architecture: str
     choices: dict
     activations: dict
     keys: dict = field(default_factory=lambda: LLAMA_KEYS)
-    defaults: dict = field(default_factory=lambda: {'hidden_act': 'silu', 'rms_norm_eps': 1e-6})
+    defaults: dict = field(default_factory=lambda: LLAMA_DEFAULTS)
     names: dict = field(default_factory=lambda: LLAMA_NAMES)
     outside: dict = field(default_factory=lambda: {'transformer.wte': 'model.embed_tokens',
                                                    'transformer.ln_f': 'model.norm'})
     blocks: str = 'model.layers'
     conv1d: bool = False
+    no_bias: tuple = ()
 
     def our_activation(self, theirs):
         names = {name: ours for ours, names in self.activations.items() for name in names}
@@ -114,13 +119,14 @@ LAYOUTS = {
         {'transformer.wte': 'transformer.tokens_embed',
          'transformer.wpe': 'transformer.positions_embed'}, 'transformer.h', conv1d=True),
     'llama': Layout('LlamaForCausalLM', ROPE, SWIGLU),
-    'qwen2': Layout('Qwen2ForCausalLM', ROPE, SWIGLU),
+    'qwen2': Layout('Qwen2ForCausalLM', ROPE, SWIGLU,
+                    defaults=LLAMA_DEFAULTS | {'attention_bias': True}),  # always
     'qwen3': Layout('Qwen3ForCausalLM', QK_NORM, SWIGLU),
     'apertus': Layout(
-        'ApertusForCausalLM', QK_NORM, UNGATED, defaults={'rms_norm_eps': 1e-5},
+        'ApertusForCausalLM', QK_NORM, UNGATED, defaults=APERTUS_DEFAULTS,
         names=ungated(LLAMA_NAMES, ln_1=['attention_layernorm'], ln_2=['feedforward_layernorm'])),
     'arcee': Layout('ArceeForCausalLM', ROPE, UNGATED, names=ungated(LLAMA_NAMES),
-                    defaults={'hidden_act': 'relu2', 'rms_norm_eps': 1e-5}),
+                    defaults=APERTUS_DEFAULTS | {'hidden_act': 'relu2'}),
     'starcoder2': Layout(
         'Starcoder2ForCausalLM', ROPE | {'norm': ('layernorm',)}, UNGATED,
         LLAMA_KEYS | {'norm_eps': 'norm_epsilon'},
@@ -178,7 +184,8 @@ def convert_config(saved):
         known = value in REQUIRED.get(key, (False,)) or HARMLESS.fullmatch(key)
         require(known, f'{key} = {shorten(value)}: no such choice here; if the model works without '
                        f'it, remove it from the file')
-    return layout, without_usual(GPTConfig(**read_model_config(values)))
+    no_bias = tuple(part for key, part in BIASES.items() if saved.get(key) is False)
+    return replace(layout, no_bias=no_bias), without_usual(GPTConfig(**read_model_config(values)))
 
 
 def without_usual(config):
@@ -214,7 +221,8 @@ def convert_weights(layout, config, tensors):
             tensors[prefix + name] = tensors.pop(name)
     weights = {}
     for ours, theirs in layout.layers(config['n_layer']):
-        for kind in ('weight', 'bias'):
+        without = any(part in ours for part in layout.no_bias)
+        for kind in ('weight',) if without else ('weight', 'bias'):
             names = [f'{name}.{kind}' for name in theirs]
             parts = [tensors.pop(name).float() for name in names if name in tensors]
             require(len(parts) in (0, len(names)), f'one of {", ".join(names)} is missing')

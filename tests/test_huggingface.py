@@ -185,6 +185,11 @@ def test_a_sliding_window_shortens_the_context(tmp_path):
         ('llama', {'head_dim': 3}, 'even'),
         ('gpt2', {'n_layer': '2'}, 'n_layer'),
         ('gpt2', {'tie_word_embeddings': False}, 'lm_head.weight'),
+        ('llama', {'tie_word_embeddings': None}, 'lm_head.weight is missing'),
+        ('llama with biases', {'attention_bias': False}, '_proj.bias: there is no such weight'),
+        ('qwen3 with biases', {'attention_bias': None}, '_proj.bias: there is no such weight'),
+        ('arcee', {'mlp_bias': False}, '_proj.bias: there is no such weight'),
+        ('starcoder2', {'use_bias': False}, 'bias: there is no such weight'),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, kind, change, says):
