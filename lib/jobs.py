@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 
 from configurator import TrainConfig, read_config_file
-from lib.errors import require
+from lib.errors import os_errors, require
 from lib.files import ROOT, open_own
 from lib.run import read_log
 
@@ -37,6 +37,12 @@ def check_keys(folder, config, free):
                if key not in free and value is not None and saved.get(key, value) != value]
     require(not changed, f'{folder} holds a run with other values of {", ".join(changed)}: choose '
                          f'another --out_dir, or move the folder away')
+
+
+def make_folder(path):
+    """Raises UserError."""
+    with os_errors(f'{path}: cannot write there', 'choose another --out_dir'):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def environments(n_jobs, devices):

@@ -12,6 +12,8 @@ from lib.plot import import_pyplot, save_png
 from lib.sizes import config_sizes
 from model import GPT
 
+STABLE = '-stable'  # ends the names of runs that others branch off
+
 
 class Point(NamedTuple):
     """A finished run."""
@@ -30,7 +32,7 @@ def read_point(folder):
         return None
     train = TrainConfig(**keys)
     loss = val_losses(folder).get(train.max_iters)
-    if loss is None or folder.name.endswith('-stable'):
+    if loss is None or folder.name.endswith(STABLE):
         return None
     n, flops = measure(train)
     d = train.max_iters * tokens_per_step(train)
@@ -57,11 +59,11 @@ def arrays(points):
 
 def format_table(points, law, epoch):
     """The runs with the law's loss and their distance from it, if there is a law."""
-    rows = [['run', 'params', 'tokens', 'per param', 'epochs', 'FLOPs', 'val loss']]
+    rows = [['run', 'N', 'D', 'D / N', 'epochs', 'FLOPs', 'val loss']]
     rows[0] += ['law', 'error'] * (law is not None)
     for point in points:
         row = [point.name, f'{point.n / 1e6:.2f}M', f'{point.d / 1e6:.2f}M',
-               f'{point.d / point.n:.1f}', f'{point.d / epoch:.2f}', f'{point.flops:.2e}',
+               f'{point.d / point.n:.2g}', f'{point.d / epoch:.2g}', f'{point.flops:.2e}',
                f'{point.loss:.4f}']
         if law:
             expected = law.loss(point.n, point.d)

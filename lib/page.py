@@ -5,9 +5,21 @@ import hashlib
 import math
 import re
 
+from lib.errors import os_errors
 from lib.files import ROOT
 
 DATA = '<!-- data -->'  # its place in a template
+
+
+RUNS_MARK = 'plainGPT runs'  # near the beginning of what tools/runs.py writes
+
+
+def may_replace(path, mark):
+    """Whether there is no such file, or one that begins as ours do. Raises UserError."""
+    if not path.exists():
+        return True
+    with os_errors(path), open(path, 'rb') as file:
+        return mark.encode() in file.read(4096)
 
 
 @functools.cache

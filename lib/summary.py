@@ -33,7 +33,8 @@ def describe(trainer, given):
     if config.eval_only:
         return
     budget = describe_budget(config)
-    if not budget.startswith('max_iters'):
+    reached = trainer.schedule_step() >= config.max_iters
+    if not reached and not budget.startswith('max_iters'):
         print0(f'{budget}: {plural(config.max_iters, "step")}' if config.max_minutes is None else
                f'{budget}: the learning rate follows the time')
     if trainer.device.type == 'cuda' and not torch.are_deterministic_algorithms_enabled():
@@ -47,7 +48,7 @@ def describe(trainer, given):
     if low and config.decay_lr and config.schedule in ('cosine', 'linear', 'wsd'):
         print0(f'note: lr_decay_iters = {config.lr_decay_iters} is not more than warmup_iters = '
                f'{config.warmup_iters}: after warmup the learning rate drops to min_lr in one step')
-    if trainer.run.resuming and trainer.schedule_step() >= config.max_iters:
+    if trainer.run.resuming and reached:
         print0(f'note: the run is at step {step}, {budget} is reached: give more to go on')
 
 

@@ -24,10 +24,10 @@ class Trackers:
         for tracker in list(self.active):
             try:
                 getattr(tracker, method)(*arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.active.remove(tracker)
                 print0(f'{tracker.name} failed, going on without it: {type(error).__name__}: '
-                       f'{first_line(error)}')
+                       f'{" ".join(str(error).split())[:200]}')
 
 
 class Wandb:

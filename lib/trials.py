@@ -28,9 +28,15 @@ class Range(NamedTuple):
 def read_values(key, text):
     """A Range, or a list of texts. Raises UserError."""
     kind, *ends = text.split(':')
+    def value(text):
+        return read_flag(f'--{key}={text}', [], key_types(TrainConfig))[key]
+
     if kind not in ('log', 'uniform') or len(ends) != 2:
-        return text.split(',')
-    low, high = (read_flag(f'--{key}={end}', [], key_types(TrainConfig))[key] for end in ends)
+        found = {}
+        for part in text.split(','):
+            found.setdefault(value(part), part)  # 0.01 and 1e-2 are one
+        return list(found.values())
+    low, high = map(value, ends)
     require({type(low), type(high)} <= {int, float}, f'{key} is not a number: list its values')
     require(low < high and (low > 0 or kind == 'uniform'),
             f'--{key}={text}: write {kind}:LOW:HIGH' + ', LOW more than 0' * (kind == 'log'))

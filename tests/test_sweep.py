@@ -42,12 +42,15 @@ def run_folders(out_dir):
 
 
 @pytest.mark.slow
-def test_sweep_trains_each_value_and_ranks_them(run, char_data, tmp_path):
+def test_sweep_trains_each_value_and_ranks_them(run, refused, char_data, tmp_path):
     write_tiny_config(tmp_path / 'tiny.py', char_data)
     command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/sweep')
     (tmp_path / 'sweep').mkdir()
     (tmp_path / 'precious').write_text('mine')
     (tmp_path / 'sweep' / 'table.md').symlink_to(tmp_path / 'precious')
+    refused(*command, '--learning_rate=1e-5,1e-2', says='table.md is not of tools/sweep.py: move')
+    assert run_folders(tmp_path / 'sweep') == []
+    (tmp_path / 'sweep' / 'table.md').unlink()
     output = run(*command, '--learning_rate=1e-5,1e-2').stdout
     assert run_folders(tmp_path / 'sweep') == ['learning_rate=1e-2', 'learning_rate=1e-5']
     assert (tmp_path / 'precious').read_text() == 'mine'
@@ -301,8 +304,9 @@ def write_run(folder, losses, **keys):
     (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
-def table_of(folder):
-    return read_rows(sweep.format_table([sweep.read_result(path) for path in folder.iterdir()]))[2:]
+def table_of(folder, varied=(), **full):
+    results = [sweep.read_result(path, full.get(path.name)) for path in folder.iterdir()]
+    return read_rows(sweep.format_table(results, varied))[2:]
 
 
 def test_the_table_tells_differences_from_noise(tmp_path):
@@ -318,8 +322,36 @@ def test_the_table_tells_differences_from_noise(tmp_path):
     assert [row[:2] for row in rows] == [['0.0', '3'], ['0.2', '3'], ['0.1', '3'], ['0.3', '1'],
                                          ['0.4', '2']]  # fmt: skip
     assert [row[4] for row in rows] == [
-        'best', '+0.0167 ± 0.0067, within noise', '+0.0280 ± 0.0023', '+0.7833, one seed',
-        '+1.9283 ± 0.0728']  # fmt: skip
+        'best', '+0.0167 ± 0.0067, p = 0.13, within noise', '+0.0280 ± 0.0023, p = 0.0067',
+        '+0.7833, one seed', '+1.9283 ± 0.0728, p = 0.0014']  # fmt: skip
+
+
+def test_two_seeds_are_too_few_for_a_verdict(tmp_path):
+    for seed, difference in {1: 0.1, 2: 0.13}.items():
+        for dropout in (0.0, 0.1):
+            loss = 2 + seed + difference * (dropout > 0)
+            write_run(tmp_path / f'{dropout},{seed}', {9: loss}, dropout=dropout, seed=seed)
+    _, (*_, against, _, _) = table_of(tmp_path)
+    # t = 0.115 / 0.015 with one degree of freedom: p = 1 - 2 atan(t) / pi
+    assert against == '+0.1150 ± 0.0150, p = 0.083, too few seeds to tell'
+
+
+def test_a_longer_decay_is_not_taken_for_a_run_that_halving_ended(tmp_path):
+    for end, loss in {20: 3.0, 40: 2.0}.items():
+        write_run(tmp_path / str(end), {20: loss}, lr_decay_iters=end, max_iters=20)
+    assert [row[:5] for row in table_of(tmp_path)] == [
+        ['40', '1', '20', '2.0000', 'best'], ['20', '1', '20', '3.0000', '+1.0000, one seed']
+    ]  # fmt: skip
+
+
+def test_a_varied_key_has_a_column_even_if_one_run_is_left(tmp_path):
+    write_run(tmp_path / 'a', {9: 3.0}, learning_rate=0.01)
+    assert table_of(tmp_path, ['learning_rate'])[0][:2] == ['0.01', '1']
+
+
+def test_equal_values_are_one_run_however_they_are_spelled():
+    _, runs = sweep.read_command([QUICKSTART, '--learning_rate=1e-2,0.01,.01', '--bias=True,true'])
+    assert [run.folder.name for run in runs] == ['learning_rate=1e-2,bias=True']
 
 
 def test_the_table_keeps_shares_of_the_steps_apart_and_hides_what_follows_from_depth(tmp_path):
@@ -327,7 +359,7 @@ def test_the_table_keeps_shares_of_the_steps_apart_and_hides_what_follows_from_d
     write_run(tmp_path / 'a', {10: 3.0, 90: 2.0}, **keys)
     write_run(tmp_path / 'b', {10: 1.0}, dropout=0.1, **keys)
     write_run(tmp_path / 'c', {10: 3.1, 180: 2.1}, depth=2, n_layer=2, lr_decay_iters=180)
-    assert [row[:6] for row in table_of(tmp_path)] == [
+    assert [row[:6] for row in table_of(tmp_path, b=90)] == [
         ['0.0', '1', '1', '90', '2.0000', 'best'],
         ['0.0', '2', '1', '180', '2.1000', '+0.1000, one seed'],
         ['0.1', '1', '1', '10/90', '1.0000', '-']]  # fmt: skip
@@ -406,9 +438,9 @@ def test_halving_trains_the_best_third_on_by_the_mean_over_seeds(char_data, tmp_
     trained.clear()
     sweep.halve(FakeJobs(), runs, 3)  # who has gone on is still compared at the earlier rung
     assert trained == [{(0.1, 1), (0.1, 2)}, set(), set()]
-    sweep.check_runs(runs)
+    sweep.check_runs(tmp_path, runs)
     with pytest.raises(UserError, match='holds a run with other values of eval_interval'):
-        sweep.check_runs(sweep.read_command([*argv, '--halving=2'])[1])
+        sweep.check_runs(tmp_path, sweep.read_command([*argv, '--halving=2'])[1])
 
 
 @pytest.mark.slow

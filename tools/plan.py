@@ -208,8 +208,8 @@ def print_run(config, sizes, gpu, step):
     time = f'{hours / 24:.1f} days' if hours > 48 else f'{hours:.2f} hours'
     tokens = tokens_per_step(config)
     optimal = 20 * sizes.of(GPT.num_matmul_params)
-    print_table(f'run with {how.upper()} at {config.mfu:.0%} MFU (--mfu: an assumption until you '
-                f'measure it)', [
+    print_table(f'run on {config.gpus} x {gpu.name} with {how.upper()} at {config.mfu:.0%} MFU '
+                f'(--mfu: an assumption until you measure it)', [
         ('speed', f'{tokens / step_seconds:,.0f}', f'tokens/s, {seconds(step_seconds)} per step'),
         ('tokens', f'{config.max_iters * tokens:.3g}',
          f'in {plural(config.max_iters, "step")}; compute-optimal are 20 N = {optimal:.3g} '

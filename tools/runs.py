@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from configurator import Bound, FilePath, configure, help_text
 from lib.errors import os_errors, plural, require, user_errors
 from lib.files import find
+from lib.page import RUNS_MARK, may_replace
 
 Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 
@@ -53,20 +54,10 @@ def read_command(argv):
         path = path and Path(path)
         require(not path or path.parent.is_dir() and not path.is_dir(),
                 f'{key} = {str(path)!r}: name a file in a folder that exists')
-        require(not path or is_ours(path), f'{key} = {str(path)!r} is a file that this program has '
-                                           f'not written: move it, or choose another --{key}')
+        require(not path or may_replace(path, RUNS_MARK),
+                f'{key} = {str(path)!r} is a file that this program has not written: move it, or '
+                f'choose another --{key}')
     return folders, config
-
-
-MARK = 'plainGPT runs'  # near the beginning of what this program writes
-
-
-def is_ours(path):
-    """Whether a file may be replaced: there is none, or this program has written it."""
-    if not path.exists():
-        return True
-    with os_errors(path), open(path, 'rb') as file:
-        return MARK.encode() in file.read(4096)
 
 
 if __name__ == '__main__':  # before the slow imports, so that --help and typos answer at once
@@ -503,7 +494,7 @@ def draw_png(runs, path):
     if len(runs) <= 12 and axis.lines:
         axis.legend(fontsize='small', title='best val loss')
     with os_errors(f'{path}: cannot write'):
-        save_png(pyplot, figure, path, dpi=150, metadata={'Title': MARK})
+        save_png(pyplot, figure, path, dpi=150, metadata={'Title': RUNS_MARK})
     print(f'{path}: val loss of {plural(len(runs), "run")}')
 
 
@@ -557,10 +548,11 @@ def file_stamp(path):
 
 def main(folders, config):
     runs = read_runs(folders)
-    print(format_table(runs, shutil.get_terminal_size().columns))
+    table = format_table(runs, shutil.get_terminal_size().columns)
     if config.png:
         draw_png(runs, config.png)
     if config.serve:
+        print(table)
         try:
             serve(Follower(folders).answer, config.port, page_template('runs.html', True)[1])
         except KeyboardInterrupt:
@@ -571,7 +563,9 @@ def main(folders, config):
         page = build_page(page_data(runs))
         with os_errors(f'{path}: cannot write'):
             write_text(path, page)
-        print(f'{path}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser')
+        print(f'{table}\n{path}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser')
+    else:
+        print(table)
 
 
 if __name__ == '__main__':

@@ -147,8 +147,10 @@ import numpy as np
 
 from checkpoint import manifests
 from lib import bins, scaling
-from lib.jobs import Jobs, check_keys
+from lib import device as devices
+from lib.jobs import Jobs, check_keys, make_folder
 from lib.ladder import (
+    STABLE,
     arrays,
     describe,
     describe_evaluation,
@@ -170,7 +172,7 @@ def check_folders(rungs):
 
 
 def stable_folder(rung):
-    return rung.folder.with_name(f'depth{rung.depth}-stable')
+    return rung.folder.with_name(f'depth{rung.depth}{STABLE}')
 
 
 def last_step(folder):
@@ -233,10 +235,19 @@ def print_ladder(config, rungs):
         print(f'note: the longest run has {max(d) / epoch:.1f} epochs of {epoch:,} tokens: '
               f'repeated tokens are worth less than new ones (Muennighoff et al. 2023), which the '
               f'law ignores; --tokens_per_layer={epoch // max(config.depths)} stays within one')
+    dtypes = {rung.depth: dtype_of(rung.config) for rung in rungs}
+    if len(set(dtypes.values())) > 1:
+        words = ', '.join(f'depth {depth} in {name}' for depth, name in dtypes.items())
+        print(f'note: {words}: --dtype=float32 trains all alike')
     reason = scaling.why_not(n, d)
     if reason:
         print(f'note: {reason}: there will be no law; give more --depths or --horizons')
     return work, epoch
+
+
+def dtype_of(train):
+    return devices.dtype_name(devices.pick_dtype(train.dtype, devices.pick_device(train.device),
+                                                 train.n_embd))
 
 
 def print_hold_out(points):
@@ -245,7 +256,8 @@ def print_hold_out(points):
     smaller = n < n.max()
     reason = scaling.why_not(n[smaller], d[smaller], held_out=True)
     if reason:
-        print(f'largest size left out: of the others, {reason}')
+        print(f'note: the law is not checked on a size that was left out: of the others, {reason}; '
+              f'give one more of --depths')
         return
     law = scaling.fit(n[smaller], d[smaller], losses[smaller])
     errors = law.loss(n[~smaller], d[~smaller]) / losses[~smaller] - 1
@@ -282,7 +294,9 @@ def plan(files, words, settings, tokens):
     result = subprocess.run(command, capture_output=True, text=True)
     reason = result.stderr.strip().removeprefix('plan.py: ')
     require(result.returncode == 0, f'tools/plan.py: {reason}')
-    return result.stdout.rstrip().rpartition('\n\n')[2]
+    table = result.stdout.rstrip().rpartition('\n\n')[2].splitlines()
+    # without the tokens by another law than the one fitted here
+    return '\n'.join(line for line in table if not line.startswith('  tokens '))
 
 
 def print_prediction(points, ladder, target, epoch):
@@ -306,15 +320,19 @@ def print_best(points, ladder, budget, epoch, config, files, words):
         best = min(range(len(rows)), key=lambda i: rows[i][2])
     n, d, loss, settings = rows[best]
     all_n, all_d = (np.array([row[i] for row in rows]) for i in (0, 1))
+    beyond = max(n / max(point.n for point in points), d / max(point.d for point in points))
+    if beyond > 20:
+        print(f'\ncompute-optimal for {budget:.3g} FLOPs: by this law depth {best + 1} and '
+              f'{d / 1e6:,.0f}M tokens, {beyond:.0f} times what the ladder has measured: give it '
+              f'more --depths or --tokens_per_layer to rely on')
+        return
     low, high = scaling.interval([law.loss(all_n, all_d).argmin() + 1 for law in ladder.laws])
     power = ladder.law.b / (ladder.law.a + ladder.law.b)
     print(f'\ncompute-optimal for {budget:.3g} FLOPs: depth {best + 1} (90%: {low:.0f} to '
           f'{high:.0f}), {n / 1e6:,.2f}M parameters, {d / 1e6:,.2f}M tokens ({d / n:.1f} per '
           f'parameter, {d / epoch:.1f} epochs), val loss {loss:.4f};\n'
-          f'N grows as FLOPs^{power:.2f}, D as FLOPs^{1 - power:.2f}')
-    beyond = max(n / max(point.n for point in points), d / max(point.d for point in points))
-    if beyond > 10:
-        print(f'note: that is {beyond:.0f} times what the ladder has measured: do not rely on it')
+          f'the best N grows as FLOPs^{power:.2f}, D as FLOPs^{1 - power:.2f} '
+          f'(Hoffmann et al. 2022: 0.5 each)')
     print(plan(files, words, settings, d))
 
 
@@ -358,10 +376,16 @@ def report(config, rungs, epoch, target, others, files, words):
         print(f'no law and no prediction: {reason}')
         return
     ladder = scaling.bootstrap(n, d, losses)
-    ranges = [f'{name} {low:.3g} to {high:.3g}' for name, (low, high)
-              in zip(law._fields, map(scaling.interval, zip(*ladder.laws))) if name in 'Eab']
-    print(f'\n{describe(law)}\n90%: {", ".join(ranges)}; residuals '
+    intervals = dict(zip(law._fields, map(scaling.interval, zip(*ladder.laws))))
+    ranges = [f'{name} {low:.3g} to {high:.3g}' for name, (low, high) in intervals.items()
+              if name in 'Eab']
+    print(f'\n{describe(law)}\nN: parameters in matrix products (blocks and head), D: tokens, E: '
+          f'the loss that no model gets below\n90%: {", ".join(ranges)}; residuals '
           f'{scaling.noise(law, n, d, losses):.2%}')
+    low, high = intervals['E']
+    if high > 2 * low:
+        print('note: the ladder does not determine E: rely on the law near these runs only; more '
+              '--depths or longer runs help')
     print_hold_out(points)
     predicted = print_prediction(points, ladder, target, epoch) if target else None
     path = Path(config.out_dir) / 'scale.png'
@@ -380,6 +404,7 @@ def main(config, rungs, files, words):
     others = read_others(config, rungs)
     work, epoch = print_ladder(config, rungs)
     target = find_target(config, files, words)
+    make_folder(Path(config.out_dir))
     jobs = Jobs([{}], quiet=True)
     for i, rung in enumerate(rungs):
         progress = f'{i + 1}/{len(rungs)} {rung.folder.name}'

@@ -12,8 +12,8 @@ Values     --key=a,b,c: every combination is a run.
 Ranges     --key=log:1e-4:1e-2 or --key=uniform:0:0.3: each of --trials draws a number, a whole one
            where the key takes only these, and goes with every combination of the values.
 Seeds      --seed=1,2,3 repeats each setting. The table has the mean, its standard error, and the
-           difference to the best setting, paired by seed where both have the same seeds. "within
-           noise": p > 0.05 in a t-test of these two alone, so that 1 of 20 equal ones fails it.
+           difference to the best setting, paired by seed where both have the same seeds, with p of
+           a t-test of these two alone. "within noise": p > 0.05, which 1 of 20 equal ones fails.
 Halving    --halving=3: all settings train for a fraction of their steps, on the schedule of the
            whole run; the best third goes on to three times as many, and so on (successive halving,
            Jamieson & Talwalkar 2016). A run that goes on is the same, bit by bit, as one that never
@@ -35,14 +35,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configurator import Bound, Count, FilePath, TrainConfig, WholeNumber, configure, help_text
-from lib import budget
+from lib.budget import BUDGETS
 from lib.errors import os_errors, plural, require, user_errors
 from lib.files import command, find, write_text
 from lib.recipe import read_train_config
 from lib.trials import Range, combinations, folder_name, read_values, rungs, without_seed
 
 MAX_RUNS = 10_000
-BUDGETS = (*budget.BUDGETS[1:], 'patience')  # a run may end before max_iters
+ENDS = (*BUDGETS[1:], 'patience')  # keys that let a run end at another step than max_iters
+TABLE_MARK = ' | val loss '  # in the first line of table.md
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Config:
     jobs: Count | None = None  # runs at a time; None: one per GPU, or 1
 
 
-class Run(NamedTuple):
+class Trial(NamedTuple):
     folder: Path
     arguments: list  # of train.py
     config: TrainConfig
@@ -64,7 +65,7 @@ class Run(NamedTuple):
 
 
 def read_command(argv):
-    """(Config, [Run]). Raises UserError."""
+    """(Config, [Trial]). Raises UserError."""
     files = [str(find(word)) for word in argv if not word.startswith('-')]
     require(files, 'name a config file: python tools/sweep.py config/quickstart.py '
                    '--learning_rate=1e-3,3e-3')
@@ -100,19 +101,19 @@ def read_command(argv):
             arguments += halving_flags(run_config, stops)
             run_config, _ = read_train_config(arguments)
         folder = Path(config.out_dir) / folder_name(choice, varied)
-        runs.append(Run(folder, arguments, run_config, without_seed(choice), stops))
+        runs.append(Trial(folder, arguments, run_config, without_seed(choice), stops))
     return config, runs
 
 
-def budget_of(config):
-    """The key, if any, that lets a run end at another step than max_iters."""
-    return next((key for key in BUDGETS if config[key] is not None), None)
+def end_of(config):
+    """The key of ENDS that a config has, or None."""
+    return next((key for key in ENDS if config[key] is not None), None)
 
 
 def halving_flags(config, stops):
     """What keeps the schedule of a run that stops early, and evaluates it there. Raises UserError.
     """
-    key = budget_of(asdict(config))
+    key = end_of(asdict(config))
     require(not key, f'{key}: the last step must be known for halving: give --max_iters instead')
     end, interval = config.lr_decay_iters, config.eval_interval
     require(end in (None, config.max_iters), f'lr_decay_iters = {end}: with halving, schedules end '
@@ -133,8 +134,9 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
 
 from lib import resume
 from lib.bins import find_or_prepare
-from lib.jobs import Jobs, check_keys, environments, read_keys, val_losses
+from lib.jobs import Jobs, check_keys, environments, make_folder, read_keys, val_losses
 from lib.noise import compare, standard_error
+from lib.page import RUNS_MARK, may_replace
 from lib.run import read_log
 
 # Training -----------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ from lib.run import read_log
 def is_done(run, rung=-1):
     if len(run.stops) == 1 and has_ended(run.folder):
         return True
-    known = budget_of(asdict(run.config)) is None
+    known = end_of(asdict(run.config)) is None
     return known and max(val_losses(run.folder), default=-1) >= run.stops[rung]
 
 
@@ -175,14 +177,14 @@ def halve(jobs, runs, eta):
         share = f'1/{eta**(n_rungs - 1 - rung)} of their steps' if rung < n_rungs - 1 else 'the end'
         print(f'rung {rung + 1} of {n_rungs}: {plural(len(alive), "setting")}, up to {share}')
         train(jobs, [run for setting in alive for run in settings[setting]], rung)
-        if jobs.stop:
-            return
         losses = {}
         for setting in alive:
             if all(is_done(run, rung) for run in settings[setting]):
                 losses[setting] = statistics.mean(val_losses(run.folder)[run.stops[rung]]
                                                   for run in settings[setting])
         ranked = sorted(losses, key=losses.get)
+        if jobs.stop or not ranked:
+            return
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -190,14 +192,15 @@ def halve(jobs, runs, eta):
 class Result(NamedTuple):
     config: dict
     step: int
-    full: int  # steps without halving
+    full: int  # steps of the whole run: more than step if halving ended it
     val_loss: float
     train_loss: float
     speed: float  # tokens per second
 
 
-def read_result(folder):
-    """The Result of a run; None if it has not been evaluated yet."""
+def read_result(folder, full=None):
+    """The Result of a run; None if it has not been evaluated yet. full: steps of the whole run, if
+    halving may have ended it."""
     lines = read_log(folder)
     evaluations = [line for line in lines if line.get('val_loss') is not None]
     keys = read_keys(folder)
@@ -208,34 +211,36 @@ def read_result(folder):
         last = min(evaluations, key=lambda line: line['val_loss'])
     speeds = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
     step = evaluations[-1]['step']
-    halved = config['max_iters'] < (config['lr_decay_iters'] or 0)
-    return Result(config, step, config['lr_decay_iters'] if halved else step, last['val_loss'],
-                  last['train_loss'], statistics.median(speeds or [math.nan]))
+    return Result(config, step, full or step, last['val_loss'], last['train_loss'],
+                  statistics.median(speeds or [math.nan]))
 
 
-def varied_columns(results):
-    """{key: values} where the runs differ, apart from the seed and from what follows from depth."""
+def varied_columns(results, varied):
+    """{key: values} of the varied keys and where the runs differ, apart from the seed and from what
+    follows from depth."""
     columns = {key: [str(result.config[key]) for result in results]
                for key in asdict(TrainConfig()) if key not in ('out_dir', 'seed')}
     columns['max_iters'] = [str(max(result.full, result.config['max_iters'])) for result in results]
-    if any(budget_of(result.config) for result in results):
+    if any(end_of(result.config) for result in results):
         del columns['max_iters']  # follows from the budget, or is not reached
     depths = columns['depth']
     n_depths = len(set(depths))
-    return {key: column for key, column in columns.items() if len(set(column)) > 1
+    return {key: column for key, column in columns.items() if key in varied or len(set(column)) > 1
             and (key == 'depth' or n_depths == 1 or len(set(zip(depths, column))) > n_depths)}
 
 
-def format_table(results):
-    """A Markdown table, best first, with one row for runs that differ only in their seed."""
-    columns, groups = varied_columns(results), {}
+def format_table(results, varied=()):
+    """A Markdown table, best first, with one row for runs that differ only in their seed. varied:
+    keys that have a column in any case."""
+    columns, groups = varied_columns(results, varied), {}
     for i, result in enumerate(results):
         values = tuple(column[i] for column in columns.values())
-        groups.setdefault((-result.step / result.full, values), []).append(result)
+        group = groups.setdefault((-result.step / result.full, values), {})
+        group[result.config['seed']] = result
     rows = []
     for (share, values), group in groups.items():
-        losses = {result.config['seed']: result.val_loss for result in group}
-        rows.append((share, statistics.mean(losses.values()), values, losses, group))
+        losses = {seed: result.val_loss for seed, result in group.items()}
+        rows.append((share, statistics.mean(losses.values()), values, losses, [*group.values()]))
     rows.sort(key=lambda row: row[:2])
     best_share, _, _, best, _ = rows[0]
     lines = [[*columns, 'seeds', 'steps', 'val loss', 'difference', 'train loss', 'tokens/s']]
@@ -260,50 +265,69 @@ def difference_text(losses, best):
     difference, error, p = compare(losses, best)
     if math.isnan(p):
         return f'{difference:+.4f}, one seed'
-    return f'{difference:+.4f} ± {error:.4f}' + ', within noise' * (p > 0.05)
+    verdict = f', p = {p:.2g}'
+    if p > 0.05:  # a t-test of two seeds needs a difference of 13 standard errors
+        few = min(len(losses), len(best)) < 3
+        verdict += ', too few seeds to tell' if few else ', within noise'
+    return f'{difference:+.4f} ± {error:.4f}{verdict}'
 
 
-def check_runs(runs):
-    """Raise UserError before the first run if a model or a data set does not work, or if a folder
-    holds a run with other keys: of another config file, or of this one before it was edited."""
+def check_runs(out_dir, runs):
+    """Raise UserError before the first run if a model or a data set does not work, if nothing can
+    be written, or if a folder holds a run with other keys: of another config file, or of this one
+    before it was edited."""
+    for name, mark in (('table.md', TABLE_MARK), ('runs.html', RUNS_MARK)):
+        require(may_replace(out_dir / name, mark), f'{out_dir / name} is not of tools/sweep.py: '
+                                                   f'move it, or choose another --out_dir')
     for run in runs:
         if run.config.init_from == 'scratch':
             resume.choose_model_config(run.config, {}, None)
     for name in dict.fromkeys(run.config.dataset for run in runs):
         find_or_prepare(name)
     for run in runs:
-        derived = len(run.stops) > 1 or budget_of(asdict(run.config)) is not None
+        derived = len(run.stops) > 1 or end_of(asdict(run.config)) is not None
         check_keys(run.folder, run.config, ['out_dir', 'init_from'] + ['max_iters'] * derived)
+    make_folder(out_dir)
 
 
-def report(out_dir):
-    """Print and write the table of all finished runs in out_dir, and the page."""
-    paths = sorted(out_dir.iterdir()) if out_dir.is_dir() else []
-    results = []
-    for path in paths:
-        result = read_result(path)
-        if result and (has_ended(path) or not budget_of(result.config)
+def varied_keys(runs):
+    values = {}
+    for run in runs:
+        for key, text in run.setting:
+            values.setdefault(key, set()).add(text)
+    return [key for key, texts in values.items() if len(texts) > 1]
+
+
+def report(out_dir, runs):
+    """Print and write the table of all finished runs in out_dir, and the page. Returns False if
+    that fails."""
+    results, full = [], {run.folder: run.stops[-1] for run in runs if len(run.stops) > 1}
+    for path in sorted(out_dir.iterdir()):
+        result = read_result(path, full.get(path))
+        if result and (has_ended(path) or not end_of(result.config)
                        and result.step >= result.config['max_iters']):
             results.append(result)
     if not results:
         print(f'{out_dir}: no run has finished')
-        return
-    table = format_table(results)
+        return True
+    table = format_table(results, varied_keys(runs))
     print(f'{table}\n{out_dir / "table.md"}', flush=True)
     with os_errors(f'{out_dir}: cannot write the results', 'choose another --out_dir'):
         write_text(out_dir / 'table.md', table + '\n')
     page = subprocess.run([sys.executable, ROOT / 'tools' / 'runs.py', out_dir,
                            f'--out={out_dir / "runs.html"}'], stdout=subprocess.PIPE, text=True)
-    print(page.stdout.rpartition('\n')[0].rpartition('\n')[2])  # its last line: where it is
+    if page.returncode == 0:
+        print(page.stdout.splitlines()[-1])  # where it is
+    return page.returncode == 0
 
 
 def main(config, runs):
     """Returns the exit code."""
-    check_runs(runs)
-    devices = {run.config.device for run in runs}
-    jobs, out_dir = Jobs(environments(config.jobs, devices)), Path(config.out_dir)
-    print(f'{plural(len(runs), "run")}; to follow them: '
-          f'{command("tools/runs.py", out_dir, serve=True)}')
+    out_dir, devices = Path(config.out_dir), {run.config.device for run in runs}
+    check_runs(out_dir, runs)
+    jobs = Jobs(environments(config.jobs, devices))
+    print(f'{plural(len(runs), "run")}; to follow them: {command("tools/runs.py", out_dir)} '
+          f'--serve')
     if config.halving:
         halve(jobs, runs, config.halving)
     else:
@@ -311,12 +335,12 @@ def main(config, runs):
     if jobs.stop:
         print('stopped; the same command continues from here')
         return 128 + jobs.stop
-    report(out_dir)
+    reported = report(out_dir, runs)
     if jobs.failed:
         names = ', '.join(folder.name for folder in jobs.failed)
         print(f'{len(jobs.failed)} of {len(runs)} runs failed: {names}; they are not in the table, '
               f'and the same command tries them again')
-    return int(bool(jobs.failed))
+    return int(bool(jobs.failed) or not reported)
 
 
 if __name__ == '__main__':
