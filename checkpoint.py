@@ -107,9 +107,9 @@ class Checkpoint:
 
 
 SAVED = [f.name for f in fields(Checkpoint) if f.name != 'path']  # the keys of a .pt file
-ADDED_LATER = ('lora', 'seconds', 'best_step')  # keys that files of earlier versions do not have
 # and what tools/export.py writes into the header of a .safetensors file
 IN_SAFETENSORS = ('model_config', 'step', 'samples_seen', 'val_loss', 'config')
+ADDED_LATER = {'lora', 'seconds', 'best_step'}  # keys that files of earlier versions lack
 
 
 def save(out_dir, checkpoint, keep_last=2):
@@ -424,7 +424,7 @@ def load_file(path, mmap=False):
             values = formats.convert_nanogpt(state, path)
         return Checkpoint(**values, path=str(path))
     formats.check_weights(state.get('lora') or {}, path)
-    missing = {'format', *SAVED} - {*ADDED_LATER} - state.keys()
+    missing = {'format', *SAVED} - ADDED_LATER - state.keys()
     require(not missing, f'{path}: not a whole checkpoint: {", ".join(sorted(missing))} is missing')
     require(state['format'] == FORMAT,
             f'{path}: format {state["format"]} is not {FORMAT}, the one this version reads')

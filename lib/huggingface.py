@@ -221,8 +221,8 @@ def convert_weights(layout, config, tensors):
             tensors[prefix + name] = tensors.pop(name)
     weights = {}
     for ours, theirs in layout.layers(config['n_layer']):
-        without = any(part in ours for part in layout.no_bias)
-        for kind in ('weight',) if without else ('weight', 'bias'):
+        has_bias = not any(part in ours for part in layout.no_bias)
+        for kind in ('weight', 'bias')[:1 + has_bias]:
             names = [f'{name}.{kind}' for name in theirs]
             parts = [tensors.pop(name).float() for name in names if name in tensors]
             require(len(parts) in (0, len(names)), f'one of {", ".join(names)} is missing')
