@@ -185,6 +185,20 @@ def test_sweep_of_another_config_does_not_take_runs_for_its_own(run, refused, ch
     refused(*command, says=('seed=1 holds a run with other values of learning_rate', '--out_dir'))
 
 
+def test_an_out_dir_that_cannot_hold_the_results_is_refused_first(char_data, tmp_path):
+    argv = [QUICKSTART, f'--dataset={char_data}', '--seed=1,2']
+    for name in ('table.md', 'runs.html'):
+        folder = tmp_path / name.partition('.')[0]
+        folder.mkdir()
+        (folder / name).write_text('mine')
+        with pytest.raises(UserError, match=f'{name} is not of tools/sweep.py'):
+            sweep.check_runs(folder, sweep.read_command([*argv, f'--out_dir={folder}'])[1])
+        assert (folder / name).read_text() == 'mine' and len(list(folder.iterdir())) == 1
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(UserError, match='choose another --out_dir'):
+        sweep.check_runs(tmp_path / 'file', sweep.read_command([*argv])[1])
+
+
 # Values and ranges --------------------------------------------------------------------------------
 
 
