@@ -196,7 +196,7 @@ def gpu():
 @pytest.fixture(scope='session')
 def text():
     """Real text: the repository's own source and README."""
-    names = ('model', 'train', 'configurator', 'checkpoint', 'interpret', 'lib/generation')
+    names = ('model', 'train', 'configurator', 'checkpoint', 'interpret/__init__', 'lib/generation')
     paths = [ROOT / 'README.md', *(ROOT / f'{name}.py' for name in names)]
     text = ''.join(path.read_text(encoding='utf-8') for path in paths)
     return text.replace('<|endoftext|>', '')

@@ -114,7 +114,7 @@ ARCHITECTURES = (
     ]
 )
 
-POST = {'norm_position': 'post', 'position': 'sinusoidal'}  # which interpret.py rejects
+POST = {'norm_position': 'post', 'position': 'sinusoidal'}  # which interpret rejects
 
 
 def tiny(**options):

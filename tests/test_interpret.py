@@ -1,4 +1,4 @@
-"""interpret.py against the model itself, formulas from the papers, and handmade weights."""
+"""interpret against the model itself, formulas from the papers, and handmade weights."""
 
 import math
 

@@ -12,14 +12,16 @@ LAYERS = [
     ['optimizer'],
     ['model'],
     ['lib.*'],
-    ['checkpoint', 'interpret'],
+    ['checkpoint', 'interpret', 'interpret.*'],
     ['train', 'sample', 'explain', 'tools.*', 'data.*'],
 ]
-FILES = [path for folder in ('.', 'lib', 'tools', 'data/*') for path in ROOT.glob(f'{folder}/*.py')]
+FOLDERS = ('.', 'interpret', 'lib', 'tools', 'data/*')
+FILES = [path for folder in FOLDERS for path in ROOT.glob(f'{folder}/*.py')]
 
 
 def module_name(path):
-    return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
 def layer(name):
@@ -57,12 +59,13 @@ def test_imports_run_downwards_without_a_cycle():
 
 def closure(*names):
     """The files that these modules import, directly and indirectly, and their own."""
+    modules = {module_name(path): path for path in FILES}
     found, todo = set(), [Path(ROOT, name) for name in names]
     while todo:
         path = todo.pop()
         if path not in found:
             found.add(path)
-            todo += [ROOT / (name.replace('.', '/') + '.py') for name in imports(path)]
+            todo += [modules[name] for name in imports(path)]
     return found
 
 
