@@ -6,7 +6,7 @@ from helpers import ROOT
 
 # lowest first; a module imports only from lower layers, or from its own without a cycle
 LAYERS = [
-    ['lib.errors', 'lib.files', 'configurator'],
+    ['lib', 'lib.errors', 'lib.files', 'configurator'],
     ['lib.pairs', 'lib.loss', 'lib.linear', 'lib.ngram', 'lib.generation',
      'lib.download', 'lib.formats', 'lib.huggingface', 'lib.distributed', 'lib.device'],
     ['optimizer'],
