@@ -259,11 +259,14 @@ export function percent(p) {
 const INTEGERS = new Intl.NumberFormat('en-US'); // toLocaleString makes one at each call
 export const integer = n => INTEGERS.format(Math.round(n));
 
-/** About n round numbers from low to high. */
+/** About n round numbers from low to high, at least three. */
 export function ticks(low, high, n = 4) {
   const rough = (high - low) / n || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map(x => x * power).find(x => x >= rough * 0.999);
+  const steps = [10, 5, 2, 1, 0.5, 0.2].map(x => x * power);
+  const widest = steps.findLast(x => x >= rough * 0.999);
+  const count = x => Math.floor(high / x + 1e-9) - Math.ceil(low / x - 1e-9) + 1;
+  const step = steps.find(x => x <= widest && count(x) >= 3) ?? widest;
   const values = [];
   for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) {
     values.push(Math.abs(v) < step * 1e-9 ? 0 : v);
@@ -436,14 +439,14 @@ function saveTable(name, headings, rows) {
   download(name + '.csv', new Blob(lines, {type: 'text/csv'}));
 }
 
-/** Save the SVG or canvas in a picture as a PNG or SVG file. */
+/** Save the SVG or canvas (which has a method toSvg) in a picture as a PNG or SVG file. */
 async function savePicture(name, picture, format) {
   const canvas = picture.querySelector('canvas');
   const svg = picture.querySelector('svg');
   const savePng = element => element.toBlob(blob => download(name + '.png', blob));
   if (!canvas && !svg) return;
   if (!svg && format === 'png') return savePng(canvas);
-  const text = svg ? standaloneSvg(svg) : svgOfCanvas(canvas);
+  const text = svg ? standaloneSvg(svg) : canvas.toSvg();
   if (format === 'svg') return download(name + '.svg', new Blob([text], {type: 'image/svg+xml'}));
   const image = new Image();
   image.src = 'data:image/svg+xml;charset=utf-8,' + encodeURIComponent(text);
@@ -467,10 +470,4 @@ function standaloneSvg(svg) {
   copy.setAttribute('xmlns', 'http://www.w3.org/2000/svg');
   copy.style.background = color('panel');
   return new XMLSerializer().serializeToString(copy);
-}
-
-function svgOfCanvas(canvas) {
-  const size = `width="${canvas.width}" height="${canvas.height}"`;
-  const image = `<image ${size} href="${canvas.toDataURL()}"/>`;
-  return `<svg xmlns="http://www.w3.org/2000/svg" ${size}>${image}</svg>`;
 }

@@ -280,6 +280,7 @@ function embeddingFigure() {
       cellColor: (i, d) => diverging(vectors[i][d] / largest),
       describe: (i, d) => `${names[i]}, dimension ${d}: ${fixed(vectors[i][d], 4)}`,
       rowName: i => names[i],
+      columnAxis: `dimension, 0 to ${C - 1}`,
       cellHeight: 30,
       maxSize: 4000,
       label: `Embedding vectors at position ${state.t}`
@@ -335,6 +336,8 @@ function positionsFigure() {
       columns,
       cellColor: (t, d) => diverging(vectorAt(t)[d] / largest),
       describe: (t, d) => `position ${t}, ${columnKind} ${d}: ${fixed(vectorAt(t)[d], 3)}`,
+      rowAxis: 'position',
+      columnAxis: `${columnKind}, 0 to ${columns - 1}`,
       label: `${title}: rows are positions, columns ${columnKind}s`,
       cellHeight: Math.max(2, Math.min(12, 240 / T)),
       maxSize: 4000,

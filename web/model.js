@@ -152,7 +152,7 @@ export function openMlp(layer) {
 
 // Tokens ------------------------------------------------------------------------------------------
 
-export const headName = (layer, head) => `${layer}.${head}`;
+export const headName = (layer, head) => `L${layer}·H${head}`;
 
 /** The text of a token with whitespace and control characters made visible. */
 export function tokenText(id) {
