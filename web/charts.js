@@ -53,8 +53,8 @@ export const faint = anchor => ({
 
 /**
  * Let the keyboard reach elements of a drawing: one tab stop, arrow keys move from one to the next,
- * and each shows its tip. items: [{element, tip, onClick}]; those with onClick are buttons. The
- * focus stays where it was when the figure is drawn again.
+ * and each shows its tip. items: [{element, name: its text, tip, onClick}]; those with onClick are
+ * buttons. The focus stays where it was when the figure is drawn again.
  */
 export function reachable(figure, svg, items) {
   if (!items.length) return;
@@ -64,9 +64,9 @@ export function reachable(figure, svg, items) {
     figure.stop = i;
     elements.forEach((element, j) => element.setAttribute('tabindex', j === i ? 0 : -1));
   };
-  items.forEach(({element, tip, onClick}, i) => {
+  items.forEach(({element, name, tip, onClick}, i) => {
     element.setAttribute('role', onClick ? 'button' : 'img');
-    element.setAttribute('aria-label', tip.replaceAll('\n', ', '));
+    element.setAttribute('aria-label', [name, tip].filter(Boolean).join(', ').replace('\n', ', '));
     if (onClick) element.style.cursor = 'pointer';
     const show = event => showTip(event, tip);
     const showHere = () => {
@@ -135,6 +135,7 @@ export function bars(figure, rows, label, {numberWidth = 64, step = 20, low, hig
         class: row.plain ? '' : 'mono',
         'font-weight': row.bold ? 700 : 400
       }),
+      ' ', // between the words of its name
       svgText(width - 2, y + step / 2 - 2, text, {
         'text-anchor': 'end',
         fill: color('muted'),
@@ -144,7 +145,10 @@ export function bars(figure, rows, label, {numberWidth = 64, step = 20, low, hig
   };
   const drawn = rows.map(drawRow);
   const svg = drawing(figure, width, height, label, min < 0 && zeroLine, drawn);
-  const items = rows.map(({tip, onClick}, i) => ({element: drawn[i], tip, onClick}));
+  const items = rows.map(({tip, onClick}, i) => {
+    const name = Array.from(drawn[i].querySelectorAll('text'), text => text.textContent).join(' ');
+    return {element: drawn[i], name, tip, onClick};
+  });
   reachable(
     figure,
     svg,
@@ -500,7 +504,7 @@ export function points(figure, all, label, xName, yName) {
       svgText(x(value), y(0) + 10, compact(value), faint('middle')),
       svgText(x(0) - 5, y(value), compact(value), faint('end'))
     ]),
-    svgText(x(reach), y(0) - 9, xName, faint('end')),
+    svgText(x(reach) + 4, y(0), xName, faint('start')),
     svgText(x(0) + 6, y(reach) + 4, yName, faint('start')),
     drawn
   );

@@ -401,7 +401,7 @@ function eigenvaluesFigure() {
   });
   watch(['layer', 'head', 'theme'], () => {
     const label = 'OV eigenvalues in the complex plane';
-    points(chart, eigenvalues().map(dot), label, 'real part', 'imaginary part');
+    points(chart, eigenvalues().map(dot), label, 'real', 'imaginary');
     const copying = fixed(score('copying', state.layer, state.head), 3);
     chart.setReadout(
       'Positive real part (right): raises the tokens it attends to. Negative: lowers them. ' +

@@ -140,15 +140,16 @@ export function readHash() {
   return found;
 }
 
-/** Redraw when the window gets another width, and follow the URL. */
+/** Redraw when the page gets another width, and follow the URL. */
 export function followWindow(onResize) {
-  let drawnWidth = innerWidth;
-  addEventListener('resize', () => {
-    if (innerWidth === drawnWidth) return;
-    drawnWidth = innerWidth;
+  const main = document.querySelector('main');
+  let drawnWidth = main.clientWidth;
+  new ResizeObserver(() => {
+    if (main.clientWidth === drawnWidth) return;
+    drawnWidth = main.clientWidth;
     redraw();
     onResize?.();
-  });
+  }).observe(main);
   addEventListener('hashchange', () => {
     if (location.hash.includes('=')) set(readHash());
   });
@@ -369,8 +370,11 @@ export function figure(name, title, table, controls, drawn = true) {
     'aria-label': `${title}: table`,
     hidden: true
   });
+  const hint = h('p', {class: 'hint', 'aria-hidden': 'true'}, 'Scroll sideways to see all →');
+  const isCut = element => element && element.scrollWidth > element.clientWidth + 2;
   const refresh = () => {
     if (!dataTable.hidden) dataTable.replaceChildren(cappedTable(...table()));
+    hint.hidden = !isCut(picture) && !isCut(picture.querySelector(':scope > div'));
   };
   const toggle = h(
     'button',
@@ -403,6 +407,7 @@ export function figure(name, title, table, controls, drawn = true) {
     caption,
     controls,
     picture,
+    hint,
     readout,
     dataTable
   );

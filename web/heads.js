@@ -144,12 +144,12 @@ function paintThumb({l, k, canvas}, side) {
 function updateThumb(thumb, value, max) {
   const {l, k, name, bar, button} = thumb;
   const share = Math.min(1, Math.abs(value || 0) / max);
-  name.replaceChildren(h('span', {}, headName(l, k)), h('span', {}, fixed(value)));
+  name.replaceChildren(h('span', {}, headName(l, k)), ' ', h('span', {}, fixed(value)));
   bar.style.width = 100 * share + '%';
   bar.className = value < 0 ? 'minus' : '';
   button.style.background = css(mix('panel', value < 0 ? 'warm' : 'accent', 0.22 * share));
   button.setAttribute('aria-pressed', l === state.layer && k === state.head);
-  const label = `Head ${headName(l, k)}, ${SCORES[state.measure]} ${fixed(value)}`;
+  const label = `${headName(l, k)} ${fixed(value)}: head, ${SCORES[state.measure]}`;
   button.setAttribute('aria-label', label);
 }
 

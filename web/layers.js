@@ -118,7 +118,7 @@ function drawNeuronList(list, neurons) {
     chips(n.raised),
     chips(n.lowered)
   ]);
-  const attributes = {class: 'rows', 'aria-label': 'Strongest neurons'};
+  const attributes = {class: 'rows neurons', 'aria-label': 'Strongest neurons'};
   list.picture.replaceChildren(tableOf(headings, rows, attributes));
   list.setReadout('If post is negative, raises and lowers are swapped.');
   list.readout.hidden = !neurons.some(n => n.post < 0);
@@ -234,7 +234,7 @@ function lensFigure() {
     h(
       'table',
       {},
-      h('thead', {}, h('tr', {}, h('th', {scope: 'col'}, ''), facts.ids.map(tokenHeading))),
+      h('thead', {}, h('tr', {}, h('th', {scope: 'col'}, 'after'), facts.ids.map(tokenHeading))),
       h('tbody', {}, range(L + 1, depthRow).toReversed())
     )
   );
@@ -274,6 +274,7 @@ function lensFigure() {
     cell.classList.add('chosen');
     if (selected && cell !== selected) scrollLensTo(scroller, cell); // at first: the beginning
     selected = cell;
+    chart.refresh();
   });
   return chart;
 }
