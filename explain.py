@@ -160,6 +160,7 @@ def collect_text(model, tokenizer, ids):
     ):
         facts |= more_facts
         arrays |= more_arrays
+    facts['of_text'] = {'facts': list(facts), 'arrays': list(arrays)}  # not of the weights
     return facts, arrays
 
 

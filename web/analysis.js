@@ -3,6 +3,7 @@
 // What a panel shows for one selection only (a head, a position, a token) is computed when it is
 // asked for: see LAZY in model.js. Post-norm: see interpret/__init__.py, which names the same steps.
 
+import {activation} from './engine.js';
 import {softmax} from './sampling.js';
 
 const TOP = 8; // neurons, neighbors, bigrams
@@ -10,40 +11,14 @@ const TOP = 8; // neurons, neighbors, bigrams
 // Vectors and matrices, row by row in a Float32Array -----------------------------------------------
 
 /** a (n, C) times the transpose of b (m, C). (n, m) */
-export function timesTransposed(a, b, C) {
+function timesTransposed(a, b, C) {
   const n = a.length / C;
   const m = b.length / C;
   const out = new Float32Array(n * m);
-  let i = 0;
-  for (; i + 4 <= n; i += 4) productOfFour(a, i, b, m, C, out);
-  for (; i < n; i++) {
+  for (let i = 0; i < n; i++) {
     for (let j = 0; j < m; j++) out[i * m + j] = dot(a, i * C, b, j * C, C);
   }
   return out;
-}
-
-/** Rows i to i + 3 of timesTransposed: each row of b is read once for four rows of a. */
-function productOfFour(a, i, b, m, C, out) {
-  const a0 = i * C;
-  const a1 = a0 + C;
-  const a2 = a1 + C;
-  const a3 = a2 + C;
-  for (let j = 0; j < m; j++) {
-    const start = j * C;
-    let [s0, s1, s2, s3] = [0, 0, 0, 0];
-    for (let c = 0; c < C; c++) {
-      const x = b[start + c];
-      s0 += a[a0 + c] * x;
-      s1 += a[a1 + c] * x;
-      s2 += a[a2 + c] * x;
-      s3 += a[a3 + c] * x;
-    }
-    const at = i * m + j;
-    out[at] = s0;
-    out[at + m] = s1;
-    out[at + 2 * m] = s2;
-    out[at + 3 * m] = s3;
-  }
 }
 
 function dot(a, i, b, j, n) {
@@ -102,24 +77,6 @@ function centered(x) {
   return x.map(value => value - mean);
 }
 
-// Activations of the MLP ---------------------------------------------------------------------------
-
-/** erf by Abramowitz and Stegun 1964, 7.1.26: error below 1.5e-7. */
-function errorFunction(x) {
-  const t = 1 / (1 + 0.3275911 * Math.abs(x));
-  const coefficients = [1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592];
-  const series = coefficients.reduce((total, a) => (total + a) * t, 0);
-  return Math.sign(x) * (1 - series * Math.exp(-x * x));
-}
-
-const ACTIVATIONS = {
-  gelu: x => 0.5 * x * (1 + errorFunction(x / Math.SQRT2)),
-  gelu_tanh: x => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
-  relu: x => Math.max(0, x),
-  relu2: x => Math.max(0, x) ** 2,
-  swiglu: x => x / (1 + Math.exp(-x)) // of a gate, at value 1
-};
-
 // The analysis -------------------------------------------------------------------------------------
 
 /** engine: has config, weights and run(ids); vocabSize: without the padding of the vocabulary. */
@@ -129,18 +86,18 @@ export class Analysis {
     this.engine = engine;
     this.config = config;
     this.V = vocabSize;
-    this.L = config.n_layer;
-    this.H = config.n_head;
-    this.HS = config.head_size || config.n_embd / config.n_head;
-    this.KV = config.n_kv_head || config.n_head;
-    this.C = config.n_embd;
-    this.isPost = config.norm_position === 'post';
+    this.L = engine.L;
+    this.H = engine.H;
+    this.HS = engine.hs;
+    this.KV = engine.KV;
+    this.C = engine.C;
+    this.F = engine.neurons;
+    this.isPost = engine.isPost;
     this.isGated = config.activation === 'swiglu';
     this.weight = name => weights['transformer.' + name]?.data;
     this.layerWeight = (l, name) => this.weight(`h.${l}.${name}`);
     this.wte = this.weight('wte.weight');
-    this.unembedding = (weights['lm_head.weight']?.data ?? this.wte).subarray(0, this.V * this.C);
-    this.F = this.layerWeight(0, 'mlp.c_proj.weight').length / this.C;
+    this.unembedding = weights[engine.head].data.subarray(0, this.V * this.C);
     // the norms that a vector in the stream passes on its way to the logits
     const inLayer = l => ['ln_1', 'ln_2'].map(name => this.norm(`h.${l}.${name}`));
     const layers = Array.from({length: this.L}, (_, l) => inLayer(l));
@@ -167,7 +124,7 @@ export class Analysis {
   /** W_U times the bias of the final norm. (V) */
   biasOfLogits() {
     const {bias} = this.isPost ? {} : this.norms[0];
-    return bias ? timesTransposed(bias, this.unembedding, this.C) : new Float32Array(this.V);
+    return bias ? this.unembed(bias) : new Float32Array(this.V);
   }
 
   get isCentering() {
@@ -193,7 +150,7 @@ export class Analysis {
   /** The transpose of carry: the direction at `place` that arrives as u at the end. */
   carryBack(u, place) {
     let y = u;
-    for (const {gain} of this.norms.slice(place).reverse()) {
+    for (const {gain} of this.norms.slice(place).toReversed()) {
       const z = y.map((value, c) => value * gain[c]);
       y = this.isCentering ? centered(z) : z;
     }
@@ -231,7 +188,16 @@ export class Analysis {
         normed.set(this.applyNorm(this.norms[0], x), i);
       }
     }
-    return this.softcap(timesTransposed(normed, this.unembedding, this.C));
+    return this.softcap(this.unembed(normed));
+  }
+
+  /** Vectors (n, C) times the unembedding. (n, V) */
+  unembed(vectors) {
+    const {engine, config, C} = this;
+    const n = vectors.length / C;
+    const logits = new Float32Array(n * config.vocab_size);
+    engine.matmul.multiply(vectors, engine.packed[engine.head], logits, n);
+    return this.withoutPadding(logits, n);
   }
 
   // A text -----------------------------------------------------------------------------------------
@@ -249,7 +215,7 @@ export class Analysis {
     this.pairs = []; // the places of visible pairs in a (T, T) matrix
     for (let i = 0; i < T * T; i++) if (trace.mask[i]) this.pairs.push(i);
     this.later = this.laterScales();
-    const logits = this.logitsOf(trace);
+    const logits = this.withoutPadding(trace.logits, T);
     const facts = {
       ids: [...ids],
       distinct: this.distinct,
@@ -279,11 +245,12 @@ export class Analysis {
     return this[group](...key);
   }
 
-  logitsOf({logits, T}) {
-    const width = logits.length / T;
+  /** Logits (n, vocab_size of the model), without the padding of the vocabulary. (n, V) */
+  withoutPadding(logits, n) {
+    const width = logits.length / n;
     if (width === this.V) return logits;
-    const out = new Float32Array(T * this.V);
-    for (let t = 0; t < T; t++) out.set(logits.subarray(t * width, t * width + this.V), t * this.V);
+    const out = new Float32Array(n * this.V);
+    for (let i = 0; i < n; i++) out.set(logits.subarray(i * width, i * width + this.V), i * this.V);
     return out;
   }
 
@@ -334,7 +301,7 @@ export class Analysis {
   }
 
   stream() {
-    const {trace, C, L} = this;
+    const {trace, C} = this;
     const {T} = trace;
     const ofLayers = layers => {
       const data = new Float32Array(layers.length * T);
@@ -345,7 +312,7 @@ export class Analysis {
       size_attn: ofLayers(trace.attn_out),
       size_mlp: ofLayers(trace.mlp_out),
       size_stream: ofLayers(trace.residual),
-      size_middle: ofLayers(Array.from({length: L}, (_, l) => this.middle(l)))
+      size_middle: ofLayers(trace.middle)
     };
     for (const [name, x] of Object.entries(trace.embeddings)) {
       arrays['size_' + name] = {data: lengths(x, C), shape: [T]};
@@ -353,30 +320,12 @@ export class Analysis {
     return arrays;
   }
 
-  /** The stream between attention and MLP. (T, C) */
-  middle(l) {
-    const {attn_out, residual} = this.trace;
-    const sum = residual[l].map((x, i) => x + attn_out[l][i]);
-    if (!this.isPost) return sum;
-    for (let i = 0; i < sum.length; i += this.C) {
-      sum.set(this.applyNorm(this.norms[2 * l], sum.subarray(i, i + this.C)), i);
-    }
-    return sum;
-  }
-
   /** Trace.later_scale: [place][t], the place after the last norm included. */
   laterScales() {
-    const {trace, C, L} = this;
-    const {T} = trace;
-    if (!this.isPost) return [trace.final_scale, trace.final_scale];
-    const later = [new Float32Array(T).fill(1)];
-    const before = (x, out) => x.map((value, i) => value + out[i]);
-    const scales = sum => Float32Array.from({length: T}, (_, t) => this.scaleOf(rowOf(sum, t, C)));
-    const prepend = sum => later.unshift(scales(sum).map((x, t) => x * later[0][t]));
-    for (let l = L - 1; l >= 0; l--) {
-      prepend(before(this.middle(l), trace.mlp_out[l]));
-      prepend(before(trace.residual[l], trace.attn_out[l]));
-    }
+    const {final_scale: last, scales} = this.trace;
+    if (!this.isPost) return [last, last];
+    const later = [last];
+    for (const scale of scales.toReversed()) later.unshift(scale.map((x, t) => x * later[0][t]));
     return later;
   }
 
@@ -432,15 +381,14 @@ export class Analysis {
     const shape = [L, T, n];
     const ids = new Uint32Array(L * T * n);
     const [pre, post, gates] = [0, 1, 2].map(() => new Float32Array(L * T * n));
-    const activate = ACTIVATIONS[this.config.activation];
+    const activate = activation(this.config.activation);
     const curves = [];
     for (let l = 0; l < L; l++) {
       for (let t = 0; t < T; t++) {
-        const active = rowOf(trace.post[l], t, F);
-        const best = largest(active.map((x, i) => Math.abs(x) * this.writes[l][i]), n);
+        const best = this.strongest(l, t);
         const start = (l * T + t) * n;
         ids.set(best, start);
-        post.set(take(active, best), start);
+        post.set(take(rowOf(trace.post[l], t, F), best), start);
         pre.set(take(rowOf(trace.pre[l], t, F), best), start);
       }
       const shown = pre.subarray(l * T * n, (l + 1) * T * n);
@@ -483,7 +431,7 @@ export class Analysis {
     const isLast = depth === this.L;
     const stream = this.trace.residual[depth].subarray(same * this.C);
     const logits = isLast
-      ? this.logitsOf(this.trace).subarray(same * this.V)
+      ? this.withoutPadding(this.trace.logits, T).subarray(same * this.V)
       : this.toLogits(stream);
     for (let t = same; t < T; t++) {
       const probabilities = softmax(rowOf(logits, t - same, this.V));
@@ -563,7 +511,7 @@ export class Analysis {
 
   /** The logits that a vector written at `place` adds, relative to their mean. (V) */
   effectOnLogits(vector, place) {
-    return centered(timesTransposed(this.carry(vector, place), this.unembedding, this.C));
+    return centered(this.unembed(this.carry(vector, place)));
   }
 
   promoted(l, head, t) {
@@ -603,16 +551,22 @@ export class Analysis {
     return {by_source: take(effects, pairs)};
   }
 
-  /** The tokens that a neuron raises and lowers; number: layer * F + neuron. */
-  neuronTokens(number) {
-    const l = Math.floor(number / this.F);
+  /** The tokens that the strongest neurons of a layer and position raise and lower: (n, 10). */
+  neuronTokens(l, t) {
     const W = this.layerWeight(l, 'mlp.c_proj.weight');
-    const output = new Float32Array(this.C);
-    for (let c = 0; c < this.C; c++) output[c] = W[c * this.F + (number % this.F)];
-    return this.once(`neuron ${number}`, () => {
-      const effect = this.effectOnLogits(output, this.mlpPlace(l));
-      return {neuron_tokens: Uint32Array.from(mostAndLeast(effect, this.ends))};
-    });
+    const tokensOf = neuron =>
+      this.once(`neuron ${l} ${neuron}`, () => {
+        const output = Float32Array.from({length: this.C}, (_, c) => W[c * this.F + neuron]);
+        return mostAndLeast(this.effectOnLogits(output, this.mlpPlace(l)), this.ends);
+      });
+    const tokens = Array.from(this.strongest(l, t), tokensOf);
+    return {neuron_tokens: Uint32Array.from(tokens.flat())};
+  }
+
+  /** The neurons that write the longest vectors. */
+  strongest(l, t) {
+    const active = rowOf(this.trace.post[l], t, this.F);
+    return largest(active.map((x, i) => Math.abs(x) * this.writes[l][i]), TOP);
   }
 
   /** compute(), remembered under a name: it depends on the weights only. */
@@ -650,7 +604,8 @@ export class Analysis {
     const id = this.distinct[i];
     return this.once(`bigrams ${id}`, () => {
       const direct = softmax(this.toLogits(this.silentStream(id, this.L)));
-      const whole = softmax(this.logitsOf(this.engine.run([id])));
+      const {logits} = this.engine.run([id], {}); // with hooks: the text before is not forgotten
+      const whole = softmax(this.withoutPadding(logits, 1));
       const arrays = {};
       for (const [name, p] of Object.entries({whole, direct})) {
         const best = largest(p, TOP);
