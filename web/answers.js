@@ -1,0 +1,97 @@
+// What the Worker answers to the page: a text and what follows from it, piece by piece.
+
+import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
+
+const END_OF_TEXT = '<|endoftext|>';
+const SLICE = 25; // ms of computing for one answer, so that a new text never waits long
+
+/** analysis: an Analysis; tokenizer: encode(text) throws if a character has no token. */
+export class Answers {
+  constructor(analysis, tokenizer) {
+    this.analysis = analysis;
+    this.tokenizer = tokenizer;
+    this.config = analysis.config;
+    this.maxTokens = Math.min(256, this.config.block_size);
+    this.ids = [];
+    this.random = null;
+  }
+
+  /** {problem: a sentence}, or what `analyze` returns. selection: {layer, head}. */
+  show({text, selection}) {
+    let ids;
+    try {
+      ids = this.encode(text);
+    } catch (error) {
+      return {problem: error.message};
+    }
+    const excess = ids.length - this.maxTokens;
+    if (excess > 0 && this.config.turns) {
+      const count = `${ids.length} tokens, but only ${this.maxTokens} fit`;
+      return {problem: `The text has ${count}: give a shorter source or target.`};
+    }
+    return this.analyze(ids.slice(-this.maxTokens), Math.max(0, excess), selection);
+  }
+
+  /** Token ids as --start gives them. */
+  encode(text) {
+    const {turns, eot_token: eot} = this.config;
+    if (!turns) {
+      if (!text) throw new Error('Type at least one character.');
+      return this.tokenizer.encode(text);
+    }
+    const parts = text.split(END_OF_TEXT).map(part => part.trim());
+    if (parts.includes('')) throw new Error('Type a source; a target may follow.');
+    return [eot, ...parts.flatMap(part => [...this.tokenizer.encode(part), eot])];
+  }
+
+  /** {facts, arrays, found}: `found` answers what the panels will ask for first. */
+  analyze(ids, leftOut, {layer, head}) {
+    this.ids = ids;
+    const {analysis} = this;
+    const {facts, arrays} = analysis.start(ids);
+    const t = ids.length - 1;
+    const distinct = facts.distinct.indexOf(ids[t]);
+    const wishes = [
+      ['attribution', [t]],
+      ['promoted', [layer, head, t]],
+      ['bySource', [layer, head]],
+      ['neuronTokens', [layer, t]],
+      ['neighbors', [distinct]],
+      ['bigrams', [distinct]],
+      ['circuits', [layer, head]]
+    ];
+    for (let depth = analysis.L; depth >= 0; depth--) wishes.push(['lensAt', [depth]]);
+    return {facts, arrays, leftOut, found: this.more({wishes})};
+  }
+
+  /** [[wish, arrays], ...] of the first wishes, as many as fit into a slice, at least one. */
+  more({wishes}) {
+    const end = performance.now() + SLICE;
+    const found = [];
+    for (const wish of wishes) {
+      if (found.length && performance.now() > end) break;
+      found.push([wish, this.answer(wish)]);
+    }
+    return found;
+  }
+
+  answer([group, key]) {
+    try {
+      return this.analysis.more(group, key);
+    } catch (error) {
+      return {error: error.message};
+    }
+  }
+
+  /** One more token, drawn as sample.py does; seed: of the first one. `isOver`: it was the last. */
+  draw({seed, temperature, k, p, selection}) {
+    if (seed !== undefined) this.random = new MersenneTwister(seed);
+    const {V, trace} = this.analysis;
+    const start = (trace.T - 1) * this.config.vocab_size;
+    const kept = filtered(trace.logits.subarray(start, start + V), temperature, k, p).p;
+    const id = sampleIndex(kept, temperature === 0 ? 0 : this.random.uniform());
+    const shown = this.analyze([...this.ids, id], 0, selection);
+    const isEnd = Boolean(this.config.turns) && id === this.config.eot_token;
+    return {...shown, id, isOver: isEnd || this.ids.length >= this.maxTokens};
+  }
+}
