@@ -85,7 +85,8 @@ def test_explain_page_shows_bidirectional_attention(chromium, run, translator):
         assert_close([row[4] for row in scores], trace.attention[1, 0, 1, 2])
         by_source = [float(value) for _, value in table(tab, 'by-source')]
         assert len(by_source) == end
-        assert sum(by_source) == pytest.approx(float(dict(table(tab, 'why'))['head L1·H1']), abs=1e-2)
+        parts = dict(table(tab, 'why'))
+        assert sum(by_source) == pytest.approx(float(parts['head L1·H1']), abs=1e-2)
         assert 'Softmax over 11 keys' in tab.locator('#figure-terms .readout').text_content()
         assert 'not a prediction' in tab.locator('#where').text_content()
         assert 'causal' in tab.locator('#heads .content > .note').text_content()
