@@ -16,12 +16,12 @@ function timesTransposed(a, b, C) {
   const m = b.length / C;
   const out = new Float32Array(n * m);
   for (let i = 0; i < n; i++) {
-    for (let j = 0; j < m; j++) out[i * m + j] = dot(a, i * C, b, j * C, C);
+    for (let j = 0; j < m; j++) out[i * m + j] = dotAt(a, i * C, b, j * C, C);
   }
   return out;
 }
 
-function dot(a, i, b, j, n) {
+function dotAt(a, i, b, j, n) {
   let [s0, s1, s2, s3] = [0, 0, 0, 0];
   let d = 0;
   for (; d + 4 <= n; d += 4) {
@@ -34,7 +34,7 @@ function dot(a, i, b, j, n) {
   return s0 + s1 + s2 + s3;
 }
 
-const vectorDot = (a, b) => dot(a, 0, b, 0, a.length);
+const vectorDot = (a, b) => dotAt(a, 0, b, 0, a.length);
 
 /** Row i of a matrix with C columns. */
 const rowOf = (matrix, i, C) => matrix.subarray(i * C, (i + 1) * C);
@@ -505,7 +505,7 @@ export class Analysis {
     const W = this.layerWeight(l, 'attn.c_proj.weight');
     const width = this.H * this.HS;
     const out = new Float32Array(this.C);
-    for (let c = 0; c < this.C; c++) out[c] = dot(W, c * width + head * this.HS, x, start, this.HS);
+    for (let c = 0; c < this.C; c++) out[c] = dotAt(W, c * width + head * this.HS, x, start, this.HS);
     return out;
   }
 
@@ -545,7 +545,7 @@ export class Analysis {
       const scale = this.later[place][t];
       for (let s = 0; s < T; s++) {
         const attention = trace.attention[l][(head * T + t) * T + s];
-        effects[t * T + s] = attention * scale * dot(read, 0, v, s * HS, HS);
+        effects[t * T + s] = attention * scale * dotAt(read, 0, v, s * HS, HS);
       }
     }
     return {by_source: take(effects, pairs)};
@@ -658,7 +658,7 @@ export class Analysis {
     const y = new Float32Array(HS);
     for (let d = 0; d < HS; d++) {
       const i = head * HS + d;
-      y[d] = dot(W, i * C, x, 0, C) + (bias ? bias[i] : 0);
+      y[d] = dotAt(W, i * C, x, 0, C) + (bias ? bias[i] : 0);
     }
     if (kind === 'v' || !this.config.qk_norm) return y;
     const scale = 1 / Math.sqrt(vectorDot(y, y) / HS + this.config.norm_eps);

@@ -61,11 +61,15 @@ export class Answers {
       ['circuits', [layer, head]]
     ];
     for (let depth = analysis.L; depth >= 0; depth--) wishes.push(['lensAt', [depth]]);
-    return {facts, arrays, leftOut, found: this.more({wishes})};
+    return {facts, arrays, leftOut, found: this.answersTo(wishes)};
+  }
+
+  more({wishes}) {
+    return {found: this.answersTo(wishes)};
   }
 
   /** [[wish, arrays], ...] of the first wishes, as many as fit into a slice, at least one. */
-  more({wishes}) {
+  answersTo(wishes) {
     const end = performance.now() + SLICE;
     const found = [];
     for (const wish of wishes) {
@@ -83,15 +87,22 @@ export class Answers {
     }
   }
 
-  /** One more token, drawn as sample.py does; seed: of the first one. `isOver`: it was the last. */
-  draw({seed, temperature, k, p, selection}) {
-    if (seed !== undefined) this.random = new MersenneTwister(seed);
+  /** One more token, drawn as sample.py does; seed: of the first one. `isOver`: it was the
+   * last. text: of the ids so far, when it begins. */
+  draw({seed, text, temperature, k, p, selection}) {
+    if (seed !== undefined) {
+      this.random = new MersenneTwister(seed);
+      this.prompt = this.config.turns ? text + END_OF_TEXT : text;
+      this.drawn = [];
+    }
     const {V, trace} = this.analysis;
     const start = (trace.T - 1) * this.config.vocab_size;
     const kept = filtered(trace.logits.subarray(start, start + V), temperature, k, p).p;
     const id = sampleIndex(kept, temperature === 0 ? 0 : this.random.uniform());
     const shown = this.analyze([...this.ids, id], 0, selection);
     const isEnd = Boolean(this.config.turns) && id === this.config.eot_token;
-    return {...shown, id, isOver: isEnd || this.ids.length >= this.maxTokens};
+    if (!isEnd) this.drawn.push(id);
+    const whole = this.prompt + this.tokenizer.decode(this.drawn);
+    return {...shown, text: whole, isOver: isEnd || this.ids.length >= this.maxTokens};
   }
 }

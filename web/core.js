@@ -148,6 +148,12 @@ function drawRest() {
   document.documentElement.toggleAttribute('data-settled', isSettled);
 }
 
+/** Whether all that is visible is drawn. */
+export const isDrawn = () =>
+  ![...builders, ...watchers].some(
+    task => (task.due || task.isWaiting) && (!task.section || isVisible(task.section))
+  );
+
 /** The data that was pending is there: draw what waits for it. */
 export function resume() {
   for (const task of [...builders, ...watchers]) task.due ||= task.isWaiting;

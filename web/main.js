@@ -8,6 +8,7 @@ import {
   h,
   inSection,
   integer,
+  panel,
   readHash,
   redraw,
   showError,
@@ -125,7 +126,7 @@ function setScrollPadding() {
   document.documentElement.style.scrollPaddingTop = height + 14 + 'px';
 }
 
-const panels = {
+const sections = {
   next: buildNext,
   flow: buildFlow,
   embedding: buildEmbedding,
@@ -149,7 +150,7 @@ buildTheme();
 inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
-for (const [id, build] of Object.entries(panels)) inSection(id, build);
+for (const [id, build] of Object.entries(sections)) panel(id, build);
 inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();

@@ -98,6 +98,7 @@ const LAZY = Object.fromEntries(
   )
 );
 const original = {facts: {}, arrays: {}};
+let onWish = () => {};
 let wanted = []; // [[group, key], ...], what panels have asked for
 let hasOriginal = true;
 
@@ -137,9 +138,9 @@ function lazyRow(name, index) {
   const found = arrays[name].rows.get(String(wish));
   if (found?.error) throw new Error(found.error);
   if (!found) {
-    if (!wanted.some(([g, k]) => g === group && String(k) === String(wish))) {
-      wanted.push([group, wish]);
-    }
+    const isKnown = wanted.some(([g, k]) => g === group && String(k) === String(wish));
+    if (!isKnown) wanted.push([group, wish]);
+    onWish();
     throw new Pending(name);
   }
   const rest = [...index.slice(0, key[0]), ...index.slice(key[1])];
@@ -154,8 +155,11 @@ function span(length, name, [i]) {
   return [i * size, (i + 1) * size];
 }
 
-/** The next [group, key] that a panel waits for, the first one asked for; undefined if none. */
-export const nextWish = () => wanted[0];
+/** What panels wait for, [[group, key], ...], the first one asked for first. */
+export const nextWishes = () => wanted;
+
+/** Call f when a panel asks for something. */
+export const whenAsked = f => (onWish = f);
 
 /** Answer a wish with arrays {name: numbers}, or with the message of an error. */
 export function fulfil([group, key], found) {
