@@ -10,8 +10,12 @@ Sources: Elhage et al. 2021 (A Mathematical Framework for Transformer Circuits),
 A norm centers its input (LayerNorm only), divides it by its standard deviation or RMS, and
 multiplies by a gain. Centering and gain are linear: they are folded into the next matrix. The
 division is not. Functions that take a trace keep its value from that forward pass
-(Trace.final_scale), so their results add up exactly. Functions of the weights alone leave it out,
+(Trace.later_scale), so their results add up exactly. Functions of the weights alone leave it out,
 as Elhage et al. do.
+
+Pre-norm: what a layer adds to the residual stream stays there as it is, up to the final norm.
+Post-norm (Vaswani et al. 2017, 3.1): each sum is normalized, so what a layer adds passes all norms
+after it (`stream_norms`) on its way to a later layer or to the logits; there is no final norm.
 
 Shapes use the letters of model.py: B batch, T tokens, C = n_embd, nh heads, nkv key/value heads,
 hs = C / nh, V = vocab_size, S source tokens (keys). Also L = n_layer, F neurons in an MLP.
@@ -29,11 +33,13 @@ from lib.errors import plural, require
 class Trace:
     """All activations of a forward pass.
 
-    sum(embeddings) + sum(attn_out) + sum(mlp_out) = residual[-1].
+    Pre-norm: sum(embeddings) + sum(attn_out) + sum(mlp_out) = residual[-1]. Post-norm: in layer l,
+    middle[l] = ln_1(residual[l] + attn_out[l]) and residual[l + 1] = ln_2(middle[l] + mlp_out[l]).
     """
     idx: torch.Tensor  # (B, T)
     embeddings: dict  # 'token', 'n-grams', 'position': (B, T, C); they sum to residual[0]
     residual: torch.Tensor  # (L + 1, B, T, C) the residual stream before each block and at the end
+    middle: torch.Tensor  # (L, B, T, C) the residual stream between attention and MLP
     q: torch.Tensor  # (L, B, nh, T, hs) after RoPE and QK-norm
     k: torch.Tensor  # (L, B, nkv, T, hs) after RoPE and QK-norm
     v: torch.Tensor  # (L, B, nkv, T, hs)
@@ -44,7 +50,10 @@ class Trace:
     pre: torch.Tensor  # (L, B, T, F) before the activation; for SwiGLU, the gate
     post: torch.Tensor  # (L, B, T, F) after the activation
     mlp_out: torch.Tensor  # (L, B, T, C)
-    final_scale: torch.Tensor  # (B, T) 1 / the divisor of the final norm
+    final_scale: torch.Tensor  # (B, T) 1 / the divisor of the final norm; 1 if there is none
+    # (2 L + 1, B, T) 1 / the product of the divisors that a vector passes on its way to the logits:
+    # written by the attention of layer l at 2 l, by its MLP at 2 l + 1, and last final_scale
+    later_scale: torch.Tensor
     logits: torch.Tensor  # (B, T, V)
 
 
@@ -53,14 +62,12 @@ def run(model, idx):
     """The forward pass of a model in eval mode over idx (B, T), as a Trace.
 
     trace.logits equals model(idx, idx)[0]. Raises UserError, a ValueError, if idx has another
-    shape, T exceeds block_size or the model is post-norm.
+    shape or T exceeds block_size.
     """
     require(idx.dim() == 2 and idx.numel(),
             f'idx has shape {tuple(idx.shape)}: give token ids (B, T), as in torch.tensor([ids])')
     B, T = idx.shape
     config = model.config
-    require(config.norm_position == 'pre',
-            f'norm_position = {config.norm_position!r}: only pre-norm models are supported')
     require(T <= config.block_size,
             f'{T} tokens do not fit into block_size = {config.block_size}: give a shorter text')
     position = torch.arange(T, device=idx.device)
@@ -75,33 +82,46 @@ def run(model, idx):
     x = sum(embeddings.values())
     residual = [x]
     layers = []
+    scales = []
     for block in model.transformer.h:
-        q, k, v = block.attn.project(block.ln_1(x), rotary)
+        q, k, v = block.attn.project(x if block.post_norm else block.ln_1(x), rotary)
         scores = q @ per_head(model, k).transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, S)
         attention = scores.masked_fill(~mask, float('-inf')).softmax(dim=-1)
         mixed = attention @ per_head(model, v)  # (B, nh, T, hs)
         attn_out = block.attn.c_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
-        x = x + attn_out
-        pre = block.mlp.c_fc(block.ln_2(x))  # (B, T, F); for SwiGLU (B, T, 2 F), gate first
+        middle = x + attn_out
+        if block.post_norm:
+            scales.append(norm_scale(block.ln_1, middle))
+            middle = block.ln_1(middle)
+        # (B, T, F); for SwiGLU (B, T, 2 F), gate first
+        pre = block.mlp.c_fc(middle if block.post_norm else block.ln_2(middle))
         post = block.mlp.activate(pre)  # (B, T, F)
         mlp_out = block.mlp.c_proj(post)
-        x = x + mlp_out
+        x = middle + mlp_out
+        if block.post_norm:
+            scales.append(norm_scale(block.ln_2, x))
+            x = block.ln_2(x)
         residual.append(x)
         layers.append({
             'q': q, 'k': k, 'v': v, 'attention': attention, 'mixed': mixed, 'attn_out': attn_out,
-            'pre': pre[..., :post.size(-1)], 'post': post, 'mlp_out': mlp_out,
+            'middle': middle, 'pre': pre[..., :post.size(-1)], 'post': post, 'mlp_out': mlp_out,
         })
     activations = {}
     for name in list(layers[0]):
         # popped so that only one name at a time is in memory twice
         activations[name] = torch.stack([layer.pop(name) for layer in layers])
+    final_scale = norm_scale(model.transformer.ln_f, x)
+    later = [final_scale]
+    for scale in reversed(scales or [torch.ones_like(final_scale)] * (2 * len(layers))):
+        later.append(later[-1] * scale)
     return Trace(
         idx=idx,
         embeddings=embeddings,
         residual=torch.stack(residual),
         mask=mask[:, 0],
         **activations,
-        final_scale=norm_scale(model.transformer.ln_f, x),
+        final_scale=final_scale,
+        later_scale=torch.stack(later[::-1]),
         logits=model.to_logits(model.transformer.ln_f(x)),
     )
 
@@ -115,6 +135,8 @@ def per_head(model, k):
 
 def norm_scale(norm, x):
     """1 / the divisor of a norm at x (..., C): the RMS, for LayerNorm after centering. (...,)"""
+    if isinstance(norm, torch.nn.Identity):  # post-norm has no final norm
+        return torch.ones_like(x[..., 0])
     if isinstance(norm, torch.nn.LayerNorm):
         x = x - x.mean(dim=-1, keepdim=True)
     elif not isinstance(norm, torch.nn.RMSNorm):
@@ -123,14 +145,34 @@ def norm_scale(norm, x):
 
 
 def fold(norm, weight):
-    """Fold a norm's centering and gain into the weight (out, C) that follows it.
+    """Fold a norm's centering and gain into the weight (..., C) that follows it.
 
     weight @ norm(x) = fold(norm, weight) @ x * norm_scale(norm, x), up to the bias of the norm.
     """
+    if isinstance(norm, torch.nn.Identity):
+        return weight
     weight = weight * norm.weight
     if isinstance(norm, torch.nn.LayerNorm):
-        weight = weight - weight.mean(dim=1, keepdim=True)
+        weight = weight - weight.mean(dim=-1, keepdim=True)
     return weight
+
+
+def stream_norms(model):
+    """The norms in the residual stream: none if pre-norm, else ln_1 and ln_2 of each block (2 L).
+
+    The output of attention in layer l passes those from 2 l on, that of the MLP from 2 l + 1 on.
+    """
+    blocks = [block for block in model.transformer.h if block.post_norm]
+    return [norm for block in blocks for norm in (block.ln_1, block.ln_2)]
+
+
+def carry(norms, x):
+    """x (..., C) after the linear part of norms in the stream: centering and gain. (..., C)"""
+    for norm in norms:
+        if isinstance(norm, torch.nn.LayerNorm):
+            x = x - x.mean(dim=-1, keepdim=True)
+        x = x * norm.weight
+    return x
 
 
 @torch.no_grad()
@@ -149,9 +191,15 @@ def against_mean(model, vocab_size=None):
     return U - U.mean(dim=0)
 
 
-def output_matrices(model, block):
-    """The output projection of a block split by head, W_O: (nh, C, hs)."""
-    return block.attn.c_proj.weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
+def output_matrices(model, layer, end=None):
+    """The output projection of a layer split by head, W_O, as block `end` reads it: (nh, C, hs).
+
+    end = None: as it arrives at the end of the residual stream. This matters for post-norm only:
+    what is written passes the norms in between, here without their divisors.
+    """
+    c_proj = model.transformer.h[layer].attn.c_proj.weight
+    norms = stream_norms(model)[2 * layer:None if end is None else 2 * end]
+    return carry(norms, c_proj.T).T.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
 
 
 def most_and_least(effect, n):
@@ -170,20 +218,23 @@ def most_and_least(effect, n):
 def head_matrices(model):
     """Weights of every head: {'q', 'k', 'v': (L, nh, hs, C), 'o': (L, nh, C, hs)}.
 
-    With grouped-query attention, shared keys and values are repeated. The gain of ln_1 is folded
-    in. Biases, RoPE and QK-norm are not included.
+    With grouped-query attention, shared keys and values are repeated. Pre-norm: the gain of ln_1 is
+    folded in; post-norm: heads read the stream as it is, and 'o' is as it is written, before ln_1.
+    Biases, RoPE and QK-norm are not included.
     """
     n_head = model.config.n_head
     hs = model.config.head_dim
     matrices = {'q': [], 'k': [], 'v': [], 'o': []}
-    for block in model.transformer.h:
+    for layer, block in enumerate(model.transformer.h):
         n_kv_head = block.attn.n_kv_head
-        weight = fold(block.ln_1, block.attn.c_attn.weight)
+        weight = block.attn.c_attn.weight
+        if not block.post_norm:
+            weight = fold(block.ln_1, weight)
         q, k, v = weight.split((n_head * hs, n_kv_head * hs, n_kv_head * hs))
         matrices['q'].append(q.unflatten(0, (-1, hs)))
         matrices['k'].append(per_head(model, k.unflatten(0, (-1, hs))))
         matrices['v'].append(per_head(model, v.unflatten(0, (-1, hs))))
-        matrices['o'].append(output_matrices(model, block))
+        matrices['o'].append(output_matrices(model, layer, layer))
     return {name: torch.stack(matrices.pop(name)) for name in list(matrices)}
 
 
@@ -195,12 +246,13 @@ def attribute(model, trace, tokens, b=0):
 
     Elhage et al. 2021, "Logit attribution". tokens: (T, K), K token ids per position; b: the batch
     element. Returns ([(kind, layer, head), ...], contributions (parts, T, K)), which sum to the
-    logits. kind is token, n-grams, position, head, mlp, bias (output projections and the final
-    norm; other biases act inside their part) or softcap (the capped minus the uncapped logit).
+    logits. kind is token, n-grams, position, head, mlp, bias (output projections and the norms on
+    the way; other biases act inside their part) or softcap (the capped minus the uncapped logit).
     """
     U, b_U = unembedding(model)
-    # contributions are linear: final_scale * part @ U.T
-    read = U[tokens] * trace.final_scale[b][:, None, None]  # (T, K, C)
+    read = U[tokens]  # (T, K, C)
+    norms = stream_norms(model)
+    scale = trace.later_scale[:, b]  # (2 L + 1, T)
     names = []
     values = []
 
@@ -208,21 +260,29 @@ def attribute(model, trace, tokens, b=0):
         names.append(name)
         values.append(value)
 
+    def effect(vector, i):
+        """Of a vector (T or 1, C) in the stream before norm i: linear, divisors are frozen."""
+        arrived = carry(norms[i:], vector) * scale[i][:, None]
+        return torch.einsum('tkc,tc->tk', read, arrived)
+
     for kind, vector in trace.embeddings.items():
-        add((kind, None, None), torch.einsum('tkc,tc->tk', read, vector[b]))
+        add((kind, None, None), effect(vector[b], 0))
     bias = b_U[tokens]
     for layer, block in enumerate(model.transformer.h):
-        read_head = torch.einsum('tkc,hcd->tkhd', read, output_matrices(model, block))
-        per_head_values = torch.einsum('tkhd,htd->htk', read_head, trace.mixed[layer, b])
-        for head, value in enumerate(per_head_values):
+        attn, mlp = 2 * layer, 2 * layer + 1  # places in the stream
+        read_head = torch.einsum('tkc,hcd->tkhd', read, output_matrices(model, layer))
+        mixed = trace.mixed[layer, b] * scale[attn][:, None]
+        for head, value in enumerate(torch.einsum('tkhd,htd->htk', read_head, mixed)):
             add(('head', layer, head), value)
-        mlp = trace.mlp_out[layer, b]
-        for c_proj in (block.attn.c_proj, block.mlp.c_proj):
-            if c_proj.bias is not None:
-                bias = bias + read @ c_proj.bias
+        written = trace.mlp_out[layer, b]
         if block.mlp.c_proj.bias is not None:
-            mlp = mlp - block.mlp.c_proj.bias
-        add(('mlp', layer, None), torch.einsum('tkc,tc->tk', read, mlp))
+            written = written - block.mlp.c_proj.bias
+            bias = bias + effect(block.mlp.c_proj.bias[None], mlp)
+            bias = bias + effect(block.attn.c_proj.bias[None], attn)
+        add(('mlp', layer, None), effect(written, mlp))
+    for i, norm in enumerate(norms):
+        if getattr(norm, 'bias', None) is not None:
+            bias = bias + effect(norm.bias[None], i + 1)
     if model.config.bias:
         add(('bias', None, None), bias)
     if model.config.logit_softcap:
@@ -238,10 +298,10 @@ def effect_by_source(model, trace, tokens, b=0):
     they sum to the head's value in `attribute`. tokens: (T,). Returns logits (L, nh, T, S).
     """
     U, _ = unembedding(model)
-    read = U[tokens] * trace.final_scale[b][:, None]  # (T, C)
     effects = []
-    for layer, block in enumerate(model.transformer.h):
-        read_head = torch.einsum('tc,hcd->htd', read, output_matrices(model, block))  # (nh, T, hs)
+    for layer in range(model.config.n_layer):
+        read = U[tokens] * trace.later_scale[2 * layer, b][:, None]  # (T, C)
+        read_head = torch.einsum('tc,hcd->htd', read, output_matrices(model, layer))  # (nh, T, hs)
         v = per_head(model, trace.v[layer, b])  # (nh, S, hs)
         effects.append(trace.attention[layer, b] * (read_head @ v.transpose(-2, -1)))
     return torch.stack(effects)
@@ -258,14 +318,15 @@ def promoted(model, trace, n, b=0, vocab_size=None):
     shape = (model.config.n_layer, model.config.n_head)
     all_ids = []
     all_values = []
-    for layer, block in enumerate(model.transformer.h):
-        for head, W_O in enumerate(output_matrices(model, block)):
+    for layer in range(model.config.n_layer):
+        scale = trace.later_scale[2 * layer, b][:, None]
+        for head, W_O in enumerate(output_matrices(model, layer)):
             mixed = trace.mixed[layer, b, head]  # (T, hs)
             if len(mixed) < W_O.size(1):  # T < hs: multiply in the cheaper order
                 effect = (mixed @ W_O.T) @ U.T
             else:
                 effect = mixed @ (W_O.T @ U.T)
-            ids, values = most_and_least(effect * trace.final_scale[b][:, None], n)
+            ids, values = most_and_least(effect * scale, n)
             all_ids.append(ids)
             all_values.append(values)
     ids = torch.stack(all_ids).unflatten(0, shape)
@@ -277,7 +338,8 @@ def promoted(model, trace, n, b=0, vocab_size=None):
 def logit_lens(model, trace, b=0, vocab_size=None):
     """The final norm and output head applied to the stream before each block and at the end.
 
-    nostalgebraist 2020. Yields L + 1 times the next-token probabilities (T, V).
+    nostalgebraist 2020. Post-norm: the output head alone, as the stream is normalized after each
+    block. Yields L + 1 times the next-token probabilities (T, V).
     """
     for x in trace.residual[:, b]:
         yield model.to_logits(model.transformer.ln_f(x))[:, :vocab_size].softmax(dim=-1)
@@ -320,10 +382,11 @@ def neuron_tokens(model, layer, neurons, n, vocab_size=None):
     neurons: (N,) indices in the MLP of the layer. Returns token ids (N, 2 n).
     """
     U = against_mean(model, vocab_size)
-    W_out = model.transformer.h[layer].mlp.c_proj.weight  # (C, F)
+    W_out = model.transformer.h[layer].mlp.c_proj.weight.T  # (F, C)
+    norms = stream_norms(model)[2 * layer + 1:]
     all_ids = []
     for chunk in neurons.split(256):  # not all of (N, V) at once
-        ids, _ = most_and_least(W_out[:, chunk].T @ U.T, n)
+        ids, _ = most_and_least(carry(norms, W_out[chunk]) @ U.T, n)
         all_ids.append(ids)
     return torch.cat(all_ids)
 
@@ -420,12 +483,17 @@ def ov_eigenvalues(model, vocab_size=None):
     """Eigenvalues of each head's OV circuit from tokens to logits, W_U W_O W_V W_E.
 
     Elhage et al. 2021, "Copying". The nonzero eigenvalues of this V x V matrix are those of the
-    hs x hs matrix W_V W_E W_U W_O. Returns (L, nh, hs), complex.
+    hs x hs matrix W_V W_E W_U W_O. Post-norm: W_E passes the norms before the head, and W_O those
+    after it. Returns (L, nh, hs), complex.
     """
     E = model.transformer.wte.weight[:vocab_size]
     U = unembedding(model)[0][:vocab_size]
-    m = head_matrices(model)
-    return torch.linalg.eigvals(m['v'] @ (E.T @ U) @ m['o'])
+    norms = stream_norms(model)
+    circuits = []
+    for layer, v in enumerate(head_matrices(model)['v']):
+        E_U = carry(norms[:2 * layer], E).T @ U  # (C, C)
+        circuits.append(v @ E_U @ output_matrices(model, layer))  # (nh, hs, hs)
+    return torch.linalg.eigvals(torch.stack(circuits))
 
 
 def copying_scores(eigenvalues):
@@ -443,36 +511,49 @@ def composition_scores(model):
 
     How much a head reads of the output of a head in an earlier layer, 0 for other pairs: Frobenius
     norms |W_QK^T W_OV|, |W_QK W_OV| and |W_OV W_OV|, each over the product of the two norms (Elhage
-    et al. 2021, "Composition"). Random matrices score about 1 / sqrt(C). RoPE and QK-norm are not
-    included.
+    et al. 2021, "Composition"). Post-norm: the writer's W_OV is as it arrives at the reader. Random
+    matrices score about 1 / sqrt(C). RoPE and QK-norm are not included.
     """
-    # N = L nh heads: q, k, v (N, hs, C); o (N, C, hs)
-    m = {name: matrix.flatten(0, 1) for name, matrix in head_matrices(model).items()}
-    q, k, v, o = m['q'], m['k'], m['v'], m['o']
+    m = head_matrices(model)
+    q, k, v = m['q'], m['k'], m['v']  # (L, nh, hs, C)
     # only hs x hs matrices are multiplied: |A B|^2 = trace((A^T A) (B B^T))
-    gram_q = q @ q.transpose(1, 2)  # (N, hs, hs)
-    gram_k = k @ k.transpose(1, 2)
-    gram_v = v @ v.transpose(1, 2)
-    gram_o = o.transpose(1, 2) @ o
-    norm_qk = (gram_q * gram_k).sum(dim=(1, 2)).clamp(min=0).sqrt()  # (N,)
-    norm_ov = (gram_o * gram_v).sum(dim=(1, 2)).clamp(min=0).sqrt()
-    n_head = model.config.n_head
+    gram = {name: m[name] @ m[name].transpose(-2, -1) for name in 'qkv'}  # (L, nh, hs, hs)
+    gram['o'] = m['o'].transpose(-2, -1) @ m['o']
+    norm_qk = norm_of_product(gram['q'], gram['k'])  # (L, nh)
+    norm_ov = norm_of_product(gram['o'], gram['v'])
+    readers = {'q': (gram['k'], q, norm_qk), 'k': (gram['q'], k, norm_qk),
+               'v': (gram['o'], v, norm_ov)}
+    L, nh = model.config.n_layer, model.config.n_head
+    scores = {kind: q.new_zeros(L, nh, L, nh) for kind in readers}
+    for reader in range(1, L):
+        for writer in range(reader):
+            o = output_matrices(model, writer, reader)  # (nh, C, hs)
+            norm_writer = norm_of_product(o.transpose(1, 2) @ o, gram['v'][writer])
+            for kind, (outer, inner, norm) in readers.items():
+                middle = inner[reader, :, None] @ o  # (nh of the reader, nh of the writer, hs, hs)
+                product = norm_of_product(outer[reader, :, None], middle @ gram['v'][writer]
+                                          @ middle.transpose(-2, -1))
+                norms = (norm[reader, :, None] * norm_writer).clamp(min=1e-30)
+                scores[kind][reader, :, writer] = product / norms
+    return {kind: score.flatten(2).flatten(0, 1) for kind, score in scores.items()}
 
-    def scores(outer, inner, norm):
-        result = q.new_zeros(len(q), len(q))
-        for reader in range(n_head, len(q)):
-            writers = slice(0, reader // n_head * n_head)  # all heads of earlier layers
-            middle = inner[reader] @ o[writers]  # (n, hs, hs)
-            squared = ((outer[reader] @ middle @ gram_v[writers]) * middle).sum(dim=(1, 2))
-            norms = (norm[reader] * norm_ov[writers]).clamp(min=1e-30)
-            result[reader, writers] = squared.clamp(min=0).sqrt() / norms
-        return result
 
-    return {
-        'q': scores(gram_k, q, norm_qk),
-        'k': scores(gram_q, k, norm_qk),
-        'v': scores(gram_o, v, norm_ov),
-    }
+def norm_of_product(gram_a, gram_b):
+    """Frobenius norm |A B| from A^T A and B B^T, both symmetric (..., hs, hs). (...,)"""
+    return (gram_a * gram_b).sum(dim=(-2, -1)).clamp(min=0).sqrt()
+
+
+def silent_stream(model, ids):
+    """The stream of tokens ids (N,) before each block and at the end, if no layer writes anything:
+    their embeddings without positions, and the norms if post-norm. Yields L + 1 times (N, C)."""
+    history = ids.new_full((len(ids), model.config.ngram), -1)
+    history[:, -1] = ids
+    x = model.embed(ids[:, None], ids.new_zeros(1), history)['token'][:, 0]
+    yield x
+    for block in model.transformer.h:
+        if block.post_norm:
+            x = block.ln_2(block.ln_1(x))
+        yield x
 
 
 @torch.no_grad()
@@ -482,21 +563,21 @@ def token_circuits(model, ids, scale=1.0, vocab_size=None):
     Elhage et al. 2021, "Query-Key" and "Output-Value" circuits. QK[query, key] is the attention
     score, divided by sqrt(hs), of two tokens at the same position, from their embeddings alone.
     OV[source, out] is what attending to source adds to the logit of out, relative to the mean over
-    the vocabulary, with final_scale = scale.
+    the vocabulary, with Trace.later_scale of each layer's attention = scale, a number or (L,).
 
     Exact in layer 0 of a model without positions; elsewhere the part due to the embeddings.
     """
-    E = model.transformer.wte.weight[ids]  # (N, C)
     U = against_mean(model, vocab_size)[ids]
+    scales = torch.as_tensor(scale).expand(model.config.n_layer)
     qk = []
     ov = []
-    for block in model.transformer.h:
-        q, k, v = block.attn.project(block.ln_1(E)[None])
+    for layer, (block, x) in enumerate(zip(model.transformer.h, silent_stream(model, ids))):
+        q, k, v = block.attn.project((x if block.post_norm else block.ln_1(x))[None])
         q = q[0]  # (nh, N, hs)
         k = per_head(model, k)[0]
         v = per_head(model, v)[0]
         qk.append(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)))  # (nh, N, N)
-        ov.append(v @ output_matrices(model, block).transpose(1, 2) @ U.T * scale)
+        ov.append(v @ output_matrices(model, layer).transpose(1, 2) @ U.T * scales[layer])
     return torch.stack(qk), torch.stack(ov)
 
 
@@ -505,11 +586,12 @@ def bigrams(model, ids, vocab_size=None):
     """Next-token probabilities after each single token of ids (N,): (full (N, V), direct (N, V)).
 
     full is a forward pass of the model, which must be in eval mode. direct is the direct path
-    W_U W_E: embedding, final norm, output head, no blocks. A zero-layer Transformer has only that
-    path and can only learn bigrams (Elhage et al. 2021, "Zero-Layer Transformers").
+    W_U W_E: embedding, the norms in the stream, output head, no attention and no MLP. A zero-layer
+    Transformer has only that path and can only learn bigrams (Elhage et al. 2021, "Zero-Layer
+    Transformers").
     """
     logits = [model(chunk[:, None])[0][:, 0, :vocab_size] for chunk in ids.split(64)]
     full = torch.cat(logits)
-    embedding = model.transformer.wte.weight[ids]
+    *_, embedding = silent_stream(model, ids)
     direct = model.to_logits(model.transformer.ln_f(embedding))[:, :vocab_size]
     return full.softmax(dim=-1), direct.softmax(dim=-1)

@@ -114,7 +114,7 @@ ARCHITECTURES = (
     ]
 )
 
-POST = {'norm_position': 'post', 'position': 'sinusoidal'}  # which interpret rejects
+POST = {'norm_position': 'post', 'position': 'sinusoidal'}
 
 
 def tiny(**options):

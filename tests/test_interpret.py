@@ -11,7 +11,21 @@ from helpers import ARCHITECTURES, POST, awake, tiny, tokens
 from lib.errors import UserError
 from model import GPT, GPTConfig
 
+POST_RMS = {'norm_position': 'post', 'norm': 'rmsnorm', 'bias': False, 'position': 'rope'}
+
 SHAPES = ARCHITECTURES + [
+    POST,
+    POST_RMS,
+    {
+        'norm_position': 'post',
+        'eot_token': 3,
+        'turns': 1,
+        'prefix_lm': True,
+        'ngram': 2,
+        'n_kv_head': 2,
+        'activation': 'swiglu',
+        'logit_softcap': 15.0,
+    },
     {'position': 'sinusoidal', 'ngram': 2},
     {
         'position': 'rope',
@@ -50,8 +64,7 @@ def test_interpret_trace_matches_model(options):
     assert not trace.attention.masked_fill(trace.mask[:, None], 0).any()
     if not model.config.prefix_lm:
         assert not trace.mask.triu(1).any()
-    end = trace.residual[0] + (trace.attn_out + trace.mlp_out).sum(dim=0)
-    torch.testing.assert_close(end, trace.residual[-1], atol=1e-5, rtol=1e-6)
+    assert_stream_is_a_sum(model, trace)
     *_, last = interpret.logit_lens(model, trace, b=1)
     torch.testing.assert_close(last, logits[1].softmax(dim=-1), atol=1e-6, rtol=1e-5)
 
@@ -83,29 +96,77 @@ def test_attribute_and_its_refinements_sum_to_logits(options):
     torch.testing.assert_close(against_mean.gather(3, ids), values, atol=1e-4, rtol=1e-4)
 
 
+def assert_stream_is_a_sum(model, trace):
+    """Of what the layers write; post-norm: after each layer the sum is normalized."""
+    x = trace.residual[0]
+    for layer, block in enumerate(model.transformer.h):
+        x = x + trace.attn_out[layer]
+        if model.config.norm_position == 'post':
+            x = block.ln_1(x)
+        torch.testing.assert_close(x, trace.middle[layer], atol=1e-5, rtol=1e-5)
+        x = x + trace.mlp_out[layer]
+        if model.config.norm_position == 'post':
+            x = block.ln_2(x)
+        torch.testing.assert_close(x, trace.residual[layer + 1], atol=1e-5, rtol=1e-5)
+
+
+class FrozenNorm(torch.nn.Module):
+    """A norm whose divisor is what it was for x, in float64."""
+
+    def __init__(self, norm, x):
+        super().__init__()
+        self.norm = norm
+        self.center = isinstance(norm, torch.nn.LayerNorm)
+        self.divisor = (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        if self.center:
+            self.divisor = (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True) if self.center else x
+        x = x / self.divisor * self.norm.weight
+        return x if getattr(self.norm, 'bias', None) is None else x + self.norm.bias
+
+
 @pytest.mark.parametrize('options', SHAPES, ids=str)
-def test_attribute_equals_ablation_with_frozen_norm(options):
-    model = awake(**options | {'logit_softcap': 0.0})
+def test_attribute_equals_ablation_with_frozen_norms(options):
+    """Head 0.1 and MLP 0 are taken off by hooks, while the outputs of all other parts and the
+    divisors of the norms in the stream stay as they were."""
+    model = awake(**options | {'logit_softcap': 0.0}).double()
     trace = interpret.run(model, text(model, 1, 9))
     names, parts = interpret.attribute(model, trace, torch.arange(40).expand(9, 40))
-    norm = model.transformer.ln_f
+    inputs, outputs = {}, {}
 
-    def logits_of(x):
-        """The final norm, with its divisor frozen, and the output head, in float64."""
-        if model.config.norm == 'layernorm':
-            x = x - x.mean(dim=-1, keepdim=True)
-        x = x * trace.final_scale[0][:, None] * norm.weight
-        if getattr(norm, 'bias', None) is not None:
-            x = x + norm.bias
-        return x @ model.lm_head.weight.double().T
+    def record(name):
+        def hook(module, args, output):
+            inputs[name], outputs[name] = args[0], output
+        return hook
 
-    x = trace.residual[-1][0].double()
-    torch.testing.assert_close(logits_of(x), trace.logits[0].double(), atol=1e-4, rtol=1e-4)
+    in_stream = ('ln_1', 'ln_2') if model.config.norm_position == 'post' else ('ln_f',)
+    hooks = [module.register_forward_hook(record(name)) for name, module in model.named_modules()
+             if name.endswith((*in_stream, '.attn', '.mlp'))]
+    expected = model(trace.idx, trace.idx)[0]
+    for hook in hooks:
+        hook.remove()
+    for name, x in inputs.items():
+        if name.endswith(in_stream):
+            parent, _, child = name.rpartition('.')
+            setattr(model.get_submodule(parent), child, FrozenNorm(model.get_submodule(name), x))
     hs = model.config.head_dim
-    W_O = model.transformer.h[1].attn.c_proj.weight[:, hs:2 * hs]
-    head = trace.mixed[1, 0, 1] @ W_O.T
-    effect = parts[names.index(('head', 1, 1))].double()
-    torch.testing.assert_close(logits_of(x) - logits_of(x - head), effect, atol=1e-4, rtol=1e-4)
+    c_proj = model.transformer.h[0].attn.c_proj
+    head = trace.mixed[0, 0, 1] @ c_proj.weight[:, hs:2 * hs].T
+    bias = model.transformer.h[0].mlp.c_proj.bias
+    mlp = trace.mlp_out[0, 0] - (0 if bias is None else bias)
+    for part, removed, name in (('head', head, 'attn'), ('mlp', mlp, 'mlp')):
+        off = {f'transformer.h.0.{name}': removed}
+        hooks = [model.get_submodule(key).register_forward_hook(
+                    lambda module, args, output, key=key: outputs[key] - off.get(key, 0))
+                 for key in outputs if key.endswith(('.attn', '.mlp'))]
+        logits = model(trace.idx, trace.idx)[0]
+        for hook in hooks:
+            hook.remove()
+        effect = parts[names.index((part, 0, 1 if part == 'head' else None))]
+        torch.testing.assert_close((expected - logits)[0].double(), effect.double(),
+                                   atol=2e-4, rtol=1e-4)
 
 
 def test_interpret_trace_attends_both_ways_within_a_source():
@@ -127,8 +188,8 @@ def test_interpret_trace_attends_both_ways_within_a_source():
 
 def test_interpret_run_rejects_unknown_norm():
     model = tiny()
-    model.transformer.ln_f = torch.nn.Identity()
-    with pytest.raises(NotImplementedError, match='Identity'):
+    model.transformer.ln_f = torch.nn.Dropout()
+    with pytest.raises(NotImplementedError, match='Dropout'):
         interpret.run(model, tokens(1, 4))
 
 
@@ -143,11 +204,6 @@ def test_interpret_run_rejects_other_shapes(shape):
         interpret.run(tiny(), tokens(*shape))
 
 
-def test_interpret_run_rejects_post_norm():
-    with pytest.raises(ValueError, match="norm_position = 'post'"):
-        interpret.run(tiny(**POST), tokens(1, 4))
-
-
 @pytest.mark.parametrize('function', [
     lambda model, trace, ids: interpret.promoted(model, trace, 3, vocab_size=40),
     lambda model, trace, ids: list(interpret.logit_lens(model, trace, vocab_size=40)),
@@ -160,9 +216,10 @@ def test_interpret_run_rejects_post_norm():
     lambda model, trace, ids: interpret.bigrams(model, ids, 40),
 ], ids=['promoted', 'logit_lens', 'neuron_tokens', 'nearest_tokens', 'head_scores', 'losses',
         'ov_eigenvalues', 'token_circuits', 'bigrams'])
-def test_interpret_ignores_vocabulary_padding(function):
-    model = awake()
-    padded = awake(vocab_size=64)
+@pytest.mark.parametrize('options', [{}, POST], ids=str)
+def test_interpret_ignores_vocabulary_padding(function, options):
+    model = awake(**options)
+    padded = awake(vocab_size=64, **options)
     state = model.state_dict()
     for name in ('transformer.wte.weight', 'lm_head.weight'):
         state[name] = torch.cat((state[name], torch.full((24, 32), 9.0)))
@@ -283,13 +340,28 @@ def test_composition_scores_of_random_weights(n_head):
         assert not second_layer[:, n_head:].any()  # only earlier layers are read
 
 
-@pytest.mark.parametrize('options', [{}, {'n_kv_head': 2}, {'norm': 'rmsnorm'}], ids=str)
+def passed(model, x, norms):
+    """x (C, n) after the linear part of norms (layer, name): columns are vectors of the stream."""
+    for layer, name in norms:
+        norm = model.transformer.h[layer].get_submodule(name)
+        if model.config.norm == 'layernorm':
+            x = x - x.mean(dim=0)
+        x = torch.diag(norm.weight) @ x
+    return x
+
+
+WEIGHTS = [{}, {'n_kv_head': 2}, {'norm': 'rmsnorm'}, POST, POST_RMS]
+
+
+@pytest.mark.parametrize('options', WEIGHTS, ids=str)
 def test_composition_scores_match_full_matrices(options):
     model = awake(**options | {'bias': False})
     m = {name: x.flatten(0, 1) for name, x in interpret.head_matrices(model).items()}
     reader, writer = 6, 1
     QK = m['q'][reader].T @ m['k'][reader]
     OV = m['o'][writer] @ m['v'][writer]
+    if model.config.norm_position == 'post':  # between the two
+        OV = passed(model, OV, [(0, 'ln_1'), (0, 'ln_2')])
     OV_reader = m['o'][reader] @ m['v'][reader]
     expected = {
         'q': (QK.T @ OV).norm() / (QK.norm() * OV.norm()),
@@ -300,13 +372,17 @@ def test_composition_scores_match_full_matrices(options):
         assert score[reader, writer].item() == pytest.approx(expected[kind].item(), rel=1e-4)
 
 
-@pytest.mark.parametrize('options', [{}, {'n_kv_head': 2}, {'norm': 'rmsnorm'}], ids=str)
+@pytest.mark.parametrize('options', WEIGHTS, ids=str)
 def test_ov_eigenvalues_match_full_matrix(options):
     model = awake(**options | {'bias': False})
     m = interpret.head_matrices(model)
-    E = model.transformer.wte.weight
+    read = model.transformer.wte.weight.T  # (C, V)
     U, _ = interpret.unembedding(model)
-    circuit = U @ m['o'][1, 2] @ m['v'][1, 2] @ E.T  # (V, V)
+    o = m['o'][1, 2]
+    if model.config.norm_position == 'post':
+        read = passed(model, read, [(0, 'ln_1'), (0, 'ln_2')])
+        o = passed(model, o, [(1, 'ln_1'), (1, 'ln_2')])
+    circuit = U @ o @ m['v'][1, 2] @ read  # (V, V)
     full = torch.linalg.eigvals(circuit.detach().double())
     full = full[full.abs().argsort(descending=True)][:8]  # the others are 0
     small = interpret.ov_eigenvalues(model)[1, 2]
@@ -316,15 +392,16 @@ def test_ov_eigenvalues_match_full_matrix(options):
     assert interpret.copying_scores(small).item() == pytest.approx(copying.item(), abs=1e-3)
 
 
-@pytest.mark.parametrize('options', [{}, {'n_kv_head': 2}, {'norm': 'rmsnorm', 'n_kv_head': 1}],
-                         ids=str)
+@pytest.mark.parametrize('options', [{}, {'n_kv_head': 2}, {'norm': 'rmsnorm', 'n_kv_head': 1},
+                                     {'norm_position': 'post'}], ids=str)
 def test_head_matrices_reproduce_attention(options):
     model = awake(**options | {'bias': False, 'position': 'none'})
     trace = interpret.run(model, tokens(1, 7))
     matrices = interpret.head_matrices(model)
     W_Q, W_K, W_V, W_O = (matrices[name][1] for name in 'qkvo')
     x = trace.residual[1, 0]  # the input of layer 1
-    x = x * interpret.norm_scale(model.transformer.h[1].ln_1, x)[:, None]
+    if model.config.norm_position == 'pre':
+        x = x * interpret.norm_scale(model.transformer.h[1].ln_1, x)[:, None]
     out = torch.einsum('hts,hcd,hde,se->tc', trace.attention[1, 0], W_O, W_V, x)
     torch.testing.assert_close(out, trace.attn_out[1, 0], atol=1e-4, rtol=1e-4)
     scores = torch.einsum('tc,hdc,hde,se->hts', x, W_Q, W_K, x) / math.sqrt(8)
@@ -333,8 +410,9 @@ def test_head_matrices_reproduce_attention(options):
     torch.testing.assert_close(attention, trace.attention[1, 0], atol=1e-4, rtol=1e-3)
 
 
-def test_token_circuits_match_first_layer_without_positions():
-    model = awake(position='none', n_kv_head=2)
+@pytest.mark.parametrize('norm_position', ['pre', 'post'])
+def test_token_circuits_match_first_layer_without_positions(norm_position):
+    model = awake(position='none', n_kv_head=2, norm_position=norm_position)
     ids = torch.tensor([3, 5, 7, 11])
     trace = interpret.run(model, ids[None])
     qk, ov = interpret.token_circuits(model, ids, scale=2.0)
@@ -344,6 +422,9 @@ def test_token_circuits_match_first_layer_without_positions():
     U, _ = interpret.unembedding(model)
     v = interpret.per_head(model, trace.v[0, 0])[2]
     W_O = model.transformer.h[0].attn.c_proj.weight[:, 16:24]  # head 2
+    if norm_position == 'post':
+        norms = [(layer, name) for layer in range(2) for name in ('ln_1', 'ln_2')]
+        W_O = passed(model, W_O, norms)
     effect = 2.0 * v @ W_O.T @ U.T  # (N, V)
     against_mean = effect - effect.mean(dim=1, keepdim=True)
     torch.testing.assert_close(ov[0, 2], against_mean[:, ids], atol=1e-3, rtol=1e-3)
@@ -366,8 +447,9 @@ def test_nearest_tokens_match_cosine_similarity():
     torch.testing.assert_close(cosines[1], expected.values[1:5])
 
 
-def test_bigrams_match_model_and_direct_path():
-    model = awake(activation='swiglu')
+@pytest.mark.parametrize('norm_position', ['pre', 'post'])
+def test_bigrams_match_model_and_direct_path(norm_position):
+    model = awake(activation='swiglu', norm_position=norm_position)
     full, direct = interpret.bigrams(model, torch.arange(40))
     logits, _ = model(torch.tensor([[7]]))
     torch.testing.assert_close(full[7], logits[0, 0].softmax(dim=-1))
