@@ -1,11 +1,11 @@
 // What the Worker answers to the page: a text and what follows from it, piece by piece.
 
 import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
+import {END_OF_TEXT} from './tokenizer.js';
 
-const END_OF_TEXT = '<|endoftext|>';
 const SLICE = 25; // ms of computing for one answer, so that a new text never waits long
 
-/** analysis: an Analysis; tokenizer: encode(text) throws if a character has no token. */
+/** Of an Analysis and a PageTokenizer. */
 export class Answers {
   constructor(analysis, tokenizer) {
     this.analysis = analysis;
@@ -34,14 +34,8 @@ export class Answers {
 
   /** Token ids as --start gives them. */
   encode(text) {
-    const {turns, eot_token: eot} = this.config;
-    if (!turns) {
-      if (!text) throw new Error('Type at least one character.');
-      return this.tokenizer.encode(text);
-    }
-    const parts = text.split(END_OF_TEXT).map(part => part.trim());
-    if (parts.includes('')) throw new Error('Type a source; a target may follow.');
-    return [eot, ...parts.flatMap(part => [...this.tokenizer.encode(part), eot])];
+    if (this.config.turns) return this.tokenizer.encodeTurns(text.split(END_OF_TEXT));
+    return this.tokenizer.encodePrompt(text);
   }
 
   /** {facts, arrays, found}: `found` answers what the panels will ask for first. */

@@ -12,12 +12,12 @@ import {
   state,
   watch
 } from './core.js';
+import {ask} from './live-model.js';
 import {T, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
 
 const box = document.getElementById('live-text');
 const generateButton = document.getElementById('generate');
 const live = {
-  ask: null, // request -> Promise of the Worker's answer
   next: null, // the text to show next: {text, hash, since}; a later one replaces it
   text: facts.text, // the last one asked for
   isGenerating: false,
@@ -33,9 +33,7 @@ export function showNotice(text = '') {
   if (text) box.setAttribute('aria-describedby', 'notice');
 }
 
-/** ask: sends a request to the Worker, which loads the model, and returns a Promise. */
-export function buildLive(ask) {
-  live.ask = ask;
+export function buildLive() {
   document.getElementById('live').hidden = false;
   document.getElementById('run').hidden = true;
   box.value = facts.text;
@@ -102,7 +100,8 @@ async function answerText() {
   const job = live.next;
   const {layer, head} = state;
   const isOwn = job.text === DEFAULTS.text;
-  const reply = isOwn ? {} : await live.ask({kind: 'show', text: job.text, selection: {layer, head}});
+  const request = {text: job.text, selection: {layer, head}};
+  const reply = isOwn ? {} : await ask('show', request);
   if (live.next === job) live.next = null;
   if (reply.problem) showNotice(reply.problem);
   else if (!live.next) {
@@ -114,7 +113,7 @@ async function answerText() {
 }
 
 async function answerWishes() {
-  const {found} = await live.ask({kind: 'more', wishes: nextWishes()});
+  const {found} = await ask('more', {wishes: nextWishes()});
   if (live.next) return; // another text
   for (const [wish, arrays] of found) fulfil(wish, arrays);
   resume();
@@ -137,8 +136,8 @@ async function generateOne(first) {
   const since = performance.now();
   const {temperature, k, p, layer, head} = state;
   const selection = {layer, head};
-  const request = {kind: 'draw', text: state.text, temperature, k, p, selection, ...first};
-  const reply = await live.ask(request);
+  const request = {text: state.text, temperature, k, p, selection, ...first};
+  const reply = await ask('draw', request);
   if (live.next || !live.isGenerating) return;
   box.value = reply.text;
   box.scrollTop = box.scrollHeight;
