@@ -107,6 +107,7 @@ export class Analysis {
     this.ofToken = new Map(); // what depends on one token and the weights only
     this.lens = []; // [depth]: {ids, values}, rows of the texts before
     this.trace = null;
+    this.scratch = new Float32Array(this.F);
   }
 
   norm(name) {
@@ -224,6 +225,7 @@ export class Analysis {
       embeddings: Object.keys(trace.embeddings),
       parts: this.partNames(),
       gated: this.isGated,
+      strongest: Math.min(TOP, this.F), // neurons shown
       neurons_in_a_layer: this.F
     };
     const entry = (data, ...shape) => ({data, shape});
@@ -234,8 +236,7 @@ export class Analysis {
       ...this.targets(logits, ids, facts.parts.length),
       ...this.stream(),
       ...this.embeddings(),
-      ...this.attention(),
-      ...this.neurons()
+      ...this.attention()
     };
     return {facts, arrays};
   }
@@ -372,37 +373,6 @@ export class Analysis {
       q: {data: joined(trace.q), shape: [L, H, T, this.HS]},
       k: {data: joined(trace.k), shape: [L, this.KV, T, this.HS]}
     };
-  }
-
-  neurons() {
-    const {trace, L, F} = this;
-    const {T} = trace;
-    const n = Math.min(TOP, F);
-    const shape = [L, T, n];
-    const ids = new Uint32Array(L * T * n);
-    const [pre, post, gates] = [0, 1, 2].map(() => new Float32Array(L * T * n));
-    const activate = activation(this.config.activation);
-    const curves = [];
-    for (let l = 0; l < L; l++) {
-      for (let t = 0; t < T; t++) {
-        const best = this.strongest(l, t);
-        const start = (l * T + t) * n;
-        ids.set(best, start);
-        post.set(take(rowOf(trace.post[l], t, F), best), start);
-        pre.set(take(rowOf(trace.pre[l], t, F), best), start);
-      }
-      const shown = pre.subarray(l * T * n, (l + 1) * T * n);
-      curves.push(...activationCurve(shown, activate));
-    }
-    pre.forEach((x, i) => (gates[i] = activate(x)));
-    const arrays = {
-      neurons: {data: ids, shape},
-      neuron_pre: {data: pre, shape},
-      neuron_post: {data: post, shape},
-      curve: {data: Float32Array.from(curves), shape: [L, 2, curves.length / L / 2]}
-    };
-    if (this.isGated) arrays.neuron_gates = {data: gates, shape};
-    return arrays;
   }
 
   // What is asked for ------------------------------------------------------------------------------
@@ -551,6 +521,29 @@ export class Analysis {
     return {by_source: take(effects, pairs)};
   }
 
+  /** The strongest neurons of a layer at each position, and the activation function. */
+  neurons(l) {
+    const {trace, F} = this;
+    const {T} = trace;
+    const n = Math.min(TOP, F);
+    const ids = new Uint32Array(T * n);
+    const [pre, post] = [0, 1].map(() => new Float32Array(T * n));
+    for (let t = 0; t < T; t++) {
+      const best = this.strongest(l, t);
+      ids.set(best, t * n);
+      post.set(take(rowOf(trace.post[l], t, F), best), t * n);
+      pre.set(take(rowOf(trace.pre[l], t, F), best), t * n);
+    }
+    const activate = activation(this.config.activation);
+    return {
+      neurons: ids,
+      neuron_pre: pre,
+      neuron_post: post,
+      neuron_gates: pre.map(activate),
+      curve: Float32Array.from(activationCurve(pre, activate))
+    };
+  }
+
   /** The tokens that the strongest neurons of a layer and position raise and lower: (n, 10). */
   neuronTokens(l, t) {
     const W = this.layerWeight(l, 'mlp.c_proj.weight');
@@ -565,8 +558,11 @@ export class Analysis {
 
   /** The neurons that write the longest vectors. */
   strongest(l, t) {
-    const active = rowOf(this.trace.post[l], t, this.F);
-    return largest(active.map((x, i) => Math.abs(x) * this.writes[l][i]), TOP);
+    const {F} = this;
+    const post = this.trace.post[l];
+    const norms = this.writes[l];
+    for (let i = 0; i < F; i++) this.scratch[i] = Math.abs(post[t * F + i]) * norms[i];
+    return largest(this.scratch, TOP);
   }
 
   /** compute(), remembered under a name: it depends on the weights only. */

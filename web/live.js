@@ -10,7 +10,7 @@ import {
   rebuild,
   resume,
   state,
-  watch
+  visiblePanels
 } from './core.js';
 import {ask} from './live-model.js';
 import {T, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
@@ -21,6 +21,7 @@ const live = {
   next: null, // the text to show next: {text, hash, since}; a later one replaces it
   text: facts.text, // the last one asked for
   isGenerating: false,
+  first: null, // {seed} until the first token is drawn
   isWorking: false
 };
 
@@ -38,23 +39,31 @@ export function buildLive() {
   document.getElementById('run').hidden = true;
   box.value = facts.text;
   box.addEventListener('input', event => {
-    live.isGenerating = false;
+    stop();
     show({text: box.value, since: event.timeStamp});
   });
   document.getElementById('live').addEventListener('submit', event => event.preventDefault());
   generateButton.hidden = false;
   generateButton.addEventListener('click', () => {
-    live.isGenerating = !live.isGenerating;
-    drawButton();
-    if (live.isGenerating) work({seed: state.seed});
+    if (live.isGenerating) return stop();
+    live.isGenerating = true;
+    generateButton.textContent = 'Stop';
+    hold(1);
+    work({seed: state.seed});
   });
   if (facts.model.turns) addTurnButton();
   whenAsked(() => work());
-  watch(['text'], () => {
+}
+
+/** Show the text in the URL, now and whenever the URL changes. */
+export function followUrl() {
+  const follow = () => {
     if (state.text === live.text) return;
     box.value = state.text;
     show({text: state.text, hash: location.hash});
-  });
+  };
+  addEventListener('hashchange', follow);
+  follow();
 }
 
 /** Models of sources and targets: the separator is nothing that anybody likes to type. */
@@ -67,8 +76,12 @@ function addTurnButton() {
   generateButton.before(h('button', {type: 'button', onclick}, label));
 }
 
-function drawButton() {
-  generateButton.textContent = live.isGenerating ? 'Stop' : 'Generate';
+/** End the generation. */
+function stop() {
+  if (!live.isGenerating) return;
+  live.isGenerating = false;
+  generateButton.textContent = 'Generate';
+  hold(-1);
 }
 
 function show(job) {
@@ -79,28 +92,33 @@ function show(job) {
 }
 
 /** Answer what is asked for, one request at a time: a new text first, then what panels wait for,
- * then the next token. */
+ * then the next token. first: {seed} for the first token. */
 async function work(first = null) {
+  if (first) live.first = first;
   if (live.isWorking) return;
   live.isWorking = true;
-  let draw = first;
   await null; // let the caller go on
-  for (;;) {
-    if (live.next) await answerText();
-    else if (nextWishes().length) await answerWishes();
-    else if (live.isGenerating) {
-      await generateOne(draw);
-      draw = null;
-    } else break;
+  try {
+    while (live.next || nextWishes().length || live.isGenerating) {
+      if (live.next) await answerText();
+      else if (nextWishes().length) await answerWishes();
+      else await generateOne();
+    }
+  } catch (error) {
+    showNotice(`This cannot be computed: ${error.message}`);
+    if (live.next) hold(-1);
+    live.next = null;
+    stop();
   }
   live.isWorking = false;
 }
 
+const selection = () => ({layer: state.layer, head: state.head, panels: visiblePanels()});
+
 async function answerText() {
   const job = live.next;
-  const {layer, head} = state;
   const isOwn = job.text === DEFAULTS.text;
-  const request = {text: job.text, selection: {layer, head}};
+  const request = {text: job.text, selection: selection()};
   const reply = isOwn ? {} : await ask('show', request);
   if (live.next === job) live.next = null;
   if (reply.problem) showNotice(reply.problem);
@@ -131,19 +149,20 @@ function display({facts: newFacts, arrays, found = []}, {text, hash, since}) {
   measure();
 }
 
-/** Draw one more token with the sliders' settings; first: {seed} at the beginning. */
-async function generateOne(first) {
-  const since = performance.now();
-  const {temperature, k, p, layer, head} = state;
-  const selection = {layer, head};
-  const request = {text: state.text, temperature, k, p, selection, ...first};
+/** Draw one more token with the settings of the sliders. */
+async function generateOne() {
+  const {temperature, k, p} = state;
+  const request = {text: box.value, temperature, k, p, selection: selection(), ...live.first};
+  live.first = null;
   const reply = await ask('draw', request);
   if (live.next || !live.isGenerating) return;
-  box.value = reply.text;
-  box.scrollTop = box.scrollHeight;
-  display(reply, {text: reply.text, since});
-  if (reply.isOver) live.isGenerating = false;
-  drawButton();
+  if (reply.problem) showNotice(reply.problem);
+  else {
+    box.value = reply.text;
+    box.scrollTop = box.scrollHeight;
+    display(reply, {text: reply.text});
+  }
+  if (reply.isOver) stop();
   await new Promise(requestAnimationFrame); // so that each token is seen
 }
 

@@ -17,7 +17,7 @@ import {
 } from './core.js';
 import {H, L, T, facts, isOriginal, isPostNorm, loadArrays, row} from './model.js';
 import {hasModel, startModel} from './live-model.js';
-import {buildLive, drawClock, showNotice} from './live.js';
+import {buildLive, drawClock, followUrl, showNotice} from './live.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
@@ -164,6 +164,7 @@ followWindow(setScrollPadding);
 document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {
+  followUrl();
   await startModel();
   document.documentElement.dataset.engine = Math.round(performance.now());
 }
