@@ -12,11 +12,6 @@ export function takeBytes(id) {
   return bytes;
 }
 
-export async function inflate(bytes) {
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
 /** [f(0), ..., f(n - 1)] */
 export const range = (n, f) => Array.from({length: n}, (_, i) => f(i));
 export const sum = values => values.reduce((total, x) => total + x, 0);

@@ -14,6 +14,7 @@ import {
   state
 } from './core.js';
 import {H, L, T, facts, isPostNorm, loadArrays, row} from './model.js';
+import {hasModel, startModel} from './live-model.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
@@ -156,3 +157,7 @@ redraw();
 setScrollPadding();
 followWindow(setScrollPadding);
 document.documentElement.dataset.ready = Math.round(performance.now());
+if (hasModel) {
+  await startModel();
+  document.documentElement.dataset.engine = Math.round(performance.now());
+}

@@ -1,6 +1,7 @@
 // What explain.py has computed: facts, arrays, tokens; the state of its page.
 
-import {DEFAULTS, LIMITS, h, inflate, range, set, takeBytes} from './core.js';
+import {readArray} from './arrays.js';
+import {DEFAULTS, LIMITS, h, range, set, takeBytes} from './core.js';
 
 export const facts = JSON.parse(document.getElementById('facts').textContent);
 export const arrays = {}; // name -> {data: typed array, shape}
@@ -12,23 +13,13 @@ export const isPostNorm = facts.model.norm_position === 'post';
 
 // Data --------------------------------------------------------------------------------------------
 
-const TYPES = {
-  float32: Float32Array,
-  float16: Uint16Array, // converted by fromHalf
-  uint8: Uint8Array,
-  uint16: Uint16Array,
-  uint32: Uint32Array
-};
-
 /** Fill `arrays`: the inverse of pack() in explain.py. */
 export async function loadArrays() {
   const bytes = takeBytes('arrays');
   await Promise.all(
-    Object.entries(facts.arrays).map(async ([name, {dtype, shape, start, end}]) => {
+    Object.entries(facts.arrays).map(async ([name, place]) => {
       try {
-        const planes = await inflate(bytes.subarray(start, end));
-        const data = new TYPES[dtype](joinPlanes(planes, TYPES[dtype].BYTES_PER_ELEMENT).buffer);
-        arrays[name] = {data: dtype === 'float16' ? fromHalf(data) : data, shape};
+        arrays[name] = await readArray(bytes, place);
       } catch (error) {
         arrays[name] = {error}; // for the panels that need it
       }
@@ -36,32 +27,6 @@ export async function loadArrays() {
   );
   readMask();
   facts.vocabulary = JSON.parse(new TextDecoder().decode(row('vocabulary')));
-}
-
-/** Byte planes (all first bytes, all second bytes, ...) -> numbers of `size` bytes each. */
-function joinPlanes(planes, size) {
-  const n = planes.length / size;
-  const joined = new Uint8Array(planes.length);
-  for (let b = 0; b < size; b++) {
-    for (let i = 0; i < n; i++) joined[i * size + b] = planes[b * n + i];
-  }
-  return joined;
-}
-
-function fromHalf(halves) {
-  const out = new Float32Array(halves.length);
-  for (let i = 0; i < halves.length; i++) out[i] = halfValue(halves[i]);
-  return out;
-}
-
-/** The value of an IEEE 754 half-precision number. */
-function halfValue(bits) {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 31;
-  const fraction = bits & 1023;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  if (exponent === 0) return sign * 2 ** -24 * fraction;
-  return sign * 2 ** (exponent - 15) * (1 + fraction / 1024);
 }
 
 /** A view of an array at its leading indices: row('q', l, h, t) is a vector. */
