@@ -459,7 +459,8 @@ export class Engine {
   softcap(logits, {from}) {
     const cap = this.config.logit_softcap;
     if (!cap) return;
-    for (let i = from * this.V; i < logits.length; i++) logits[i] = cap * Math.tanh(logits[i] / cap);
+    const start = from * this.V;
+    for (let i = start; i < logits.length; i++) logits[i] = cap * Math.tanh(logits[i] / cap);
   }
 }
 
