@@ -122,16 +122,15 @@ export class PageTokenizer {
     const known = this.words.get(word);
     if (known) return known;
     const parts = [...toUtf8(word)];
-    const rankAt = i => this.ranks.get(parts[i] + parts[i + 1]) ?? Infinity; // of a pair
-    const ranks = parts.map((_, i) => rankAt(i));
+    const rankAt = i => this.ranks.get(parts[i] + parts[i + 1]) ?? Infinity;
+    const ranks = parts.slice(1).map((_, i) => rankAt(i)); // of each pair
     for (;;) {
       let best = 0;
       for (let i = 1; i < ranks.length; i++) if (ranks[i] < ranks[best]) best = i;
-      if (ranks[best] === Infinity) break;
+      if (!(ranks[best] < Infinity)) break; // also: one part is left
       parts.splice(best, 2, parts[best] + parts[best + 1]);
-      ranks.splice(best + 1, 1);
-      ranks[best] = rankAt(best);
-      if (best > 0) ranks[best - 1] = rankAt(best - 1);
+      ranks.splice(best, 1);
+      for (const i of [best - 1, best]) if (i in ranks) ranks[i] = rankAt(i);
     }
     const ids = parts.map(part => this.ids[this.ranks.get(part)]);
     if (this.words.size < 10_000) this.words.set(word, ids);
