@@ -415,14 +415,15 @@ def build_page(facts, arrays, weights=b''):
 
     weights: of lib/page_weights.py, which facts['engine'] describes.
     """
-    page, _ = page_template('page.html')
+    page, _ = page_template('page.html', computes=bool(weights))
     weights = base64.b64encode(weights).decode()
     room = min(MAX_PAGE_BYTES, MAX_PAGE_WITH_WEIGHTS - len(weights))
     facts_json, blob = pack(facts, arrays, room)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
     data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'
-            f'<script type="text/plain" id="arrays">{blob}</script>\n'
-            f'<script type="text/plain" id="weights">{weights}</script>\n')
+            f'<script type="text/plain" id="arrays">{blob}</script>\n')
+    if weights:
+        data += f'<script type="text/plain" id="weights">{weights}</script>\n'
     return page.replace(DATA, data)
 
 
@@ -487,7 +488,7 @@ def main(config):
 
     if config.serve:
         try:
-            serve(answer, config.port, page_template('page.html')[1])
+            serve(answer, config.port, page_template('page.html', computes=bool(weights))[1])
         except KeyboardInterrupt:
             ckpt.warn('stopped')
             os._exit(130)  # a pass may be running: torch threads can crash a normal exit

@@ -83,11 +83,22 @@ function accuracyNote() {
     `Largest difference from the logits of model(idx): ${error}, ` +
       `with logits of up to ${fixed(largest, 1)}.`
   ];
+  if (facts.engine) notes.push(weightsNote(facts.engine));
   if (dropped.length) {
     const names = dropped.join(', ');
     notes.push(`Left out to keep the page below ${facts.largest_page}: ${names}.`);
   }
   return notes.join(' ');
+}
+
+/** How precise the weights in the page are. */
+function weightsNote({format, difference}) {
+  if (format === 'float32') return 'The page holds the weights in float32, as the model has them.';
+  const kind = format === 'int8' ? 'int8, with a scale for each row' : format;
+  return (
+    `The page holds the weights in ${kind}: this changes the logits of this text by up to ` +
+    `${difference.toPrecision(2)}.`
+  );
 }
 
 function sectionLink(section) {
