@@ -147,7 +147,8 @@ def test_text_box_says_what_is_wrong(chromium, tmp_path):
             assert message in notice.text_content()
             assert shown_text(tab) == ['5', '6', '7']
         type_text(tab, '56789' * 4)
-        assert notice.text_content() == 'The text is too long: its first 4 tokens are left out.'
+        assert notice.text_content() == (
+            'The text is too long: its first 4 tokens are left out. 16 fit.')
         assert len(shown_text(tab)) == 16
         type_text(tab, '8')
         assert notice.is_hidden() and shown_text(tab) == ['8']

@@ -276,7 +276,8 @@ function lensFigure() {
     const cell = cells[state.lens][state.t];
     selected?.classList.remove('chosen');
     cell.classList.add('chosen');
-    if (selected && cell !== selected) scrollLensTo(scroller, cell); // at first: the beginning
+    // at first: the beginning; of a text that was typed, its end
+    if (selected ? cell !== selected : !isOriginal()) scrollLensTo(scroller, cell);
     selected = cell;
     chart.refresh();
   });

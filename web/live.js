@@ -34,6 +34,12 @@ export function showNotice(text = '') {
   if (text) box.setAttribute('aria-describedby', 'notice');
 }
 
+/** Say how many tokens did not fit, if any. */
+export function showLeftOut(n = 0) {
+  const tokens = `${integer(n)} token${n > 1 ? 's' : ''}`;
+  showNotice(n && `The text is too long: its first ${tokens} are left out. ${T} fit.`);
+}
+
 export function buildLive() {
   document.getElementById('live').hidden = false;
   document.getElementById('run').hidden = true;
@@ -123,9 +129,8 @@ async function answerText() {
   if (live.next === job) live.next = null;
   if (reply.problem) showNotice(reply.problem);
   else if (!live.next) {
-    const n = `${integer(reply.leftOut)} token${reply.leftOut > 1 ? 's' : ''}`;
-    showNotice(reply.leftOut ? `The text is too long: its first ${n} are left out.` : '');
     display(reply, job);
+    showLeftOut(reply.leftOut);
   }
   if (!live.next) hold(-1);
 }

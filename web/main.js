@@ -17,7 +17,7 @@ import {
 } from './core.js';
 import {H, L, T, facts, isOriginal, isPostNorm, loadArrays, row} from './model.js';
 import {hasModel, startModel} from './live-model.js';
-import {buildLive, drawClock, followUrl, showNotice} from './live.js';
+import {buildLive, drawClock, followUrl, showLeftOut, showNotice} from './live.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
@@ -44,9 +44,7 @@ function buildHeader() {
   document.getElementById('contents').append(...sections.map(sectionLink));
   if (hasModel) buildLive();
   else if (facts.live) buildTextForm();
-  if (!facts.left_out) return;
-  const n = `${integer(facts.left_out)} token${facts.left_out > 1 ? 's' : ''}`;
-  showNotice(`The text is too long: its first ${n} are left out. ${T} fit.`);
+  if (facts.left_out) showLeftOut(facts.left_out);
 }
 
 function modelFacts() {
@@ -71,8 +69,8 @@ function modelFacts() {
 function accuracyNote() {
   if (!isOriginal()) {
     return (
-      'The numbers of this text were computed in this page, by the model’s weights in ' +
-      `${facts.engine.format}. For the text that the page was written with, PyTorch computed them.`
+      'All numbers of this text were computed in this page, with the weights in ' +
+      `${facts.engine.format}. Those of the text that the page was written with are PyTorch’s.`
     );
   }
   const {difference, largest, dropped} = facts;
