@@ -12,8 +12,8 @@ PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'c
           'bigrams', 'training')
 
 
-def write_page(path, facts, arrays):
-    path.write_text(explain.build_page(NO_RUN | facts, arrays), encoding='utf-8')
+def write_page(path, facts, arrays, weights=b''):
+    path.write_text(explain.build_page(NO_RUN | facts, arrays, weights), encoding='utf-8')
     return path
 
 

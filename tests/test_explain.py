@@ -266,7 +266,9 @@ def test_serve_sends_security_headers_with_every_answer(clone, trained):
                               for part in answer.headers['Content-Security-Policy'].split('; '))
                 assert policy['default-src'] == "'none'"
                 assert policy['frame-ancestors'] == "'none'"
-                assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy['script-src'])
+                scripts = re.fullmatch(r"'sha256-[\w+/]{43}=' 'wasm-unsafe-eval'",
+                                       policy['script-src'])
+                assert scripts and policy['worker-src'] == 'blob:'
                 assert answer.headers['X-Frame-Options'] == 'DENY'
                 assert answer.headers['X-Content-Type-Options'] == 'nosniff'
                 assert answer.headers['Referrer-Policy'] == 'no-referrer'
