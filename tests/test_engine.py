@@ -10,7 +10,9 @@ import torch
 
 import architectures
 import interpret
-from helpers import ARCHITECTURES, POST, TEXT, awake, char_tokenizer, tokens
+from browser import opened, write_page
+from helpers import ARCHITECTURES, POST, TEXT, awake, char_tokenizer, collect, tokens
+from lib import page_weights
 from lib.bpe import train_bpe
 from lib.errors import UserError
 from lib.page import page_template
@@ -314,7 +316,10 @@ TOKENIZERS = {
 }
 
 
-@pytest.mark.parametrize('name', TOKENIZERS)
+@pytest.mark.parametrize('name', [
+    name if name in ('byte with an end', 'bpe with gaps', 'bpe like GPT-4')
+    else pytest.param(name, marks=pytest.mark.slow) for name in TOKENIZERS
+])
 def test_tokenizers_give_the_same_ids_and_texts(tab, name):
     tokenizer = TOKENIZERS[name]()
     texts = random_texts(2000)
@@ -352,12 +357,30 @@ def test_characters_and_ids_are_tokenized_or_refused(tab):
     assert tab.evaluate('ids => tokenizer.decode(ids)', [0, 1, 2]) == tokenizer.decode([0, 1, 2])
 
 
-def test_only_models_that_fit_travel_in_the_page():
+def test_only_models_that_fit_travel_in_the_page(monkeypatch):
+    for name in ('MAX_FP32_BYTES', 'MAX_FP16_BYTES', 'MAX_BYTES'):
+        monkeypatch.setattr(page_weights, name, getattr(page_weights, name) // 10)
     model = awake()
     facts, data, rounded = weights_for_page(model, char_tokenizer(48, 40))
     assert facts['format'] == 'float32' and rounded.lm_head.weight.equal(model.lm_head.weight)
-    for n, format in ((2_000_000, 'float16'), (6_000_000, 'int8'), (30_000_000, None)):
+    for n, format in ((200_000, 'float16'), (600_000, 'int8'), (3_000_000, None)):
         with torch.no_grad():
             model.lm_head.weight = torch.nn.Parameter(torch.randn(n // 32, 32))
         packed = weights_for_page(model, char_tokenizer(48, 40))
         assert (packed and packed[0]['format']) == format
+
+
+def test_page_with_weights_starts_the_model_and_states_their_rounding(chromium, tmp_path):
+    model, names = awake(), char_tokenizer(48, 40)
+    facts, arrays = collect(model, names, text_of(model))
+    path = tmp_path / 'page.html'
+    for format, note in (('int8', 'int8, with a scale for each row: this changes the logits of '
+                                  'this text by up to 0.012.'), ('float32', 'as the model has')):
+        engine, weights, _ = pack_weights(model, names, format)
+        facts['engine'] = engine | {'difference': 0.0123}
+        with opened(chromium, write_page(path, dict(facts), arrays, weights)) as tab:
+            tab.wait_for_selector('html[data-engine]')  # its policy lets the Worker start
+            assert note in tab.locator('#accuracy').text_content()
+    del facts['engine']
+    page = write_page(path, facts, arrays).read_text(encoding='utf-8')
+    assert 'worker-src' not in page and 'wasm-unsafe-eval' not in page and 'id="worker"' not in page
