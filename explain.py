@@ -59,6 +59,7 @@ from torch.nn import functional as F
 import checkpoint as ckpt
 import interpret
 from interpret.causal import collect_ablations
+from interpret.graph import collect_graphs
 from interpret.snippets import collect_snippets
 from lib.files import find, printable, write_text
 from lib.page import DATA, nan_to_none, page_template, to_half
@@ -163,6 +164,7 @@ def collect_text(model, tokenizer, ids, means=None):
         collect_neurons(model, trace, vocab_size),
         collect_circuits(model, trace, distinct, vocab_size),
         collect_ablations(model, trace, target, vocab_size, means),
+        collect_graphs(model, trace, target),
     ):
         facts |= more_facts
         arrays |= more_arrays

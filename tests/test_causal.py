@@ -1,5 +1,6 @@
 """Ablations, snippets and attribution graphs against PyTorch's hooks and handmade cases."""
 
+import collections
 import contextlib
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 import interpret
 from helpers import ARCHITECTURES, POST, awake, char_tokenizer, tokens, write_nanogpt_dataset
-from interpret import causal, snippets
+from interpret import causal, graph, snippets
 from lib import bins
 
 GATED = {'activation': 'swiglu', 'norm': 'rmsnorm', 'bias': False, 'position': 'rope'}
@@ -159,3 +160,187 @@ def test_snippets_say_why_there_are_none(tmp_path):
     for dataset, reason in ((tmp_path, 'val.bin'), ('', 'names no data set')):
         facts, arrays, means = snippets.collect_snippets(checkpoint_of(dataset), model, tokenizer)
         assert reason in facts['snippets']['missing'] and not arrays and means is None
+
+
+# Attribution graphs -------------------------------------------------------------------------------
+
+class FrozenByHooks:
+    """A model in which hooks keep attention patterns, norm divisors and the slopes of neurons as
+    they were for a text, and in which one edge can be switched off."""
+
+    def __init__(self, model, trace, stack):
+        self.model, self.trace, self.config = model, trace, model.config
+        self.inputs, self.scales = {}, {}
+        norms = [m for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.RMSNorm))
+                 and m.normalized_shape == (model.config.n_embd,)]
+        self.change = {}  # module -> function of its frozen output
+        for module in norms:
+            module.register_forward_pre_hook(lambda m, args: self.inputs.update({m: args[0]}))
+        model(trace.idx, trace.idx)
+        self.scales = {norm: interpret.norm_scale(norm, self.inputs[norm]) for norm in norms}
+        for module in norms:
+            stack.callback(module.register_forward_hook(
+                lambda m, args, out: self.norm(m, args[0])).remove)
+        for layer, block in enumerate(model.transformer.h):
+            for module, function in ((block.attn, self.attn), (block.mlp, self.mlp)):
+                stack.callback(module.register_forward_hook(
+                    lambda m, args, out, f=function, i=layer: f(m, args[0], i)).remove)
+        self.edge = None  # (place, head or neuron, query, position, vector) that one reader misses
+
+    def norm(self, module, x):
+        if isinstance(module, torch.nn.LayerNorm):
+            x = x - x.mean(dim=-1, keepdim=True)
+        x = x * self.scales[module][..., None] * module.weight
+        return x if getattr(module, 'bias', None) is None else x + module.bias
+
+    def missing(self, norm, x, place):
+        """The input x (1, T, C) of a layer, if the edge is cut at its position."""
+        *_, position, vector = self.edge
+        if self.config.norm_position == 'post':
+            return x.index_add(1, torch.tensor([position]), -vector[None, None])
+        stream = self.inputs[norm].index_add(1, torch.tensor([position]), -vector[None, None])
+        return self.norm(norm, stream)
+
+    def attn(self, module, x, layer):
+        def values(x):
+            v = module.c_attn(x).unflatten(-1, (-1, module.head_size))[:, :, -module.n_kv_head:]
+            return interpret.per_head(self.model, v.transpose(1, 2))
+
+        mixed = self.trace.attention[layer] @ values(x)  # (1, nh, T, hs)
+        if self.edge and self.edge[0] == 2 * layer:
+            _, head, query, position, _ = self.edge
+            block = self.model.transformer.h[layer]
+            lost = values(x) - values(self.missing(block.ln_1, x, 2 * layer))
+            share = self.trace.attention[layer, 0, head, query, position]
+            mixed[0, head, query] -= share * lost[0, head, position]
+        return module.c_proj(mixed.transpose(1, 2).flatten(2))
+
+    def mlp(self, module, x, layer):
+        gated = self.config.activation == 'swiglu'
+        pre = self.trace.pre[layer]
+
+        def neurons(x):
+            out = module.c_fc(x)
+            if gated:
+                return F.silu(pre) * out.chunk(2, dim=-1)[1]
+            return out * self.trace.post[layer] / pre
+
+        post = neurons(x)
+        if self.edge and self.edge[0] == 2 * layer + 1:
+            _, neuron, _, position, _ = self.edge
+            block = self.model.transformer.h[layer]
+            cut = neurons(self.missing(block.ln_2, x, 2 * layer + 1))
+            post[0, position, neuron] = cut[0, position, neuron]
+        return module.c_proj(post)
+
+    def logit(self, t, token):
+        """Before any softcap, in double precision."""
+        found = []
+        ln_f, end = self.model.transformer.ln_f, 2 * self.config.n_layer
+
+        def last(module, args, out):
+            x = args[0]
+            if self.edge and self.edge[0] == end:
+                x = x.index_add(1, torch.tensor([self.edge[3]]), -self.edge[4][None, None])
+            found.append(self.norm(ln_f, x) if self.config.norm_position == 'pre' else x)
+
+        handle = ln_f.register_forward_hook(last)
+        self.model(self.trace.idx, self.trace.idx)
+        handle.remove()
+        return (found[0][0, t] @ self.model.lm_head.weight[token]).item()
+
+
+def written(model, trace, node, place):
+    """What a node has written, as it arrives in the stream before a place: its part of it. (C,)"""
+    kind, layer, index, position, source = node
+    block = model.transformer.h[layer]
+    if kind == 0:
+        vector, start = list(trace.embeddings.values())[index][0, position], 0
+    elif kind == 1:
+        v = interpret.per_head(model, trace.v[layer, 0])[index, source]
+        hs = model.config.head_dim
+        vector = block.attn.c_proj.weight[:, index * hs:(index + 1) * hs] @ v
+        vector = vector * trace.attention[layer, 0, index, position, source]
+        start = 2 * layer
+    else:
+        vector = block.mlp.c_proj.weight[:, index] * trace.post[layer, 0, position, index]
+        start = 2 * layer + 1
+    scale = trace.later_scale[:, 0, position]
+    norms = interpret.stream_norms(model)[start:place]
+    return interpret.carry(norms, vector) * scale[start] / scale[place] if norms else vector
+
+
+RELU2 = {'activation': 'relu2', 'norm': 'rmsnorm', 'bias': False, 'qk_norm': True, 'ngram': 2,
+         'position': 'rope', 'ngram_rows': 97, 'n_kv_head': 2}
+
+
+@pytest.mark.parametrize('options', [RELU2, {}, POST, GATED, PAIRS] + OTHERS, ids=str)
+@torch.no_grad()
+def test_each_edge_of_a_graph_is_what_switching_it_off_changes(options):
+    model = awake(**options).double()
+    trace, target = text(model, 7)
+    frozen = graph.Frozen(model, trace)
+    t, token = 6, target[6]
+    found = graph.attribution_graph(frozen, t, token)
+    nodes = frozen.describe(found.ids).tolist()
+    end = 2 * model.config.n_layer
+    tried = collections.Counter()  # by kinds of writer and reader
+    with contextlib.ExitStack() as stack:
+        by_hooks = FrozenByHooks(model, trace, stack)
+        before = by_hooks.logit(t, token)
+        U, b_U = interpret.unembedding(model)
+        assert before == pytest.approx((trace.residual[-1, 0, t] @ U[token]
+                                        * trace.final_scale[0, t] + b_U[token]).item(), rel=1e-6)
+        for (writer, reader), logits in zip(found.edges.tolist(), found.edge_logits):
+            kind, layer, index, query, source = nodes[reader] if reader >= 0 else (3, 0, 0, t, t)
+            pair = (nodes[writer][0], kind)
+            is_bias = nodes[writer][0] == 0 and nodes[writer][2] == len(trace.embeddings)
+            if is_bias or tried[pair] == 4:
+                continue
+            tried[pair] += 1
+            place = {1: 2 * layer, 2: 2 * layer + 1, 3: end}[kind]
+            position = source if kind == 1 else query
+            vector = written(model, trace, nodes[writer], place)
+            by_hooks.edge = (place, index, query, position, vector)
+            difference = before - by_hooks.logit(t, token)
+            assert difference == pytest.approx(logits.item(), rel=1e-4, abs=1e-7)
+    assert {(0, 1), (0, 2), (1, 2), (2, 2), (1, 3), (2, 3)} <= set(tried)
+
+
+@pytest.mark.parametrize('options', [RELU2, GATED], ids=str)
+@torch.no_grad()
+def test_whole_graph_conserves_the_logit(options, monkeypatch):
+    for name, value in (('EXPANDED', 0), ('SHARE', 2), ('EDGE_SHARE', 2), ('MAX_NODES', 10**6)):
+        monkeypatch.setattr(graph, name, value)
+    model = awake(**options).double()
+    trace, target = text(model, 5)
+    frozen = graph.Frozen(model, trace)
+    found = graph.attribution_graph(frozen, 4, target[4])
+    logit = (trace.residual[-1, 0, 4] @ interpret.unembedding(model)[0][target[4]]
+             * trace.final_scale[0, 4])
+    incoming = torch.zeros(len(found.ids) + 1).double()
+    outgoing = torch.zeros(len(found.ids) + 1).double()
+    incoming.index_add_(0, found.edges[:, 1] + 1, found.edge_logits)
+    outgoing.index_add_(0, found.edges[:, 0] + 1, found.edge_logits)
+    is_leaf = frozen.describe(found.ids)[:, 0] == 0
+    torch.testing.assert_close(incoming[0], logit)
+    torch.testing.assert_close(outgoing[1:], found.logits, atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(incoming[1:][~is_leaf], found.logits[~is_leaf], atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(found.logits[is_leaf].sum(), logit)
+    assert found.influence[is_leaf].sum().item() == pytest.approx(1)
+
+
+def test_collect_graphs_keeps_the_most_influential_nodes():
+    model = awake(**RELU2)
+    trace, target = text(model, 9)
+    facts, arrays = graph.collect_graphs(model, trace, target)
+    assert [each['t'] for each in facts['graphs']] == list(range(9))
+    first = facts['graphs'][-2]['nodes']
+    influence = arrays['graph_influence'][first:].float()
+    assert (influence.diff() <= 0).all()
+    assert influence.sum() >= 0.8 * facts['graphs'][-1]['total'] or len(influence) == 250
+    assert facts['graphs'][-1]['logit'] == pytest.approx(trace.logits[0, 8, target[8]].item(),
+                                                         abs=1e-4)
+    assert len(arrays['graph_nodes']) == facts['graphs'][-1]['nodes']
+    edges = arrays['graph_edges'][facts['graphs'][-2]['edges']:]
+    assert edges[:, 0].min() >= 1 and edges.max() <= len(influence)  # 0: the logit reads only
