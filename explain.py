@@ -89,8 +89,8 @@ DROPPED_TOGETHER = {
 # histogram of the logits outside the top 512: counts by distance from the largest logit
 TAIL_BINS = 2048
 BINS_PER_NAT = 32
-MODEL_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'activation',
-              'qk_norm', 'logit_softcap', 'bias', 'eot_token', 'turns', 'prefix_lm')
+MODEL_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'norm_position',
+              'activation', 'qk_norm', 'logit_softcap', 'bias', 'eot_token', 'turns', 'prefix_lm')
 
 
 # Data for the page --------------------------------------------------------------------------------
@@ -204,6 +204,7 @@ def collect_stream(model, trace, vocab_size):
     arrays['size_attn'] = trace.attn_out[:, 0].norm(dim=-1)  # (L, T)
     arrays['size_mlp'] = trace.mlp_out[:, 0].norm(dim=-1)
     arrays['size_stream'] = trace.residual[:, 0].norm(dim=-1)  # (L + 1, T)
+    arrays['size_middle'] = trace.middle[:, 0].norm(dim=-1)  # (L, T) after attention
     top = [probs.topk(min(10, vocab_size))
            for probs in interpret.logit_lens(model, trace, vocab_size=vocab_size)]
     arrays['lens_ids'] = torch.stack([x.indices for x in top])  # (L + 1, T, 10)
@@ -302,7 +303,7 @@ def collect_circuits(model, trace, distinct, vocab_size):
     n_heads = model.config.n_layer * model.config.n_head
     limit = max(4, min(32, int(math.sqrt(40_000 / n_heads))))
     circuit_ids = distinct[:limit]
-    scale = trace.final_scale.mean().item()
+    scale = trace.later_scale[:-1:2].mean(dim=(1, 2))  # (L,)
     qk, ov = interpret.token_circuits(model, torch.tensor(circuit_ids), scale, vocab_size)
     arrays = {'qk': to_half(qk), 'ov': to_half(ov)}  # (L, nh, N, N)
     whole, direct = interpret.bigrams(model, torch.tensor(distinct), vocab_size)
@@ -445,10 +446,6 @@ def main(config):
     checkpoint = ckpt.load(source, config.checkpoint, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()
-    norm_position = model.config.norm_position
-    require(norm_position == 'pre',
-            f'{checkpoint.path}: norm_position = {norm_position!r}: '
-            f'explain.py supports pre-norm models only')
     model.requires_grad_(False)
     max_tokens = min(MAX_TOKENS, model.config.block_size)
 

@@ -18,6 +18,7 @@ import {
   ticks
 } from './core.js';
 import {headName} from './model.js';
+import {svgOf} from './svg.js';
 
 /** Replace the picture of a figure with an SVG of this size in CSS pixels. */
 export function drawing(figure, width, height, label, ...children) {
@@ -34,6 +35,7 @@ export function drawing(figure, width, height, label, ...children) {
     },
     children
   );
+  figure.hadFocus = figure.picture.contains(document.activeElement);
   figure.picture.replaceChildren(svg);
   figure.refresh();
   return svg;
@@ -49,6 +51,47 @@ export const faint = anchor => ({
   'font-size': 11
 });
 
+/**
+ * Let the keyboard reach elements of a drawing: one tab stop, arrow keys move from one to the next,
+ * and each shows its tip. items: [{element, name: its text, tip, onClick}]; those with onClick are
+ * buttons. The focus stays where it was when the figure is drawn again.
+ */
+export function reachable(figure, svg, items) {
+  if (!items.length) return;
+  svg.setAttribute('role', 'group'); // the children of an image would be hidden
+  const elements = items.map(({element}) => element);
+  const stopAt = i => {
+    figure.stop = i;
+    elements.forEach((element, j) => element.setAttribute('tabindex', j === i ? 0 : -1));
+  };
+  items.forEach(({element, name, tip, onClick}, i) => {
+    element.setAttribute('role', onClick ? 'button' : 'img');
+    element.setAttribute('aria-label', [name, tip].filter(Boolean).join(', ').replace('\n', ', '));
+    if (onClick) element.style.cursor = 'pointer';
+    const show = event => showTip(event, tip);
+    const showHere = () => {
+      const {left, bottom} = element.getBoundingClientRect();
+      showTip({clientX: left, clientY: bottom - 8}, tip);
+    };
+    const keydown = event => {
+      const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
+      if (step) {
+        stopAt(clamp(i + step, 0, elements.length - 1));
+        elements[figure.stop].focus();
+      } else if (onClick && (event.key === 'Enter' || event.key === ' ')) onClick();
+      else return;
+      event.preventDefault();
+    };
+    const listeners = {focus: showHere, blur: hideTip, pointermove: show, pointerleave: hideTip};
+    if (onClick) listeners.click = onClick;
+    for (const [type, listener] of Object.entries({...listeners, keydown})) {
+      element.addEventListener(type, listener);
+    }
+  });
+  stopAt(clamp(figure.stop ?? 0, 0, elements.length - 1));
+  if (figure.hadFocus) elements[figure.stop].focus({preventScroll: true});
+}
+
 // Bars --------------------------------------------------------------------------------------------
 
 const LABEL_WIDTH = 108;
@@ -57,7 +100,7 @@ const LABEL_WIDTH = 108;
  * Horizontal bars. rows: [{label, value, ...}] with optional
  *   text: instead of the value;  outline: a second value, drawn as an outline;
  *   from: start of the bar, for waterfalls;  bold;  plain: label not in monospace;
- *   total: a gray bar;  onClick;  tip: tooltip.
+ *   total: a gray bar;  tip: tooltip;  onClick: needs a tip, which is its name.
  */
 export function bars(figure, rows, label, {numberWidth = 64, step = 20, low, high} = {}) {
   const width = figure.width();
@@ -83,12 +126,7 @@ export function bars(figure, rows, label, {numberWidth = 64, step = 20, low, hig
     const text = row.text ?? signed(row.value, digits);
     return s(
       'g',
-      {
-        style: row.onClick ? 'cursor:pointer' : '',
-        onclick: row.onClick,
-        onpointermove: row.tip && (event => showTip(event, row.tip)),
-        onpointerleave: row.tip && hideTip
-      },
+      {},
       s('rect', {x: 0, y, width, height: step, fill: 'transparent'}), // the whole row is clickable
       row.outline !== undefined && outlineOf(row, x, y, step),
       barOf(row, x, y, step),
@@ -97,6 +135,7 @@ export function bars(figure, rows, label, {numberWidth = 64, step = 20, low, hig
         class: row.plain ? '' : 'mono',
         'font-weight': row.bold ? 700 : 400
       }),
+      ' ', // between the words of its name
       svgText(width - 2, y + step / 2 - 2, text, {
         'text-anchor': 'end',
         fill: color('muted'),
@@ -104,7 +143,17 @@ export function bars(figure, rows, label, {numberWidth = 64, step = 20, low, hig
       })
     );
   };
-  drawing(figure, width, height, label, min < 0 && zeroLine, rows.map(drawRow));
+  const drawn = rows.map(drawRow);
+  const svg = drawing(figure, width, height, label, min < 0 && zeroLine, drawn);
+  const items = rows.map(({tip, onClick}, i) => {
+    const name = Array.from(drawn[i].querySelectorAll('text'), text => text.textContent).join(' ');
+    return {element: drawn[i], name, tip, onClick};
+  });
+  reachable(
+    figure,
+    svg,
+    items.filter(item => item.tip)
+  );
 }
 
 function digitsFor(largest) {
@@ -142,9 +191,10 @@ function outlineOf(row, x, y, step) {
 
 /**
  * Line chart. series: [{name, points: [[x, y], ...], tone, faint}]; zero: include 0 on the y axis;
- * high: top of the y axis; marks: [{x, label}], vertical lines.
+ * high: top of the y axis; marks: [{x, label}], vertical lines; xName, yName: of the axes.
  */
-export function lines(figure, series, label, {zero = false, high, xName = '', marks = []} = {}) {
+export function lines(figure, series, label, options = {}) {
+  const {zero = false, high, xName = '', yName = '', marks = []} = options;
   const all = series.flatMap(line => line.points);
   if (!all.length) {
     figure.picture.replaceChildren(h('p', {class: 'note'}, 'No data.'));
@@ -218,6 +268,7 @@ export function lines(figure, series, label, {zero = false, high, xName = '', ma
     ticks(yMin, yMax).map(yTick),
     ticks(xMin, xMax, Math.max(3, Math.floor(width / 110))).map(xTick),
     svgText(right, height - 8, xName, faint('end')),
+    svgText(right, 9, yName, faint('end')),
     marks.map(drawMark),
     series.map(drawLine),
     legend
@@ -235,7 +286,8 @@ const MONO_FONT = '11px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monos
  *   describe(i, j): text for the tooltip and the readout;
  *   onPick(i, j): click or Enter;  isSelected(i, j): cells to frame;
  *   rowName(i), columnName(j): labels, if the cells are large enough;  monoRows: row labels in
- *   monospace;  cellHeight: of cells that are not square;  maxSize: of the matrix, in CSS pixels.
+ *   monospace;  rowAxis, columnAxis: what rows and columns are;  cellHeight: of cells that are not
+ *   square;  maxSize: of the matrix, in CSS pixels.
  * Arrow keys move a cursor that reads out the cells.
  */
 export function matrix(figure, options) {
@@ -252,13 +304,15 @@ export function matrix(figure, options) {
   });
   const pen = canvas.getContext('2d');
   let cursor = figure.cursor || null; // kept when the matrix is drawn again
+  canvas.toSvg = () =>
+    svgOf(layout.width, layout.height, svgPen => paintMatrix(svgPen, layout, options, null));
   const paint = () => {
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     paintMatrix(pen, layout, options, cursor);
   };
   const cellAt = event => {
     const box = canvas.getBoundingClientRect();
-    const i = Math.floor((event.clientY - box.top) / layout.rowHeight);
+    const i = Math.floor((event.clientY - box.top - layout.top) / layout.rowHeight);
     const j = Math.floor((event.clientX - box.left - layout.left) / layout.cell);
     return i >= 0 && i < rows && j >= 0 && j < columns ? [i, j] : null;
   };
@@ -302,16 +356,21 @@ export function matrix(figure, options) {
   figure.refresh();
 }
 
+const AXIS = 16; // room for the name of an axis
+
 /** Sizes in CSS pixels: labels are left out where the cells are too small for them. */
-function matrixLayout(room, {rows, columns, rowName, columnName, cellHeight, maxSize = 480}) {
+function matrixLayout(room, options) {
+  const {rows, columns, rowName, columnName, rowAxis, columnAxis, cellHeight} = options;
+  const {maxSize = 480} = options;
   const longSide = Math.max(columns, cellHeight ? 1 : rows);
   const maxCell = clamp(480 / longSide, 26, 72);
   const cellFor = margin => {
     const fitting = Math.min(maxSize / Math.max(rows, columns), (room - margin) / columns);
     return Math.max(1.2, Math.min(fitting, maxCell));
   };
-  let left = rowName ? Math.min(cellHeight ? 96 : 66, room * 0.3) : 0;
-  if (!cellHeight && cellFor(left) < 10) left = 0;
+  const axis = rowAxis ? AXIS : 0;
+  let left = axis + (rowName ? Math.min(cellHeight ? 96 : 66, room * 0.3) : 0);
+  if (!cellHeight && cellFor(left) < 10) left = axis;
   const cell = cellFor(left);
   const rowHeight = cellHeight || cell;
   let below = 0;
@@ -319,32 +378,41 @@ function matrixLayout(room, {rows, columns, rowName, columnName, cellHeight, max
     const longest = Math.max(...range(columns, j => [...columnName(j)].length));
     below = longest ? 10 + 7 * longest : 0;
   }
-  const width = left + cell * columns;
-  const height = rowHeight * rows + below;
-  return {left, below, cell, rowHeight, width, height};
+  const top = columnAxis ? AXIS : 0;
+  const minWidth = columnAxis ? 7 * columnAxis.length : 0;
+  const width = left + Math.max(cell * columns, minWidth);
+  const height = top + rowHeight * rows + below;
+  return {left, top, axis, below, cell, rowHeight, width, height};
 }
 
 function paintMatrix(pen, layout, options, cursor) {
   const {rows, columns, cellColor, isSelected} = options;
-  const {left, below, cell, rowHeight, width, height} = layout;
+  const {left, top, axis, below, cell, rowHeight, width, height} = layout;
   pen.fillStyle = color('panel'); // saved pictures need a background
   pen.fillRect(0, 0, width, height);
   const columnGap = cell >= 7 ? 1 : 0;
   const rowGap = rowHeight >= 7 ? 1 : -0.3; // small cells overlap, so that no seams show
   const paintedWidth = cell - (columnGap || -0.3);
   for (let i = 0; i < rows; i++) {
-    for (let j = 0; j < columns; j++) {
-      const rgb = cellColor(i, j);
-      if (!rgb) continue;
-      pen.fillStyle = css(rgb);
-      pen.fillRect(left + j * cell, i * rowHeight, paintedWidth, rowHeight - rowGap);
+    const colors = range(columns, j => cellColor(i, j)).map(rgb => rgb && css(rgb));
+    let start = 0;
+    for (let j = 1; j <= columns; j++) {
+      if (!columnGap && j < columns && colors[j] === colors[start]) continue; // one wide cell
+      if (colors[start]) {
+        pen.fillStyle = colors[start];
+        const paintedTo = (j - 1) * cell + paintedWidth;
+        const y = top + i * rowHeight;
+        pen.fillRect(left + start * cell, y, paintedTo - start * cell, rowHeight - rowGap);
+      }
+      start = j;
     }
   }
   pen.fillStyle = color('muted');
   pen.textBaseline = 'middle';
   pen.textAlign = 'right';
-  if (left) paintRowNames(pen, layout, options);
+  if (left > axis) paintRowNames(pen, layout, options);
   if (below) paintColumnNames(pen, layout, options);
+  paintAxisNames(pen, layout, options);
 
   pen.strokeStyle = color('ink');
   pen.lineWidth = 1.5;
@@ -352,34 +420,49 @@ function paintMatrix(pen, layout, options, cursor) {
     for (let j = 0; j < columns; j++) {
       if (!isSelected(i, j)) continue;
       const x = left + j * cell;
-      const y = i * rowHeight;
+      const y = top + i * rowHeight;
       pen.strokeRect(x, y, Math.max(cell - columnGap, 2), Math.max(rowHeight - columnGap, 2));
       if (rows <= 4) continue;
       pen.globalAlpha = 0.4; // its row and column
       pen.strokeRect(left, y, cell * columns, rowHeight);
-      pen.strokeRect(x, 0, cell, rowHeight * rows);
+      pen.strokeRect(x, top, cell, rowHeight * rows);
       pen.globalAlpha = 1;
     }
   }
   if (cursor) {
     const [i, j] = cursor;
-    pen.strokeRect(left + j * cell, i * rowHeight, cell, rowHeight);
+    pen.strokeRect(left + j * cell, top + i * rowHeight, cell, rowHeight);
   }
 }
 
-function paintRowNames(pen, {left, rowHeight}, {rows, rowName, monoRows}) {
-  const textFont = '11px ' + getComputedStyle(document.body).fontFamily;
-  pen.font = monoRows ? MONO_FONT : textFont;
+const textFont = () => '11px ' + getComputedStyle(document.body).fontFamily;
+
+function paintRowNames(pen, {left, top, axis, rowHeight}, {rows, rowName, monoRows}) {
+  pen.font = monoRows ? MONO_FONT : textFont();
   for (let i = 0; i < rows; i++) {
-    pen.fillText(rowName(i), left - 6, (i + 0.5) * rowHeight, left - 8);
+    pen.fillText(rowName(i), left - 6, top + (i + 0.5) * rowHeight, left - axis - 8);
   }
 }
 
-function paintColumnNames(pen, {left, below, cell, rowHeight}, {rows, columns, columnName}) {
+/** What columns are, above them, and what rows are, along the left edge. */
+function paintAxisNames(pen, {left, top}, {rowAxis, columnAxis}) {
+  pen.font = textFont();
+  pen.textAlign = 'left';
+  if (columnAxis) pen.fillText(`${columnAxis} →`, left, top / 2 - 1);
+  if (!rowAxis) return;
+  pen.save();
+  pen.translate(7, top);
+  pen.rotate(-Math.PI / 2);
+  pen.textAlign = 'right';
+  pen.fillText(`← ${rowAxis}`, 0, 0);
+  pen.restore();
+}
+
+function paintColumnNames(pen, {left, top, below, cell, rowHeight}, {rows, columns, columnName}) {
   pen.font = MONO_FONT;
   for (let j = 0; j < columns; j++) {
     pen.save();
-    pen.translate(left + (j + 0.5) * cell, rows * rowHeight + 5);
+    pen.translate(left + (j + 0.5) * cell, top + rows * rowHeight + 5);
     pen.rotate(-Math.PI / 2);
     pen.fillText(columnName(j), 0, 0, below - 6);
     pen.restore();
@@ -388,12 +471,15 @@ function paintColumnNames(pen, {left, below, cell, rowHeight}, {rows, columns, c
 
 // Points and head grid ----------------------------------------------------------------------------
 
-/** Scatter plot around the origin, both axes on the same scale. all: [{x, y, label, tone}]. */
-export function points(figure, all, label) {
+/**
+ * Scatter plot around the origin, both axes on the same scale. all: [{x, y, label, tone}];
+ * xName, yName: of the axes.
+ */
+export function points(figure, all, label, xName, yName) {
   const height = 240;
   const width = Math.min(figure.width(), 420);
   const reach = 1.1 * maxAbs(all.flatMap(point => [point.x, point.y]));
-  const radius = Math.min(width, height) / 2 - 8;
+  const radius = Math.min(width, height) / 2 - 14;
   const x = value => width / 2 + (value / reach) * radius;
   const y = value => height / 2 - (value / reach) * radius;
   const axis = (x1, y1, x2, y2) => s('line', {x1, y1, x2, y2, stroke: color('line')});
@@ -403,19 +489,27 @@ export function points(figure, all, label) {
       cy: y(point.y),
       r: 3.5,
       fill: color(point.tone || 'accent'),
-      'fill-opacity': 0.75,
-      onpointermove: event => showTip(event, point.label),
-      onpointerleave: hideTip
+      'fill-opacity': 0.75
     });
-  drawing(
+  const drawn = all.map(drawPoint);
+  const marks = ticks(-reach / 1.1, reach / 1.1).filter(value => value !== 0);
+  const svg = drawing(
     figure,
     width,
     height,
     label,
     axis(x(-reach), y(0), x(reach), y(0)),
     axis(x(0), y(-reach), x(0), y(reach)),
-    all.map(drawPoint)
+    marks.map(value => [
+      svgText(x(value), y(0) + 10, compact(value), faint('middle')),
+      svgText(x(0) - 5, y(value), compact(value), faint('end'))
+    ]),
+    svgText(x(reach) + 4, y(0), xName, faint('start')),
+    svgText(x(0) + 6, y(reach) + 4, yName, faint('start')),
+    drawn
   );
+  const items = all.map((point, i) => ({element: drawn[i], tip: point.label}));
+  reachable(figure, svg, items);
 }
 
 /** A table of heads shaded by value(layer, head) in [-1, 1]; onPick(layer, head) on click. */
@@ -426,11 +520,17 @@ export function headGrid(figure, layers, heads, value, label, onPick) {
       'td',
       {
         class: 'head-cell',
-        style: `background:${css(rgb)};color:${textOn(rgb)}`,
-        title: `head ${headName(layer, head)}`,
-        onclick: () => onPick(layer, head)
+        style: `background:${css(rgb)};color:${textOn(rgb)}`
       },
-      fixed(value(layer, head), 2)
+      h(
+        'button',
+        {
+          type: 'button',
+          title: `head ${headName(layer, head)}`,
+          onclick: () => onPick(layer, head)
+        },
+        fixed(value(layer, head), 2)
+      )
     );
   };
   const gridRow = layer =>
@@ -440,7 +540,13 @@ export function headGrid(figure, layers, heads, value, label, onPick) {
       h('th', {scope: 'row'}, 'L' + layer),
       range(heads, head => cell(layer, head))
     );
-  const grid = h('table', {'aria-label': label}, h('tbody', {}, range(layers, gridRow)));
+  const headings = range(heads, head => h('th', {scope: 'col'}, 'H' + head));
+  const grid = h(
+    'table',
+    {'aria-label': label},
+    h('thead', {}, h('tr', {}, h('td', {}), headings)),
+    h('tbody', {}, range(layers, gridRow))
+  );
   figure.picture.replaceChildren(grid);
   figure.refresh();
 }

@@ -1,6 +1,6 @@
 // Properties of the weights alone: induction, composition, QK and OV circuits; and bigrams.
 
-import {bars, drawing, faint, lines, matrix, points, svgText} from './charts.js';
+import {bars, drawing, faint, lines, matrix, points, reachable, svgText} from './charts.js';
 import {
   choice,
   color,
@@ -50,7 +50,7 @@ export function buildCircuits() {
   if (facts.model.prefix_lm) box.append(note(RANDOM_TOKENS_NOTE));
   if (L === 1) box.append(note('Composition needs at least two layers.'));
   else if (!arrays.compositions) box.append(missing());
-  else box.append(h('div', {class: 'columns wide-left'}, compositionFigure(), pairsFigure()));
+  else buildComposition(box);
 
   const heading = h('h3', {});
   const n = facts.circuit_ids.length;
@@ -86,6 +86,7 @@ function repeatsFigure() {
     lines(chart, [{points: curve, tone: 'accent', name: 'loss'}], title, {
       zero: true,
       xName: 'position',
+      yName: 'nats',
       marks: [{x: length, label: 'repeat starts'}]
     })
   );
@@ -124,6 +125,20 @@ function compositionEdges(kind) {
     }
   }
   return edges.sort((a, b) => b.value - a.value);
+}
+
+/** Composition, and next to it the induction circuits, if there are any. */
+function buildComposition(box) {
+  const pairs = inductionPairs();
+  if (pairs.length) {
+    const figures = [compositionFigure(), pairsFigure(pairs)];
+    box.append(h('div', {class: 'columns wide-left'}, figures));
+    return;
+  }
+  const text =
+    'No candidate induction circuit: no previous-token head (score above 0.3) comes before an ' +
+    'induction head (score above 0.3). Small models form them late in training, or never.';
+  box.append(compositionFigure(), h('p', {class: 'note', id: 'no-pairs'}, text));
 }
 
 function compositionFigure() {
@@ -176,7 +191,7 @@ function compositionFigure() {
 
 function drawComposition(chart, edges, largest) {
   const width = chart.width();
-  const left = 26;
+  const left = 40;
   const columnGap = (width - left - 26) / Math.max(1, L - 1);
   const rowGap = Math.max(15, Math.min(34, 360 / H));
   const x = n => left + layerOf(n) * columnGap;
@@ -195,8 +210,7 @@ function drawComposition(chart, edges, largest) {
         stroke: color('accent'),
         'stroke-width': 0.6 + (3 * value) / largest,
         'stroke-opacity': 0.2 + (0.7 * value) / largest
-      },
-      s('title', {}, `${nameOf(reader)} reads ${nameOf(writer)}: ${fixed(value, 4)} above random`)
+      }
     );
   };
   const drawHead = n =>
@@ -208,22 +222,33 @@ function drawComposition(chart, edges, largest) {
         r: n === selected ? 6 : 4,
         fill: color(n === selected ? 'ink' : 'panel'),
         stroke: color(n === selected ? 'ink' : 'muted'),
-        'stroke-width': 1.5,
-        style: 'cursor:pointer',
-        onclick: () => set({layer: layerOf(n), head: n % H, source: -1})
-      },
-      s('title', {}, `head ${nameOf(n)}`)
+        'stroke-width': 1.5
+      }
     );
-  drawing(
+  const curves = edges.map(drawEdge);
+  const dots = range(L * H, drawHead);
+  const svg = drawing(
     chart,
     width,
     30 + rowGap * H,
     'Heads as dots, one column per layer; lines connect each writer to its reader',
     range(L, l => svgText(left + l * columnGap, 10, 'L' + l, faint('middle'))),
-    edges.toReversed().map(drawEdge), // the strongest on top
-    range(L * H, drawHead)
+    range(H, k => svgText(2, 34 + k * rowGap, 'H' + k, faint('start'))),
+    curves.toReversed(), // the strongest on top
+    dots
   );
+  reachable(chart, svg, [
+    ...dots.map((element, n) => ({
+      element,
+      tip: `head ${nameOf(n)}`,
+      onClick: () => set({layer: layerOf(n), head: n % H, source: -1})
+    })),
+    ...curves.map((element, i) => ({element, tip: describeEdge(edges[i])}))
+  ]);
 }
+
+const describeEdge = ({writer, reader, value}) =>
+  `${nameOf(reader)} reads ${nameOf(writer)}: ${fixed(value, 4)} above random`;
 
 function describeComposition({reader, writer, value}) {
   const ignored = [];
@@ -257,8 +282,7 @@ function inductionPairs() {
     .sort((a, b) => b.previous * b.induction - a.previous * a.induction || b.excess - a.excess);
 }
 
-function pairsFigure() {
-  const pairs = inductionPairs();
+function pairsFigure(pairs) {
   const chart = figure(
     'pairs',
     'Candidate induction circuits',
@@ -275,13 +299,6 @@ function pairsFigure() {
     null,
     false
   );
-  if (!pairs.length) {
-    const text =
-      'None: no previous-token head (score above 0.3) comes before an induction head (score ' +
-      'above 0.3). Small models form them late in training, or never.';
-    chart.picture.append(h('p', {class: 'note'}, text));
-    return chart;
-  }
   const headButton = (n, value) => {
     const onclick = () => openHead(layerOf(n), n % H);
     return h('button', {type: 'button', onclick}, `${nameOf(n)} (${fixed(value)})`);
@@ -326,6 +343,8 @@ function circuitFigure(name, title, axes, describe) {
       rowName: label,
       columnName: label,
       monoRows: true,
+      rowAxis: axes[0],
+      columnAxis: axes[1],
       describe: (i, j) =>
         describe(tokenQuoted(ids[i]), tokenQuoted(ids[j]), fixed(data[i * n + j], 3)),
       label: title
@@ -342,13 +361,10 @@ function qkFigure() {
     (query, key, value) => `query ${query}, key ${key}: score ${value}`
   );
   watch(['layer'], () => {
-    const ignored = [];
-    if (positionKind === 'learned' || positionKind === 'sinusoidal') ignored.push('positions');
-    if (state.layer) ignored.push('outputs of earlier layers');
-    const note = ignored.length ? `, ignoring ${ignored.join(' and ')}.` : '.';
+    const also = state.layer ? ' Earlier layers are left out: here they write nothing.' : '';
     chart.setReadout(
-      'Rows are queries, columns are keys. Attention scores of two token embeddings at the same ' +
-        `position${note}`
+      'How strongly the token of a row (query) attends to the token of a column (key): the ' +
+        `attention score of their embeddings, without positions.${also}`
     );
   });
   return chart;
@@ -362,8 +378,8 @@ function ovFigure() {
     (source, output, value) => `attending to ${source} changes the logit of ${output} by ${value}`
   );
   chart.setReadout(
-    'Rows are source tokens, columns are output tokens. Effect on the logits, relative to the ' +
-      'mean over the vocabulary, at the mean scale of the final norm.'
+    'If the head attends to the token of a row (source), the logit of the token of a column ' +
+      '(output) changes by this much more than that of the average token.'
   );
   return chart;
 }
@@ -384,7 +400,8 @@ function eigenvaluesFigure() {
     tone: value.x < 0 ? 'warm' : 'accent'
   });
   watch(['layer', 'head', 'theme'], () => {
-    points(chart, eigenvalues().map(dot), 'OV eigenvalues in the complex plane');
+    const label = 'OV eigenvalues in the complex plane';
+    points(chart, eigenvalues().map(dot), label, 'real', 'imaginary');
     const copying = fixed(score('copying', state.layer, state.head), 3);
     chart.setReadout(
       'Positive real part (right): raises the tokens it attends to. Negative: lowers them. ' +
@@ -424,9 +441,10 @@ function nextTokensFigure(name) {
   watch(['t', 'theme'], () => {
     const title = `After ${tokenQuoted(facts.ids[state.t])} alone: ${PATHS[name]}`;
     const rows = top().map(({id, p}) => ({label: tokenLabel(id), value: p, text: percent(p)}));
-    bars(chart, rows, title, {low: 0, high: 1});
+    bars(chart, rows, title, {low: 0});
     chart.heading.textContent = title;
   });
+  chart.setReadout('The longest bar is the most likely token.');
   return chart;
 }
 
@@ -447,6 +465,8 @@ function bigramTableFigure(name) {
       describe: (i, j) => `${tokenQuoted(i)} → ${tokenQuoted(j)}: ${percent(root(i, j) ** 2)}`,
       label: title,
       maxSize: Math.max(470, V * 1.2),
+      rowAxis: 'token',
+      columnAxis: 'next token',
       rowName: V <= 48 ? tokenText : undefined,
       monoRows: true
     })

@@ -140,15 +140,16 @@ export function readHash() {
   return found;
 }
 
-/** Redraw when the window gets another width, and follow the URL. */
+/** Redraw when the page gets another width, and follow the URL. */
 export function followWindow(onResize) {
-  let drawnWidth = innerWidth;
-  addEventListener('resize', () => {
-    if (innerWidth === drawnWidth) return;
-    drawnWidth = innerWidth;
+  const main = document.querySelector('main');
+  let drawnWidth = main.clientWidth;
+  new ResizeObserver(() => {
+    if (main.clientWidth === drawnWidth) return;
+    drawnWidth = main.clientWidth;
     redraw();
     onResize?.();
-  });
+  }).observe(main);
   addEventListener('hashchange', () => {
     if (location.hash.includes('=')) set(readHash());
   });
@@ -259,11 +260,14 @@ export function percent(p) {
 const INTEGERS = new Intl.NumberFormat('en-US'); // toLocaleString makes one at each call
 export const integer = n => INTEGERS.format(Math.round(n));
 
-/** About n round numbers from low to high. */
+/** About n round numbers from low to high, at least three. */
 export function ticks(low, high, n = 4) {
   const rough = (high - low) / n || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map(x => x * power).find(x => x >= rough * 0.999);
+  const steps = [10, 5, 2, 1, 0.5, 0.2].map(x => x * power);
+  const widest = steps.findLast(x => x >= rough * 0.999);
+  const count = x => Math.floor(high / x + 1e-9) - Math.ceil(low / x - 1e-9) + 1;
+  const step = steps.find(x => x <= widest && count(x) >= 3) ?? widest;
   const values = [];
   for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) {
     values.push(Math.abs(v) < step * 1e-9 ? 0 : v);
@@ -366,8 +370,11 @@ export function figure(name, title, table, controls, drawn = true) {
     'aria-label': `${title}: table`,
     hidden: true
   });
+  const hint = h('p', {class: 'hint', 'aria-hidden': 'true'}, 'Scroll sideways to see all →');
+  const isCut = element => element && element.scrollWidth > element.clientWidth + 2;
   const refresh = () => {
     if (!dataTable.hidden) dataTable.replaceChildren(cappedTable(...table()));
+    hint.hidden = !isCut(picture) && !isCut(picture.querySelector(':scope > div'));
   };
   const toggle = h(
     'button',
@@ -400,6 +407,7 @@ export function figure(name, title, table, controls, drawn = true) {
     caption,
     controls,
     picture,
+    hint,
     readout,
     dataTable
   );
@@ -436,14 +444,14 @@ function saveTable(name, headings, rows) {
   download(name + '.csv', new Blob(lines, {type: 'text/csv'}));
 }
 
-/** Save the SVG or canvas in a picture as a PNG or SVG file. */
+/** Save the SVG or canvas (which has a method toSvg) in a picture as a PNG or SVG file. */
 async function savePicture(name, picture, format) {
   const canvas = picture.querySelector('canvas');
   const svg = picture.querySelector('svg');
   const savePng = element => element.toBlob(blob => download(name + '.png', blob));
   if (!canvas && !svg) return;
   if (!svg && format === 'png') return savePng(canvas);
-  const text = svg ? standaloneSvg(svg) : svgOfCanvas(canvas);
+  const text = svg ? standaloneSvg(svg) : canvas.toSvg();
   if (format === 'svg') return download(name + '.svg', new Blob([text], {type: 'image/svg+xml'}));
   const image = new Image();
   image.src = 'data:image/svg+xml;charset=utf-8,' + encodeURIComponent(text);
@@ -467,10 +475,4 @@ function standaloneSvg(svg) {
   copy.setAttribute('xmlns', 'http://www.w3.org/2000/svg');
   copy.style.background = color('panel');
   return new XMLSerializer().serializeToString(copy);
-}
-
-function svgOfCanvas(canvas) {
-  const size = `width="${canvas.width}" height="${canvas.height}"`;
-  const image = `<image ${size} href="${canvas.toDataURL()}"/>`;
-  return `<svg xmlns="http://www.w3.org/2000/svg" ${size}>${image}</svg>`;
 }

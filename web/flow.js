@@ -21,6 +21,7 @@ import {
   T,
   arrays,
   facts,
+  isPostNorm,
   missing,
   openMlp,
   row,
@@ -36,6 +37,7 @@ function normsAt(t) {
   return {
     embeddings: facts.embeddings.map(name => row('size_' + name)[t]),
     stream: range(L + 1, l => row('size_stream', l)[t]),
+    middle: range(L, l => row('size_middle', l)[t]),
     attn: range(L, l => row('size_attn', l)[t]),
     mlp: range(L, l => row('size_mlp', l)[t])
   };
@@ -50,7 +52,7 @@ function flowTable() {
       ...facts.embeddings.map((name, i) => [name, digits(norms.embeddings[i]), '']),
       ['sum of embeddings', '', digits(norms.stream[0])],
       ...range(L, l => [
-        [`attention ${l}`, digits(norms.attn[l]), ''],
+        [`attention ${l}`, digits(norms.attn[l]), digits(norms.middle[l])],
         [`MLP ${l}`, digits(norms.mlp[l]), digits(norms.stream[l + 1])]
       ]).flat()
     ]
@@ -70,7 +72,7 @@ export function buildFlow() {
 
 function drawFlow(chart, t) {
   const norms = normsAt(t);
-  const all = [...norms.stream, ...norms.embeddings, ...norms.attn, ...norms.mlp];
+  const all = [...norms.stream, ...norms.middle, ...norms.embeddings, ...norms.attn, ...norms.mlp];
   const scale = 54 / maxAbs(all);
   const width = Math.max(chart.width(), 190 + 74 * L);
   const left = 104;
@@ -90,7 +92,8 @@ function drawFlow(chart, t) {
     268,
     `Residual stream at position ${t}, from the embeddings to the logits`,
     flowEmbeddings(layout, norms, t),
-    flowTrunk(layout, norms.stream),
+    flowTrunk(layout, norms),
+    isPostNorm && flowNorms(layout, norms),
     range(L, l => [
       flowPart(layout, norms, l, 'Attention'),
       flowPart(layout, norms, l, 'MLP'),
@@ -102,7 +105,8 @@ function drawFlow(chart, t) {
   chart.heading.textContent = `Norms at position ${t}: stream, attention, MLP`;
   chart.setReadout(
     `Norm of the stream: ${fixed(norms.stream[0])} after the embeddings, ` +
-      `${fixed(norms.stream[L])} at the end. Dashed lines read from it; solid bands write to it.`
+      `${fixed(norms.stream[L])} at the end. Dashed lines read from it; solid bands write to it.` +
+      (isPostNorm ? ' Post-norm: after each sum, a norm (bar) rescales the stream.' : '')
   );
 }
 
@@ -129,12 +133,16 @@ function flowEmbeddings({left, middle, thickness}, norms, t) {
 }
 
 /** The stream itself, with an arrow at its end. */
-function flowTrunk({left, right, middle, block, thickness, x}, stream) {
+function flowTrunk({left, right, middle, block, thickness, x}, norms) {
+  const {stream} = norms;
   const end = right + 14;
   const profile = [
     [left - 22, thickness(stream[0])],
     [left, thickness(stream[0])],
-    ...stream.slice(1).map((norm, i) => [x(i + 1) - block * 0.1, thickness(norm)]),
+    ...range(L, l => [
+      [x(l) + block * 0.66, thickness(norms.middle[l])],
+      [x(l + 1) - block * 0.1, thickness(stream[l + 1])]
+    ]).flat(),
     [end, thickness(stream[L])]
   ];
   const top = profile.map(([px, height]) => `${px},${middle - height / 2}`);
@@ -145,6 +153,19 @@ function flowTrunk({left, right, middle, block, thickness, x}, stream) {
     s('polygon', {points: [...top, ...bottom].join(' '), ...fill}),
     s('path', {d: `M${end},${middle - half} l10,${half} l-10,${half}`, ...fill})
   ];
+}
+
+/** Post-norm: a bar across the stream after each sum. */
+function flowNorms({middle, block, thickness, x}, norms) {
+  const bar = (px, norm) => {
+    const half = thickness(norm) / 2 + 6;
+    const ends = {x1: px, x2: px, y1: middle - half, y2: middle + half};
+    return s('line', {...ends, stroke: color('ink'), 'stroke-width': 2});
+  };
+  return range(L, l => [
+    bar(x(l) + block * 0.72, norms.middle[l]),
+    bar(x(l + 1) - block * 0.02, norms.stream[l + 1])
+  ]);
 }
 
 /** The attention (above the stream) or MLP (below) of a layer, as a button that opens its panel. */
@@ -164,7 +185,10 @@ function flowPart({middle, block, thickness, x}, norms, layer, kind) {
     document.getElementById('head').scrollIntoView();
   };
 
-  const streamHalf = (thickness(norms.stream[layer]) + thickness(norms.stream[layer + 1])) / 4;
+  const [before, after] = isAttention
+    ? [norms.stream[layer], norms.middle[layer]]
+    : [norms.middle[layer], norms.stream[layer + 1]];
+  const streamHalf = (thickness(before) + thickness(after)) / 4;
   const joinY = middle + side * Math.max(0, streamHalf - thickness(norm) / 2);
   const joinX = centerX + block * 0.34;
   const readX = centerX - Math.max(8, thickness(norm) / 2 + 3);
@@ -172,14 +196,14 @@ function flowPart({middle, block, thickness, x}, norms, layer, kind) {
   const writePath =
     `M${centerX},${edgeY} C${centerX},${middle + side * 24} ` +
     `${centerX + block * 0.06},${joinY} ${joinX},${joinY}`;
-  const shortKind = isAttention ? 'Attn' : 'MLP';
+  const label = boxWidth < 60 && isAttention ? 'Attn' : kind;
   return s(
     'g',
     {
       role: 'button',
       tabindex: 0,
       style: 'cursor:pointer',
-      'aria-label': `${kind} of layer ${layer}, output norm ${fixed(norm)}`,
+      'aria-label': `${label} ${fixed(norm)}: ${kind} of layer ${layer}, norm of its output`,
       onclick: open,
       onkeydown: event => {
         if (event.key !== 'Enter' && event.key !== ' ') return;
@@ -211,7 +235,8 @@ function flowPart({middle, block, thickness, x}, norms, layer, kind) {
       stroke: isSelected ? color('ink') : tone,
       'stroke-width': isSelected ? 2 : 1
     }),
-    svgText(centerX, centerY, boxWidth < 60 ? shortKind : kind, {'text-anchor': 'middle'}),
+    svgText(centerX, centerY, label, {'text-anchor': 'middle'}),
+    ' ', // between the words of its name
     svgText(centerX, centerY + side * 24, fixed(norm), faint('middle'))
   );
 }
@@ -221,7 +246,7 @@ function flowPrediction({width, right, middle}, t) {
   const x = right + 34;
   const ids = Array.from(row('lens_ids', L, t)).slice(0, 4);
   return [
-    svgText(x, middle - 50, 'norm, lm_head', faint('start')),
+    svgText(x, middle - 50, isPostNorm ? 'lm_head' : 'norm, lm_head', faint('start')),
     ids.map((id, rank) => {
       const y = middle - 30 + 20 * rank;
       const probability = percent(row('lens', L, t)[rank]);
@@ -280,6 +305,7 @@ function embeddingFigure() {
       cellColor: (i, d) => diverging(vectors[i][d] / largest),
       describe: (i, d) => `${names[i]}, dimension ${d}: ${fixed(vectors[i][d], 4)}`,
       rowName: i => names[i],
+      columnAxis: `dimension, 0 to ${C - 1}`,
       cellHeight: 30,
       maxSize: 4000,
       label: `Embedding vectors at position ${state.t}`
@@ -335,6 +361,8 @@ function positionsFigure() {
       columns,
       cellColor: (t, d) => diverging(vectorAt(t)[d] / largest),
       describe: (t, d) => `position ${t}, ${columnKind} ${d}: ${fixed(vectorAt(t)[d], 3)}`,
+      rowAxis: 'position',
+      columnAxis: `${columnKind}, 0 to ${columns - 1}`,
       label: `${title}: rows are positions, columns ${columnKind}s`,
       cellHeight: Math.max(2, Math.min(12, 240 / T)),
       maxSize: 4000,

@@ -144,12 +144,12 @@ function paintThumb({l, k, canvas}, side) {
 function updateThumb(thumb, value, max) {
   const {l, k, name, bar, button} = thumb;
   const share = Math.min(1, Math.abs(value || 0) / max);
-  name.replaceChildren(h('span', {}, headName(l, k)), h('span', {}, fixed(value)));
+  name.replaceChildren(h('span', {}, headName(l, k)), ' ', h('span', {}, fixed(value)));
   bar.style.width = 100 * share + '%';
   bar.className = value < 0 ? 'minus' : '';
   button.style.background = css(mix('panel', value < 0 ? 'warm' : 'accent', 0.22 * share));
   button.setAttribute('aria-pressed', l === state.layer && k === state.head);
-  const label = `Head ${headName(l, k)}, ${SCORES[state.measure]} ${fixed(value)}`;
+  const label = `${headName(l, k)} ${fixed(value)}: head, ${SCORES[state.measure]}`;
   button.setAttribute('aria-label', label);
 }
 
@@ -166,7 +166,7 @@ export function buildHeads() {
   const note = h('p', {class: 'note'});
   const side = Math.min(T, 64);
   const thumbs = range(L * H, n => headThumb(Math.floor(n / H), n % H, side));
-  const grid = h('div', {class: 'thumbs', style: `--n:${H * layersPerRow()}`});
+  const grid = h('div', {class: 'thumb-rows'});
   const list = figure(
     'heads',
     `${L} layer${L > 1 ? 's' : ''} × ${H} head${H > 1 ? 's' : ''}`,
@@ -192,20 +192,23 @@ export function buildHeads() {
     const value = ({l, k}) => score(state.measure, l, k);
     const max = state.measure === 'logit' ? maxAbs(thumbs.map(value)) : 1;
     const sorted = byScore ? thumbs.toSorted((a, b) => value(b) - value(a)) : thumbs;
-    const isReordered = sorted.some((thumb, i) => grid.children[i] !== thumb.button);
-    if (isReordered) grid.replaceChildren(...sorted.map(thumb => thumb.button));
-    grid.classList.toggle('in-rows', !byScore && H <= 12);
+    const shown = [...grid.querySelectorAll('button')];
+    if (sorted.some((thumb, i) => shown[i] !== thumb.button) || grid.dataset.order !== state.order) {
+      grid.replaceChildren(...thumbRows(sorted, byScore ? L * H : H));
+    }
+    grid.dataset.order = state.order;
     for (const thumb of thumbs) updateThumb(thumb, value(thumb), max);
     note.textContent = SCORE_NOTES[state.measure];
     list.refresh();
   });
 }
 
-/** How many layers share one row of at most 12 heads. */
-function layersPerRow() {
-  let layers = Math.max(1, Math.floor(12 / H));
-  while (L % layers) layers--;
-  return layers;
+/** Rows of n thumbs: those of a layer, or all of them. */
+function thumbRows(thumbs, n) {
+  return range(thumbs.length / n, i => {
+    const buttons = thumbs.slice(i * n, (i + 1) * n).map(thumb => thumb.button);
+    return h('div', {class: 'thumbs', style: `--n:${n}`}, buttons);
+  });
 }
 
 // One head ----------------------------------------------------------------------------------------
@@ -278,6 +281,8 @@ function attentionFigure() {
       rowName: axisName,
       columnName: axisName,
       monoRows: true,
+      rowAxis: 'query',
+      columnAxis: 'key',
       maxSize: 500,
       describe,
       onPick: (t, s) => set({t, source: sees(t, s) ? s : -1}),
@@ -344,6 +349,7 @@ function scoresFigure() {
       cellHeight: 26,
       maxSize: 4000,
       rowName: i => stepNames[i],
+      columnAxis: 'key',
       columnName: axisName,
       cellColor,
       describe,
@@ -378,6 +384,7 @@ function termsFigure() {
       cellHeight: 26,
       maxSize: 4000,
       rowName: i => ['q', 'k', 'q × k'][i],
+      columnAxis: `dimension, 0 to ${HS - 1}`,
       cellColor: (i, d) => diverging(vectors[i][d] / largest[i]),
       describe: (i, d) => `dimension ${d}\n${values(d)}`,
       label: 'Query and key, dimension by dimension'
@@ -441,6 +448,7 @@ function bySourceFigure() {
         label: `${axisName(s)} ${s}`,
         value,
         bold: s === state.source,
+        tip: `${placeOf(s)}: ${signed(value, 4)}`,
         onClick: () => set({source: s})
       }));
     bars(chart, rows, 'Contribution by source token');

@@ -1,6 +1,6 @@
 // MLP neurons, the logit lens, and direct logit attribution.
 
-import {bars, drawing, faint, svgText} from './charts.js';
+import {bars, drawing, faint, reachable, svgText} from './charts.js';
 import {
   choice,
   clamp,
@@ -118,7 +118,7 @@ function drawNeuronList(list, neurons) {
     chips(n.raised),
     chips(n.lowered)
   ]);
-  const attributes = {class: 'rows', 'aria-label': 'Strongest neurons'};
+  const attributes = {class: 'rows neurons', 'aria-label': 'Strongest neurons'};
   list.picture.replaceChildren(tableOf(headings, rows, attributes));
   list.setReadout('If post is negative, raises and lowers are swapped.');
   list.readout.hidden = !neurons.some(n => n.post < 0);
@@ -128,7 +128,7 @@ function drawNeuronList(list, neurons) {
 function drawActivation(plot, neurons) {
   const width = plot.width();
   const height = 220;
-  const [left, right, top, bottom] = [34, width - 10, 12, height - 28];
+  const [left, right, top, bottom] = [34, width - 10, 18, height - 28];
   const pre = neurons.map(n => n.pre);
   const xMin = 1.05 * Math.min(-3, ...pre);
   const xMax = 1.05 * Math.max(3, ...pre);
@@ -142,18 +142,15 @@ function drawActivation(plot, neurons) {
   const x = v => left + ((v - xMin) / (xMax - xMin)) * (right - left);
   const y = v => bottom - ((v - yMin) / (yMax - yMin)) * (bottom - top);
   const dot = n =>
-    s(
-      'circle',
-      {
-        cx: x(n.pre),
-        cy: y(n.activated),
-        r: 4.5,
-        fill: color('accent'),
-        'fill-opacity': 0.75
-      },
-      s('title', {}, `neuron ${n.id}: ${fixed(n.pre)} → ${fixed(n.activated)}`)
-    );
-  drawing(
+    s('circle', {
+      cx: x(n.pre),
+      cy: y(n.activated),
+      r: 4.5,
+      fill: color('accent'),
+      'fill-opacity': 0.75
+    });
+  const dots = neurons.map(dot);
+  const svg = drawing(
     plot,
     width,
     height,
@@ -161,6 +158,7 @@ function drawActivation(plot, neurons) {
     s('line', {x1: left, x2: right, y1: y(0), y2: y(0), stroke: color('line')}),
     s('line', {x1: x(0), x2: x(0), y1: top, y2: bottom, stroke: color('line')}),
     svgText(right, height - 12, facts.gated ? 'gate' : 'pre-activation', faint('end')),
+    svgText(left + 4, 6, 'activation', faint('start')),
     svgText(left - 4, y(yMax), fixed(yMax, 1), faint('end')),
     svgText(left - 4, y(0), '0', faint('end')),
     svgText(x(0), height - 20, '0', faint('middle')),
@@ -170,8 +168,11 @@ function drawActivation(plot, neurons) {
       stroke: color('muted'),
       'stroke-width': 1.5
     }),
-    neurons.map(dot)
+    dots
   );
+  const tip = n => `neuron ${n.id}: ${fixed(n.pre)} → ${fixed(n.activated)}`;
+  const items = dots.map((element, i) => ({element, tip: tip(neurons[i])}));
+  reachable(plot, svg, items);
 }
 
 // Logit lens --------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ function lensFigure() {
     h(
       'table',
       {},
-      h('thead', {}, h('tr', {}, h('th', {scope: 'col'}, ''), facts.ids.map(tokenHeading))),
+      h('thead', {}, h('tr', {}, h('th', {scope: 'col'}, 'after'), facts.ids.map(tokenHeading))),
       h('tbody', {}, range(L + 1, depthRow).toReversed())
     )
   );
@@ -268,10 +269,12 @@ function lensFigure() {
   });
   let selected = null;
   watch(['t', 'lens', 'theme'], () => {
+    const cell = cells[state.lens][state.t];
     selected?.classList.remove('chosen');
-    selected = cells[state.lens][state.t];
-    selected.classList.add('chosen');
-    scrollLensTo(scroller, selected);
+    cell.classList.add('chosen');
+    if (selected && cell !== selected) scrollLensTo(scroller, cell); // at first: the beginning
+    selected = cell;
+    chart.refresh();
   });
   return chart;
 }
@@ -296,7 +299,7 @@ function lensTopFigure() {
       text: percent(p),
       bold: hasNext(state.t) && id === facts.ids[state.t + 1]
     }));
-    bars(chart, rows, 'Most likely next tokens', {low: 0, high: 1});
+    bars(chart, rows, 'Most likely next tokens', {low: 0});
     const depth = state.lens === L ? 'the last layer' : depthName(state.lens);
     chart.heading.textContent = `After ${depth}, at ${tokenQuoted(facts.ids[state.t])}`;
   });
@@ -321,7 +324,7 @@ function lensCourseFigure() {
       text: p ? percent(p) : outside,
       plain: true
     }));
-    const options = {low: 0, high: 1, numberWidth: 110};
+    const options = {low: 0, numberWidth: 110};
     bars(chart, rows, 'Probability of the next token after each layer', options);
     chart.heading.textContent = `Probability of ${tokenQuoted(targetAt(state.t))} by layer`;
   });
@@ -422,7 +425,8 @@ function drawWaterfall(chart) {
   }
   if (others.length) {
     const value = sum(others.map(x => x.value));
-    rows.push({label: `${others.length} others`, value, from: total, plain: true});
+    const name = `${others.length} others`;
+    rows.push({label: name, value, from: total, plain: true, tip: `${name}: ${signed(value, 4)}`});
     total += value;
   }
   rows.push({

@@ -13,7 +13,7 @@ import {
   showError,
   state
 } from './core.js';
-import {H, L, T, facts, loadArrays, row} from './model.js';
+import {H, L, T, facts, isPostNorm, loadArrays, row} from './model.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
@@ -34,6 +34,16 @@ function buildHeader() {
   const sections = [...document.querySelectorAll('main section')];
   document.getElementById('contents').append(...sections.map(sectionLink));
   if (facts.live) buildTextForm();
+  if (!facts.left_out) return;
+  const n = `${integer(facts.left_out)} token${facts.left_out > 1 ? 's' : ''}`;
+  showNotice(`The text is too long: its first ${n} are left out. ${T} fit.`);
+}
+
+/** A message above the tokens that nobody should miss. */
+function showNotice(text) {
+  const notice = document.getElementById('notice');
+  notice.hidden = false;
+  notice.textContent = text;
 }
 
 function modelFacts() {
@@ -48,7 +58,7 @@ function modelFacts() {
     ['context', integer(model.block_size)],
     ['vocabulary', integer(facts.vocab_size)],
     ['positions', model.position],
-    ['norm, activation', `${model.norm}, ${model.activation}`],
+    ['norm, activation', `${model.norm}${isPostNorm ? ' (post)' : ''}, ${model.activation}`],
     ['text', T > 1 ? `${T} tokens` : '1 token']
   ];
   if (model.prefix_lm) items.push(['attention', 'bidirectional in sources']);
@@ -57,7 +67,7 @@ function modelFacts() {
 }
 
 function accuracyNote() {
-  const {difference, largest, left_out: cropped, dropped} = facts;
+  const {difference, largest, dropped} = facts;
   const error = difference ? difference.toExponential(1).replace('e-', 'e−') : '0';
   const notes = [
     'All numbers were computed by PyTorch in float32; those of single heads, neurons and layers ' +
@@ -65,7 +75,6 @@ function accuracyNote() {
     `Largest difference from the logits of model(idx): ${error}, ` +
       `with logits of up to ${fixed(largest, 1)}.`
   ];
-  if (cropped) notes.push(`The text is cropped: ${integer(cropped)} earlier tokens are ignored.`);
   if (dropped.length) {
     const names = dropped.join(', ');
     notes.push(`Left out to keep the page below ${facts.largest_page}: ${names}.`);
@@ -92,7 +101,11 @@ function buildTextForm() {
     const start = encodeURIComponent(text.value.slice(-8000));
     location.assign(`/?start=${start}${location.hash}`);
   });
-  document.getElementById('live-error').textContent = facts.error || '';
+  if (!facts.error) return;
+  showNotice(facts.error);
+  text.setAttribute('aria-invalid', 'true');
+  text.setAttribute('aria-describedby', 'notice');
+  text.focus();
 }
 
 /** By default, select the head that adds most to the logit of the last target. */

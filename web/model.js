@@ -8,6 +8,7 @@ export const T = facts.ids.length; // tokens
 export const L = facts.model.n_layer; // layers
 export const H = facts.model.n_head; // heads per layer
 export const HS = facts.head_size;
+export const isPostNorm = facts.model.norm_position === 'post';
 
 // Data --------------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ export function openMlp(layer) {
 
 // Tokens ------------------------------------------------------------------------------------------
 
-export const headName = (layer, head) => `${layer}.${head}`;
+export const headName = (layer, head) => `L${layer}·H${head}`;
 
 /** The text of a token with whitespace and control characters made visible. */
 export function tokenText(id) {

@@ -51,7 +51,7 @@ function stripButton(id, t) {
     {
       type: 'button',
       onclick: () => set({t, source: -1}),
-      'aria-label': `${tokenName(id)}, position ${t}${spoken}`,
+      'aria-label': `${tokenText(id)} (${tokenName(id)}), position ${t}${spoken}`,
       title: hover
     },
     tokenText(id)
@@ -86,10 +86,11 @@ export function buildStrip() {
 }
 
 function scrollStripTo(strip, button) {
-  const isAbove = button.offsetTop < strip.scrollTop;
-  const bottom = strip.scrollTop + strip.clientHeight;
-  const isBelow = button.offsetTop + button.offsetHeight > bottom;
-  if (isAbove || isBelow) strip.scrollTop = button.offsetTop - strip.offsetTop - 30;
+  const line = button.offsetHeight + 2; // and the gap
+  const top = button.offsetTop - strip.firstChild.offsetTop;
+  const isAbove = top < strip.scrollTop;
+  const isBelow = top + line > strip.scrollTop + strip.clientHeight;
+  if (isAbove || isBelow) strip.scrollTop = Math.max(0, top - line); // whole lines
 }
 
 function describePosition(t) {

@@ -1,7 +1,19 @@
 // A guided tour of the Transformer: each step has a formula, shapes, and an example on this page.
 
 import {LIMITS, argmax, fixed, h, integer, percent, range, set, state, sum, watch} from './core.js';
-import {H, HS, L, T, arrays, facts, headName, row, tokenQuoted, visibleKeys} from './model.js';
+import {
+  H,
+  HS,
+  L,
+  T,
+  arrays,
+  facts,
+  headName,
+  isPostNorm,
+  row,
+  tokenQuoted,
+  visibleKeys
+} from './model.js';
 import {attentionRow, queryKeyDots, score} from './heads.js';
 import {filtered} from './sampling.js';
 import {logitsAt} from './next.js';
@@ -95,6 +107,10 @@ function samplingExample() {
     `${integer(kept)} of ${integer(V)} tokens. Move the sliders.`
   );
 }
+
+const NORM_PLACE = isPostNorm
+  ? 'After each attention and MLP, the sum of the stream and the new output is normalized: '
+  : 'Before each attention and MLP, the stream is normalized: ';
 
 /** target: selectors of the element to show, the first that exists; shapes, example: functions. */
 const STEPS = [
@@ -199,7 +215,9 @@ const STEPS = [
     text:
       'Layers do not replace the vector of a token; they add to it. The residual stream carries ' +
       'everything written so far, and gradients flow straight back through it.',
-    formula: 'x ← x + attention(norm(x)),  x ← x + MLP(norm(x))',
+    formula: isPostNorm
+      ? 'x ← norm(x + attention(x)),  x ← norm(x + MLP(x))'
+      : 'x ← x + attention(norm(x)),  x ← x + MLP(norm(x))',
     shapes: () => `${T} × ${C} from the first layer to the last`,
     example: () => {
       const start = fixed(normHere('stream', 0));
@@ -211,19 +229,22 @@ const STEPS = [
     title: normKind === 'layernorm' ? 'LayerNorm' : 'RMSNorm',
     target: ['#figure-flow'],
     text:
-      normKind === 'layernorm'
-        ? 'Before each attention and MLP, LayerNorm centers the vector, divides it by its ' +
-          'standard deviation and multiplies it by a learned gain. This keeps training stable ' +
-          'as the stream grows.'
-        : 'Before each attention and MLP, RMSNorm divides the vector by its root mean square ' +
-          'and multiplies it by a learned gain. This keeps training stable as the stream grows.',
+      NORM_PLACE +
+      (normKind === 'layernorm'
+        ? 'LayerNorm centers the vector, divides it by its standard deviation '
+        : 'RMSNorm divides the vector by its root mean square ') +
+      'and multiplies it by a learned gain. This keeps training stable' +
+      (isPostNorm ? '.' : ' as the stream grows.'),
     formula:
       normKind === 'layernorm'
         ? 'norm(x) = g · (x − mean) / √(var + ε) + b'
         : 'norm(x) = g · x / √(mean(x²) + ε)',
-    shapes: () => `${2 * L + 1} norms with ${C} gains each`,
+    shapes: () => `${2 * L + !isPostNorm} norms with ${C} gains each`,
     example: () => {
       const norm = fixed(normHere('stream', L));
+      if (isPostNorm) {
+        return `After the last norm the stream has norm ${norm}; √${C} = ${fixed(Math.sqrt(C), 1)}.`;
+      }
       return `A stream of norm ${norm} is rescaled to about √${C} = ${fixed(Math.sqrt(C), 1)}.`;
     }
   },
@@ -248,7 +269,7 @@ const STEPS = [
     text:
       'At the end, the dot product of the stream with an output vector of each token gives the ' +
       'logits. Softmax turns them into probabilities.',
-    formula: 'logits = norm(x) W<sub>U</sub>,  p = softmax(logits)',
+    formula: `logits = ${isPostNorm ? 'x' : 'norm(x)'} W<sub>U</sub>,  p = softmax(logits)`,
     shapes: () => `${C} → ${integer(V)} at each position`,
     example: () => {
       const best = tokenQuoted(row('lens_ids', L, state.t)[0]);
@@ -301,6 +322,7 @@ export function buildTour() {
   let shownStep = 0;
   watch(['tour', 't', 'layer', 'head', 'temperature', 'k', 'p'], () => {
     box.hidden = !state.tour;
+    document.documentElement.classList.toggle('touring', state.tour > 0);
     if (state.tour !== shownStep) showTarget(STEPS[state.tour - 1]?.target || []);
     shownStep = state.tour;
     if (!state.tour) return;

@@ -37,7 +37,7 @@ function runCurves(curves) {
   return h(
     'div',
     {class: 'columns'},
-    curvesFigure('loss-curve', 'Loss', loss),
+    curvesFigure('loss-curve', 'Loss', loss, {yName: 'nats'}),
     curvesFigure('lr-curve', 'Learning rate', lr, {zero: true}),
     curvesFigure('speed-curve', 'Tokens per second', speed, {zero: true})
   );
@@ -80,8 +80,8 @@ function buildHistory(box) {
     h(
       'div',
       {class: 'columns two'},
-      curvesFigure('history-losses', 'Loss by checkpoint', textLosses),
-      curvesFigure('history-repeats', repeatTitle, repeatLosses, {zero: true}),
+      curvesFigure('history-losses', 'Loss by checkpoint', textLosses, {yName: 'nats'}),
+      curvesFigure('history-repeats', repeatTitle, repeatLosses, {zero: true, yName: 'nats'}),
       scoreHistoryFigure('induction'),
       scoreHistoryFigure('previous')
     )

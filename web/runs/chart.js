@@ -12,6 +12,7 @@ import {
   state,
   ticks
 } from '../core.js';
+import {svgOf} from '../svg.js';
 import {X_NAMES, baseline, firstAt, valueAt} from './data.js';
 
 const DASHES = [[], [7, 3], [2, 2], [9, 3, 2, 3]];
@@ -256,10 +257,14 @@ export function curveChart(figure, curves, raw, options) {
     'aria-label': label + '. Arrow keys move along a curve and between runs.'
   });
   const base = h('canvas', size); // all curves, under what follows the pointer
+  const paint = pen => {
+    paintAxes(pen, scales, width, height);
+    paintCurves(pen, curves, raw, scales);
+  };
   const pen = base.getContext('2d');
   pen.scale(ratio, ratio);
-  paintAxes(pen, scales, width, height);
-  paintCurves(pen, curves, raw, scales);
+  paint(pen);
+  canvas.toSvg = () => svgOf(width, height, paint);
   const view = {canvas, base, figure, curves, scales, ratio, width, height, point: null};
   paintView(view);
   listen(view);
