@@ -391,6 +391,7 @@ def test_paths(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sampling_options(trained, capsys):
     rng, done = random.Random(0), 0
     pool = {

@@ -207,6 +207,7 @@ def test_generate_shares_prefill_of_equal_prompts():
     assert together == [model.generate([prompt], 6, temperature=0)[0] for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_generate_compiled_matches_eager():
     model = tiny(ngram=3, position='rope', n_layer=1)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 3]]

@@ -32,7 +32,7 @@ from model import (
         ((1, 1, 16, 50, 8), 'bin'),
         ((2, 4, 32, 100, 16), 'safetensors'),
         ((3, 3, 48, 257, 64), 'bin'),
-        ((2, 12, 768, 50257, 32), 'safetensors'),
+        pytest.param((2, 12, 768, 50257, 32), 'safetensors', marks=pytest.mark.slow),
     ],
 )
 def test_gpt2_matches_transformers(shape, suffix, tmp_path):

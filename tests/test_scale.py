@@ -66,6 +66,7 @@ def report(run, plan_runs, config_file, tmp_path_factory):
     return out_dir, output
 
 
+@pytest.mark.slow
 def test_table_has_every_run_with_size_tokens_and_loss(report, char_data):
     _, output = report
     rows = [line.split() for line in output.splitlines() if re.match(r'depth\d-steps', line)]
@@ -83,6 +84,7 @@ def test_table_has_every_run_with_size_tokens_and_loss(report, char_data):
         assert abs(float(law) - float(loss)) < 2e-4 and error in ('+0.00%', '-0.00%')
 
 
+@pytest.mark.slow
 def test_report_has_the_law_the_left_out_size_and_the_prediction(report):
     out_dir, output = report
     E, A, a, B, b = map(float, re.search(
@@ -103,6 +105,7 @@ def test_report_has_the_law_the_left_out_size_and_the_prediction(report):
         assert (out_dir / 'scale.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_a_setting_is_worth_compute(report):
     out_dir, output = report
     better, itself = re.findall(r'x(\d\.\d\d) compute .*; (.*)', output)
@@ -111,6 +114,7 @@ def test_a_setting_is_worth_compute(report):
     assert f'{out_dir}: x1.00 compute (90%: 1.00 to 1.00), within the noise' in output
 
 
+@pytest.mark.slow
 def test_note_where_the_data_repeat(report):
     pattern = r'the longest run has (\S+) epochs of (\S+) tokens'
     n_epochs, epoch = re.search(pattern, report[1]).groups()
@@ -147,12 +151,14 @@ def test_mistakes_are_reported_before_training(refused, config_file, tmp_path, f
     assert not (tmp_path / 'ladder').exists()
 
 
+@pytest.mark.slow
 def test_runs_of_another_config_are_refused(report, refused, config_file):
     out_dir, _ = report
     refused('tools/scale.py', config_file, f'--out_dir={out_dir}', *LADDER, '--seed=2',
             says='holds a run with other values of seed: choose another --out_dir')
 
 
+@pytest.mark.slow
 def test_runs_of_another_evaluation_are_not_compared(report, refused, config_file, tmp_path):
     out_dir, _ = report
     shutil.copytree(out_dir, tmp_path / 'other')
