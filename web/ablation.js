@@ -104,11 +104,12 @@ function drawAblation(chart) {
   const values = range(L, l => range(H + 1, k => ablationEffect(ablation, effect, l, k)));
   const largest = maxAbs(values.flat());
   const unit = isLogit ? '' : ' nats';
-  const verb = ablation === 'zero' ? 'Switching off' : 'Setting to its mean';
+  const action = part =>
+    ablation === 'zero' ? `Switching off ${part}` : `Setting ${part} to its mean`;
   const sentence = (l, k) => {
     const value = values[l][k];
     const change = `${value < 0 ? 'lowers' : 'raises'} ${quantity} by ${fixed(Math.abs(value), 3)}`;
-    return `${verb} ${partAt(l, k)} ${change}${unit}`;
+    return `${action(partAt(l, k))} ${change}${unit}`;
   };
   matrix(chart, {
     rows: L,

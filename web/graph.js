@@ -135,6 +135,11 @@ export function buildGraph() {
     null,
     false
   );
+  picture.readout.setAttribute('aria-live', 'polite');
+  list.setReadout(
+    'Logits: what a node adds over all its paths. Influence (Ameisen et al. 2025): the logit has ' +
+      '1, and the edges into a node share its influence by their size.'
+  );
   box.append(note, picture, list);
   watch(['t', 'share', 'node', 'theme'], () => {
     const graph = graphHere();
@@ -203,7 +208,7 @@ function listNodes(list, {nodes}) {
 
 // The picture -------------------------------------------------------------------------------------
 
-const BOX = {width: 46, height: 18, gap: 5};
+const BOX = {width: 50, height: 18, gap: 5};
 const LEVEL = 52; // pixels between levels
 const LEFT = 62; // room for their names
 
@@ -319,6 +324,10 @@ function drawGraph(picture, graph, {nodes, edges}) {
     bySize.map(drawEdge), // the largest on top
     drawn
   );
+  if (picture.drawnAt !== state.t) { // a narrow screen does not show all of it
+    picture.drawnAt = state.t;
+    picture.picture.scrollLeft = at.get(graph.root).x - picture.picture.clientWidth / 2;
+  }
   const items = ordered.map((node, i) => ({
     element: drawn[i],
     name: boxText(node),

@@ -124,7 +124,7 @@ export function headSnippets() {
     showSnippets(list, 'attention', headRows());
   });
   list.setReadout(
-    `The most attention in ${sampleLine()}, at most one of each piece of text. Outlined: the ` +
+    `The most attention in ${sampleLine()}, at most one in each piece of text. Outlined: the ` +
       'query; filled: the key it attends to. Not counted: the query itself, the first token ' +
       'that it sees, and queries that see only a few tokens.'
   );
