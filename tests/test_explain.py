@@ -24,7 +24,7 @@ import checkpoint as ckpt
 import explain
 import interpret
 from checkpoint import load_model
-from helpers import ARCHITECTURES, TEXT, char_tokenizer, collect, served, tiny, tokens
+from helpers import ARCHITECTURES, POST, TEXT, char_tokenizer, collect, served, tiny, tokens
 from model import GPT
 
 
@@ -92,7 +92,7 @@ def test_explain_page_is_replaced_and_escapes_text(run, trained, tmp_path):
     assert ''.join(characters[i] for i in facts['ids']) == hostile
 
 
-@pytest.mark.parametrize('options', ARCHITECTURES, ids=str)
+@pytest.mark.parametrize('options', [*ARCHITECTURES, POST], ids=str)
 @pytest.mark.parametrize('T', [1, 2, 9])
 def test_explain_page_supports_architecture(options, T):
     names = char_tokenizer(48, 40)

@@ -33,7 +33,9 @@ def test_explain_page_works_without_dropped_arrays(chromium, tmp_path, monkeypat
             wait_until_drawn(tab)
         assert tab.locator('#tour').is_hidden()
         assert tab.locator('#heads .thumbs button').count() == 8
-        assert tab.locator('#live-error').text_content() == hostile
+        notice = tab.locator('#strip #notice')  # next to the text box
+        assert notice.text_content() == hostile and notice.is_visible()
+        assert tab.locator('#live-text').get_attribute('aria-invalid') == 'true'
         assert 'Left out' in tab.locator('#accuracy').text_content()
 
 
@@ -83,7 +85,8 @@ def test_explain_page_shows_bidirectional_attention(chromium, run, translator):
         assert_close([row[4] for row in scores], trace.attention[1, 0, 1, 2])
         by_source = [float(value) for _, value in table(tab, 'by-source')]
         assert len(by_source) == end
-        assert sum(by_source) == pytest.approx(float(dict(table(tab, 'why'))['head 1.1']), abs=1e-2)
+        parts = dict(table(tab, 'why'))
+        assert sum(by_source) == pytest.approx(float(parts['head L1·H1']), abs=1e-2)
         assert 'Softmax over 11 keys' in tab.locator('#figure-terms .readout').text_content()
         assert 'not a prediction' in tab.locator('#where').text_content()
         assert 'causal' in tab.locator('#heads .content > .note').text_content()
@@ -120,8 +123,27 @@ def test_served_page_of_pairs_runs_its_own_text_again(chromium, clone, translato
         with tab.expect_navigation():
             tab.get_by_role('button', name='Run').click()
         wait_until_drawn(tab)
-        assert tab.locator('#live-error').text_content() == ''
+        assert tab.locator('#notice').is_hidden()
         assert tab.locator('#tokens button').count() == 22
+
+
+def test_explain_page_of_a_source_predicts_its_target(chromium, run, prepare_pairs, tmp_path):
+    pairs = [(a, a.upper()) for a in ('jump twice', 'walk', 'look twice', 'run', 'walk twice')]
+    data = prepare_pairs(pairs * 40, '--tokenizer=byte', '--block_size=32', '--val_fraction=0.3')
+    out_dir = tmp_path / 'out'
+    run('train.py', f'--dataset={data}', f'--out_dir={out_dir}', *TINY, '--norm_position=post',
+        '--prefix_lm=True', '--max_iters=20')
+    run('explain.py', f'--out_dir={out_dir}', '--start=walk', '--checkpoints=all')
+    model, tokenizer = load_model(out_dir)
+    ids = [tokenizer.eot, *tokenizer.encode('walk'), tokenizer.eot]
+    expected = model(torch.tensor([ids]))[0][0, -1].softmax(dim=-1)
+    with opened(chromium, out_dir / 'explain.html') as tab:
+        assert tab.locator('#tokens button').count() == len(ids)
+        p = {int(token): float(p) for _, token, _, p, _ in table(tab, 'next-token')}
+        assert_close([p[i] for i in range(tokenizer.vocab_size)],
+                     expected[:tokenizer.vocab_size], atol=1e-5)
+        assert 'with this source' in tab.locator('#next .card').text_content()
+        assert 'layernorm (post)' in tab.locator('#run-facts').text_content()
 
 
 def test_explain_refuses_pairs_that_do_not_fit(refused, translator):

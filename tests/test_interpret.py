@@ -158,9 +158,12 @@ def test_attribute_equals_ablation_with_frozen_norms(options):
     mlp = trace.mlp_out[0, 0] - (0 if bias is None else bias)
     for part, removed, name in (('head', head, 'attn'), ('mlp', mlp, 'mlp')):
         off = {f'transformer.h.0.{name}': removed}
-        hooks = [model.get_submodule(key).register_forward_hook(
-                    lambda module, args, output, key=key: outputs[key] - off.get(key, 0))
-                 for key in outputs if key.endswith(('.attn', '.mlp'))]
+        hooks = []
+        for key, output in outputs.items():
+            if key.endswith(('.attn', '.mlp')):
+                changed = output - off.get(key, 0)
+                hook = lambda *_, changed=changed: changed  # noqa: E731
+                hooks.append(model.get_submodule(key).register_forward_hook(hook))
         logits = model(trace.idx, trace.idx)[0]
         for hook in hooks:
             hook.remove()
@@ -436,6 +439,18 @@ def test_strongest_neurons_rank_by_output_norm():
     strongest = interpret.strongest_neurons(model, trace, 3)
     output = trace.post[1, 0, 4][:, None] * model.transformer.h[1].mlp.c_proj.weight.T  # (F, C)
     assert strongest[1, 4].tolist() == output.norm(dim=1).topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize('norm_position', ['pre', 'post'])
+def test_neuron_tokens_are_those_of_its_output_weights(norm_position):
+    model = awake(norm_position=norm_position)
+    W_out = model.transformer.h[0].mlp.c_proj.weight[:, [7]]  # neuron 7
+    if norm_position == 'post':  # what the MLP writes does not pass ln_1 of its own layer
+        W_out = passed(model, W_out, [(0, 'ln_2'), (1, 'ln_1'), (1, 'ln_2')])
+    U, _ = interpret.unembedding(model)
+    order = (U @ W_out)[:, 0].argsort(descending=True).tolist()
+    ids = interpret.neuron_tokens(model, 0, torch.tensor([3, 7]), 4)
+    assert ids[1].tolist() == order[:4] + order[:-5:-1]
 
 
 def test_nearest_tokens_match_cosine_similarity():

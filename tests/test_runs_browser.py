@@ -187,6 +187,8 @@ def test_runs_page_zooms_by_mouse_and_keyboard(chromium, page, folder):
         canvas = tab.locator('#figure-train-loss canvas')
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
+        svg = canvas.evaluate('canvas => canvas.toSvg()')  # of shapes
+        assert svg.count('<path') > 4 and '<image' not in svg and 'step</text>' in svg
         tab.mouse.move(box['x'] + 100, box['y'] + 90)
         tip = tab.locator('#tip').text_content()
         assert 'step' in tip and '▸' in tip and all(name in tip for name in ('first', 'second'))

@@ -53,8 +53,8 @@ export const faint = anchor => ({
 
 /**
  * Let the keyboard reach elements of a drawing: one tab stop, arrow keys move from one to the next,
- * and each shows its tip. items: [{element, name: its text, tip, onClick}]; those with onClick are
- * buttons. The focus stays where it was when the figure is drawn again.
+ * and each shows its tip. items: [{element, name: its text, if any, tip, onClick}]; those with
+ * onClick are buttons. The focus stays where it was when the figure is drawn again.
  */
 export function reachable(figure, svg, items) {
   if (!items.length) return;
@@ -66,7 +66,7 @@ export function reachable(figure, svg, items) {
   };
   items.forEach(({element, name, tip, onClick}, i) => {
     element.setAttribute('role', onClick ? 'button' : 'img');
-    element.setAttribute('aria-label', [name, tip].filter(Boolean).join(', ').replace('\n', ', '));
+    element.setAttribute('aria-label', name ?? tip.replaceAll('\n', ', '));
     if (onClick) element.style.cursor = 'pointer';
     const show = event => showTip(event, tip);
     const showHere = () => {

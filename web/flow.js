@@ -74,17 +74,20 @@ function drawFlow(chart, t) {
   const norms = normsAt(t);
   const all = [...norms.stream, ...norms.middle, ...norms.embeddings, ...norms.attn, ...norms.mlp];
   const scale = 54 / maxAbs(all);
-  const width = Math.max(chart.width(), 190 + 74 * L);
+  const width = Math.max(chart.width(), 222 + (isPostNorm ? 130 : 74) * L);
   const left = 104;
   const right = width - 118;
+  const block = (right - left) / L;
+  const x = layer => left + layer * block;
   const layout = {
     width,
     left,
     right,
     middle: 132,
-    block: (right - left) / L,
+    block,
     thickness: norm => Math.max(1, norm * scale),
-    x: layer => left + (layer * (right - left)) / L
+    x,
+    normAt: (layer, i) => x(layer) + block * [0.5, 0.98][i] // post-norm: ln_1, ln_2
   };
   const svg = drawing(
     chart,
@@ -133,20 +136,23 @@ function flowEmbeddings({left, middle, thickness}, norms, t) {
 }
 
 /** The stream itself, with an arrow at its end. */
-function flowTrunk({left, right, middle, block, thickness, x}, norms) {
+function flowTrunk({left, right, middle, block, thickness, x, normAt}, norms) {
   const {stream} = norms;
   const end = right + 14;
   const profile = [
     [left - 22, thickness(stream[0])],
     [left, thickness(stream[0])],
     ...range(L, l => [
-      [x(l) + block * 0.66, thickness(norms.middle[l])],
-      [x(l + 1) - block * 0.1, thickness(stream[l + 1])]
+      isPostNorm && [normAt(l, 0), thickness(stream[l])],
+      [isPostNorm ? normAt(l, 0) : x(l) + block * 0.66, thickness(norms.middle[l])],
+      isPostNorm && [normAt(l, 1), thickness(norms.middle[l])],
+      [isPostNorm ? normAt(l, 1) : x(l + 1) - block * 0.1, thickness(stream[l + 1])]
     ]).flat(),
     [end, thickness(stream[L])]
   ];
-  const top = profile.map(([px, height]) => `${px},${middle - height / 2}`);
-  const bottom = profile.toReversed().map(([px, height]) => `${px},${middle + height / 2}`);
+  const edge = profile.filter(Boolean);
+  const top = edge.map(([px, height]) => `${px},${middle - height / 2}`);
+  const bottom = edge.toReversed().map(([px, height]) => `${px},${middle + height / 2}`);
   const half = thickness(stream[L]) / 2;
   const fill = {fill: color('accent'), 'fill-opacity': 0.24};
   return [
@@ -156,24 +162,26 @@ function flowTrunk({left, right, middle, block, thickness, x}, norms) {
 }
 
 /** Post-norm: a bar across the stream after each sum. */
-function flowNorms({middle, block, thickness, x}, norms) {
+function flowNorms({middle, thickness, normAt}, norms) {
   const bar = (px, norm) => {
     const half = thickness(norm) / 2 + 6;
     const ends = {x1: px, x2: px, y1: middle - half, y2: middle + half};
     return s('line', {...ends, stroke: color('ink'), 'stroke-width': 2});
   };
   return range(L, l => [
-    bar(x(l) + block * 0.72, norms.middle[l]),
-    bar(x(l + 1) - block * 0.02, norms.stream[l + 1])
+    bar(normAt(l, 0), norms.middle[l]),
+    bar(normAt(l, 1), norms.stream[l + 1])
   ]);
 }
 
 /** The attention (above the stream) or MLP (below) of a layer, as a button that opens its panel. */
-function flowPart({middle, block, thickness, x}, norms, layer, kind) {
+function flowPart({middle, block, thickness, x, normAt}, norms, layer, kind) {
   const isAttention = kind === 'Attention';
   const norm = isAttention ? norms.attn[layer] : norms.mlp[layer];
   const side = isAttention ? -1 : 1;
-  const centerX = x(layer) + block * (isAttention ? 0.34 : 0.6);
+  const joins = isPostNorm ? 0.22 : 0.34; // so far right of its box
+  const places = isPostNorm ? [0.22, 0.72] : [0.34, 0.6];
+  const centerX = x(layer) + block * places[isAttention ? 0 : 1];
   const centerY = middle + side * 84;
   const edgeY = centerY - side * 12; // of the box, towards the stream
   const boxWidth = Math.min(66, block * 0.92);
@@ -190,8 +198,10 @@ function flowPart({middle, block, thickness, x}, norms, layer, kind) {
     : [norms.middle[layer], norms.stream[layer + 1]];
   const streamHalf = (thickness(before) + thickness(after)) / 4;
   const joinY = middle + side * Math.max(0, streamHalf - thickness(norm) / 2);
-  const joinX = centerX + block * 0.34;
-  const readX = centerX - Math.max(8, thickness(norm) / 2 + 3);
+  const joinX = centerX + block * joins;
+  const leftOfBand = centerX - Math.max(8, thickness(norm) / 2 + 3);
+  const isBehindNorm = isPostNorm && !isAttention;
+  const readX = isBehindNorm ? Math.max(leftOfBand, normAt(layer, 0) + 4) : leftOfBand;
   const readPath = `M${readX},${middle} L${readX},${edgeY}`;
   const writePath =
     `M${centerX},${edgeY} C${centerX},${middle + side * 24} ` +

@@ -455,7 +455,7 @@ function describeWaterfall(chart, tokens, logits) {
     `The contributions sum to ${fixed(total, 5)}; ` +
       `the ${quantity} of the model is ${fixed(logit, 5)}.`
   ];
-  if (facts.model.bias) notes.push('Biases: of all output projections and the final norm.');
+  if (facts.model.bias) notes.push('Biases: of all output projections and the norms after them.');
   if (facts.model.logit_softcap) notes.push('Softcap: capped minus uncapped logit.');
   if (!hasNext(state.t)) notes.push(`The text ends here: ${target} is the most likely token.`);
   chart.heading.textContent = `${question} Contributions to the ${quantity}`;

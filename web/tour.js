@@ -353,5 +353,6 @@ function showTarget(selectors) {
     if (isSettled) target.scrollIntoView();
     else setTimeout(scroll, 20);
   };
-  scroll();
+  // two frames later: the page has become narrower, and is drawn again
+  requestAnimationFrame(() => requestAnimationFrame(scroll));
 }
