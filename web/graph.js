@@ -212,7 +212,7 @@ const BOX = {width: 50, height: 18, gap: 5};
 const LEVEL = 52; // pixels between levels
 const LEFT = 62; // room for their names
 
-/** How many levels a node is above the embeddings: heads, then MLP of each layer, then the logit. */
+/** Levels above the embeddings: heads, then MLP of each layer, then the logit. */
 function levelOf({kind, layer}) {
   if (kind === LEAF) return 0;
   if (kind === LOGIT) return 2 * L + 1;
@@ -324,8 +324,8 @@ function drawGraph(picture, graph, {nodes, edges}) {
     bySize.map(drawEdge), // the largest on top
     drawn
   );
-  if (picture.drawnAt !== state.t) { // a narrow screen does not show all of it
-    picture.drawnAt = state.t;
+  if (picture.drawnAt !== state.t) {
+    picture.drawnAt = state.t; // a narrow screen shows a part: begin at the logit
     picture.picture.scrollLeft = at.get(graph.root).x - picture.picture.clientWidth / 2;
   }
   const items = ordered.map((node, i) => ({
