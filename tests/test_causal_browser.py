@@ -51,7 +51,8 @@ def test_ablation_panel_matches_model_and_says_which_part_counts_most(reference)
     readout = tab.locator('#figure-ablation .readout')
     verb = 'raises' if worth[strongest] > 0 else 'lowers'
     part, token = rows[strongest][0], LETTERS[reference.ids[6]]
-    expected = f'Switching off {part} {verb} the loss of “{token}” by {worth[strongest].abs():.3f}'
+    amount = f'{worth[strongest].abs():.3f} nats'
+    expected = f'Switching off {part} {verb} the loss of “{token}” by {amount}'
     assert readout.text_content().startswith(expected)
     tab.locator('#figure-ablation canvas').focus()
     tab.keyboard.press('ArrowRight')
