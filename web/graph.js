@@ -141,7 +141,10 @@ export function buildGraph() {
       '1, and the edges into a node share its influence by their size.'
   );
   box.append(note, picture, list);
+  let drawnAt; // the position of the last drawing
   watch(['t', 'share', 'node', 'theme'], () => {
+    if (drawnAt !== undefined && drawnAt !== state.t) state.node = -1; // was of another graph
+    drawnAt = state.t;
     const graph = graphHere();
     picture.hidden = list.hidden = !graph;
     note.hidden = Boolean(graph);
@@ -324,8 +327,9 @@ function drawGraph(picture, graph, {nodes, edges}) {
     bySize.map(drawEdge), // the largest on top
     drawn
   );
-  if (picture.drawnAt !== state.t) {
-    picture.drawnAt = state.t; // a narrow screen shows a part: begin at the logit
+  const view = `${state.t} ${state.share}`;
+  if (picture.view !== view) {
+    picture.view = view; // a narrow screen shows a part: begin at the logit
     picture.picture.scrollLeft = at.get(graph.root).x - picture.picture.clientWidth / 2;
   }
   const items = ordered.map((node, i) => ({
