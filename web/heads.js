@@ -194,7 +194,8 @@ export function buildHeads() {
     const max = state.measure === 'logit' ? maxAbs(thumbs.map(value)) : 1;
     const sorted = byScore ? thumbs.toSorted((a, b) => value(b) - value(a)) : thumbs;
     const shown = [...grid.querySelectorAll('button')];
-    if (sorted.some((thumb, i) => shown[i] !== thumb.button) || grid.dataset.order !== state.order) {
+    const isReordered = sorted.some((thumb, i) => shown[i] !== thumb.button);
+    if (isReordered || grid.dataset.order !== state.order) {
       grid.replaceChildren(...thumbRows(sorted, byScore ? L * H : H));
     }
     grid.dataset.order = state.order;
