@@ -28,6 +28,7 @@ EDGE_SHARE = 0.95  # of the influence of all edges between them
 MAX_NODES = 500
 MAX_TARGETS = 16  # positions of a page whose logit gets a graph: the last ones
 MAX_FLOPS = 2e11  # of all graphs of a page: a few seconds on two CPU cores
+TYPICAL_READS = 500  # nodes of a graph whose inputs are looked at
 
 
 class Frozen:
@@ -259,7 +260,7 @@ def collect_graphs(model, trace, target):
     (E, 2), writer and reader as 1 + row within the graph, 0 for the logit; graph_edge_logits (E,).
     """
     frozen = Frozen(model, trace)
-    cost = 2 * frozen.T * model.num_matmul_params()
+    cost = 2 * (frozen.T + TYPICAL_READS) * model.num_matmul_params()
     n = min(frozen.T, MAX_TARGETS, max(4, int(MAX_FLOPS / cost)))
     facts = []
     graphs = []
