@@ -139,7 +139,7 @@ def test_explain_page_large_vocabulary_keeps_top_logits_and_histogram(gpt2):
 def test_explain_page_too_large_drops_arrays(gpt2, monkeypatch):
     _, facts, arrays = gpt2
     whole = explain.build_page(facts, arrays)
-    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', len(whole) + explain.CODE_BYTES - 200_000)
+    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', len(whole) + explain.CODE_BYTES - 450_000)
     smaller, stored = unpack(explain.build_page(facts, arrays))
     assert smaller['dropped']
     assert 'by_source' not in stored and 'logits' not in stored and 'parts' in stored
