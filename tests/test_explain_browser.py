@@ -291,7 +291,8 @@ def test_explain_page_filters_large_vocabulary(chromium, large_vocabulary, t, k,
 # Controls -----------------------------------------------------------------------------------------
 
 def test_explain_page_panels_follow_selected_token(chromium, page):
-    contents = ', '.join(f'.picture {x}' for x in ('svg', 'canvas', 'table', '.thumbs', '.note'))
+    kinds = ('svg', 'canvas', 'table', '.thumbs', '.note', 'ol')
+    contents = ', '.join(f'.picture {x}' for x in kinds)
     with opened(chromium, page) as tab:
         for name in PANELS:
             figures = tab.locator(f'#{name} figure')

@@ -21,7 +21,8 @@ export function startModel() {
     else reject(new Error(error));
   };
   const bytes = takeBytes('weights');
-  return ask('load', {facts: facts.engine, bytes}, [bytes.buffer]);
+  const message = {facts: facts.engine, vocabSize: facts.vocab_size, bytes};
+  return ask('load', message, [bytes.buffer]);
 }
 
 /** Ask the Worker; see ANSWERS in worker.js. Rejects with an Error of one sentence. */

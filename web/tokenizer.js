@@ -1,6 +1,6 @@
 // lib/tokenizer.py in JavaScript: text to token ids, for characters, bytes, ids and BPE.
 
-const END_OF_TEXT = '<|endoftext|>';
+export const END_OF_TEXT = '<|endoftext|>';
 // Unicode's White_Space, which \s means to tiktoken; JavaScript's \s differs at U+0085 and U+FEFF
 const SPACE = '\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000';
 // what Python's str.strip removes

@@ -1,12 +1,15 @@
 // The Worker that holds the model. It answers messages {id, kind, ...} with {id, result} or
 // {id, error}, in their order.
 
+import {Analysis} from './analysis.js';
+import {Answers} from './answers.js';
 import {readArray} from './arrays.js';
 import {Engine} from './engine.js';
 import {PageTokenizer} from './tokenizer.js';
 
 let engine;
 let tokenizer;
+let answers;
 
 /** Weights of lib/page_weights.py: {name: {data: Float32Array, shape}}. */
 async function readWeights(bytes, index) {
@@ -33,13 +36,17 @@ function fromSteps(steps, scales) {
 }
 
 const ANSWERS = {
-  async load({facts, bytes}) {
+  async load({facts, vocabSize, bytes}) {
     const {weights, saved} = await readWeights(bytes, facts.arrays);
     engine = new Engine(facts.config, weights);
     tokenizer = new PageTokenizer(saved);
+    answers = new Answers(new Analysis(engine, vocabSize), tokenizer);
   },
   encode: ({text}) => tokenizer.encode(text),
-  run: ({ids}) => engine.run(ids)
+  run: ({ids}) => engine.run(ids),
+  show: request => answers.show(request),
+  more: request => answers.more(request),
+  draw: request => answers.draw(request)
 };
 
 let queue = Promise.resolve();
