@@ -381,6 +381,12 @@ def test_page_with_weights_starts_the_model_and_states_their_rounding(chromium, 
         tab.wait_for_selector('html[data-engine]')  # its policy lets the Worker start
         assert ('int8, with a scale for each row: this changes the logits of this text by up to '
                 '0.012.') in tab.locator('#accuracy').text_content()
+        assert tab.evaluate('''() => new Promise(resolve => {
+            const check = '; self.postMessage(new Matmul(64, 8, 8).kernel !== null);';
+            const code = document.getElementById('worker').textContent + check;
+            const worker = new Worker(URL.createObjectURL(new Blob([code])));
+            worker.onmessage = ({data}) => resolve(data);
+        })''')  # not the slower plain JavaScript: the policy allows WebAssembly
     del facts['engine']
     page = write_page(path, facts, arrays).read_text(encoding='utf-8')
     assert 'worker-src' not in page and 'wasm-unsafe-eval' not in page and 'id="worker"' not in page
