@@ -56,8 +56,11 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
+from interpret.causal import collect_ablations
+from interpret.graph import collect_graphs
+from interpret.snippets import collect_snippets
 from lib.files import find, printable, write_text
-from lib.page import DATA, compress, join_streams, nan_to_none, page_template
+from lib.page import DATA, compress, join_streams, nan_to_none, page_template, to_half
 from lib.page_weights import logit_difference, weights_for_page
 from lib.run import read_log
 from lib.serve import serve
@@ -70,6 +73,7 @@ CODE_BYTES = 500_000  # upper bound for style and scripts
 DROPPABLE = {
     'by_source': 'head contributions by source token',
     'q': 'attention scores term by term',
+    'snippet_ids': 'snippets from the validation data',
     'embeddings': 'embedding vectors',
     'compositions': 'head composition',
     'promoted': 'tokens promoted by each head',
@@ -79,6 +83,7 @@ DROPPABLE = {
 DROPPED_TOGETHER = {
     'promoted': ('promoted_by',),
     'q': ('k',),
+    'snippet_ids': ('neuron_best', 'neuron_places', 'head_best', 'head_places'),
     'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens', 'neuron_gates', 'curve'),
 }
 # histogram of the logits outside the top 512: counts by distance from the largest logit
@@ -122,10 +127,11 @@ def collect_weights(model, tokenizer):
     return facts, arrays
 
 
-def collect_text(model, tokenizer, ids):
+def collect_text(model, tokenizer, ids, means=None):
     """(facts, arrays) of a forward pass over ids, a list of T token ids.
 
-    Raises UserError if the logits are not finite.
+    means: of heads and neurons, for ablations; None: those over the text. Raises UserError if the
+    logits are not finite.
     """
     vocab_size = tokenizer.vocab_size
     idx = torch.tensor([ids])
@@ -157,6 +163,8 @@ def collect_text(model, tokenizer, ids):
         collect_heads(model, trace, target, vocab_size),
         collect_neurons(model, trace, vocab_size),
         collect_circuits(model, trace, distinct, vocab_size),
+        collect_ablations(model, trace, target, vocab_size, means),
+        collect_graphs(model, trace, target),
     ):
         facts |= more_facts
         arrays |= more_arrays
@@ -307,11 +315,6 @@ def collect_circuits(model, trace, distinct, vocab_size):
     return {'circuit_ids': circuit_ids}, arrays
 
 
-def to_half(x):
-    """x in fp16, about three significant digits; values out of range are clamped."""
-    return x.clamp(-65504, 65504).half()
-
-
 def root_in_8_bits(probs):
     """Probabilities as 255 * sqrt(p) in uint8: the root keeps small ones apart."""
     return (probs.sqrt() * 255).round().byte()
@@ -460,6 +463,9 @@ def main(config):
     facts, arrays = collect_weights(model, tokenizer)
     facts['run'] = run_facts(checkpoint, source)
     facts['live'] = config.serve
+    snippet_facts, snippet_arrays, means = collect_snippets(checkpoint, model, tokenizer)
+    facts |= snippet_facts
+    arrays |= snippet_arrays
     if config.checkpoints == 'all':
         history = collect_history(config.out_dir, ids[-max_tokens:], tokenizer.vocab_size)
         facts['history'] = history[0]
@@ -468,7 +474,7 @@ def main(config):
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:])
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:], means)
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
         if rounded:
             difference = logit_difference(model, rounded, torch.tensor([ids[-max_tokens:]]))

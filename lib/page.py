@@ -105,3 +105,8 @@ def nan_to_none(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def to_half(x):
+    """x in fp16, about three significant digits; values out of range are clamped."""
+    return x.clamp(-65504, 65504).half()

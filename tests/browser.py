@@ -8,8 +8,8 @@ import torch
 import explain
 
 NO_RUN = {'run': {'path': 'x', 'step': 0, 'val_loss': None, 'curves': {}}, 'live': False}
-PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'circuits',
-          'bigrams', 'training')
+PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'ablation',
+          'graph', 'circuits', 'bigrams', 'training')
 
 
 def write_page(path, facts, arrays, weights=b''):

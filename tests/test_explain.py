@@ -64,6 +64,8 @@ def test_explain_page_matches_model(run, trained):
         assert arrays['rank'][t] == 1 + (probs[t] > probs[t, next_token]).sum()
     assert json.loads(bytes(arrays['vocabulary'])) == list(chars.characters)
     assert facts['run']['curves']['loss'][-1][0] == 19
+    assert facts['snippets']['path'].endswith('val.bin') and facts['ablation_mean'] == 'validation'
+    assert arrays['snippet_ids'].shape[1] == 32
     assert facts['history']['steps'] == [10, 20]
     assert facts['history']['losses'][-1] == pytest.approx(loss.item(), abs=1e-4)
 
@@ -137,13 +139,14 @@ def test_explain_page_large_vocabulary_keeps_top_logits_and_histogram(gpt2):
 def test_explain_page_too_large_drops_arrays(gpt2, monkeypatch):
     _, facts, arrays = gpt2
     whole = explain.build_page(facts, arrays)
-    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', len(whole) + explain.CODE_BYTES - 200_000)
+    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', len(whole) + explain.CODE_BYTES - 450_000)
     smaller, stored = unpack(explain.build_page(facts, arrays))
     assert smaller['dropped']
     assert 'by_source' not in stored and 'logits' not in stored and 'parts' in stored
     monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', 0)
     smallest, _ = unpack(explain.build_page(facts, arrays))
-    assert smallest['dropped'] == list(explain.DROPPABLE.values())
+    assert smallest['dropped'] == [description for name, description in explain.DROPPABLE.items()
+                                   if name in arrays]
 
 
 def test_explain_rejects_bad_arguments(refused, trained, tmp_path):

@@ -113,7 +113,11 @@ def test_typed_text_shows_what_its_own_page_shows(chromium, tmp_path, options):
     with opened(chromium, typed, '#' + urlencode(selection | {'text': text})) as tab:
         assert tab.locator('#live-text').input_value() == text
         assert tab.locator('#where').text_content() == places  # the address keeps the selection
-        assert_same(tables(tab), expected)
+        shown = tables(tab)
+        only_when_written = {'figure-ablation', 'figure-graph', 'figure-graph-nodes'}
+        assert only_when_written <= expected.keys()
+        assert_same(shown, {name: rows for name, rows in expected.items()
+                            if name not in only_when_written})
 
 
 def test_panels_keep_tables_and_selection_while_typing(chromium, tmp_path):

@@ -60,8 +60,8 @@ export function panel(id, build) {
   inSection(id, build);
 }
 
-/** Thrown where data is missing that is being computed: what needs it is drawn again after
- * resume(). In a listener it has no effect: a picture not drawn yet has nothing to say. */
+/** Thrown where data is missing that is being computed: what needs it is drawn after resume().
+ * In a listener it has no effect: a picture that has not been drawn yet has nothing to say. */
 export class Pending extends Error {}
 addEventListener('error', event => {
   if (event.error instanceof Pending) event.preventDefault();
@@ -185,8 +185,8 @@ export function redraw() {
   drawDue();
 }
 
-/** Store the state in the URL, once all is drawn: browsers limit how often it may change. Whether
- * it is stored: if the last change was just now, it will be. */
+/** Store the state in the URL, once all is drawn: browsers limit how often it changes. Whether it
+ * is stored: if the last change was just now, it will be. */
 function writeHash() {
   const hash = new URLSearchParams();
   for (const [key, value] of Object.entries(state)) {

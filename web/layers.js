@@ -43,6 +43,7 @@ import {
   tokenQuoted,
   tokenText
 } from './model.js';
+import {neuronSnippets} from './snippets.js';
 
 // MLP ---------------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ export function buildMlp() {
   ]);
   const gates = facts.gated ? ' at value 1' : '';
   plot.heading.textContent = `${facts.model.activation}${gates}, with these neurons`;
-  box.append(h('div', {class: 'columns wide-left'}, list, plot));
+  box.append(h('div', {class: 'columns wide-left'}, list, plot), neuronSnippets());
   watch(['t', 'layer', 'theme'], () => {
     const neurons = strongestNeurons();
     drawNeuronList(list, neurons);

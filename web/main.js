@@ -22,6 +22,8 @@ import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
 import {buildLens, buildMlp, buildWhy} from './layers.js';
+import {buildAblation} from './ablation.js';
+import {buildGraph} from './graph.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
 import {buildTraining} from './training.js';
 import {buildTour} from './tour.js';
@@ -149,6 +151,8 @@ const sections = {
   mlp: buildMlp,
   lens: buildLens,
   why: buildWhy,
+  ablation: buildAblation,
+  graph: buildGraph,
   circuits: buildCircuits,
   bigrams: buildBigrams,
   training: buildTraining
