@@ -5,6 +5,7 @@ The page opens from disk and loads nothing from the network.
     python explain.py --out_dir=out-quickstart --start="def main("
     python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
     python explain.py --out_dir=out-quickstart --start="def main(" --serve
+    python explain.py --out_dir=out-quickstart --start="def main(" --compare=out-other
     python explain.py --out_dir=out-scan --start="jump twice<|endoftext|>JUMP JUMP"
 """
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Config:
     out_dir: FilePath = 'out'  # folder of a run; the page is its explain.html
     checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training
+    compare: FilePath = ''  # show another one too: a run's folder, a file, ...; empty: none
     # text
     start: Text = ''  # the text, or FILE:path; only its last min(256, block_size) tokens are used
     # system
@@ -58,6 +60,8 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
+from interpret.compare import collect_comparison, collect_other, load_other
+from interpret.step import collect_step
 from lib.files import find, printable, write_text
 from lib.page import DATA, nan_to_none, page_template
 from lib.run import read_log
@@ -122,10 +126,11 @@ def collect_weights(model, tokenizer):
     return facts, arrays
 
 
-def collect_text(model, tokenizer, ids):
+def collect_text(model, tokenizer, ids, checkpoint=None, other=None):
     """(facts, arrays) of a forward pass over ids, a list of T token ids.
 
-    Raises UserError if the logits are not finite.
+    checkpoint: where model is from, for a training step by its optimizer; other: a model to
+    compare. Raises UserError if the logits are not finite.
     """
     vocab_size = tokenizer.vocab_size
     idx = torch.tensor([ids])
@@ -157,6 +162,8 @@ def collect_text(model, tokenizer, ids):
         collect_heads(model, trace, target, vocab_size),
         collect_neurons(model, trace, vocab_size),
         collect_circuits(model, trace, distinct, vocab_size),
+        collect_comparison(other, ids, logits, target),
+        collect_step(model, ids, target, vocab_size, checkpoint),
     ):
         facts |= more_facts
         arrays |= more_arrays
@@ -445,6 +452,10 @@ def main(config):
     model = checkpoint.build_model(dropout=0.0).eval()
     model.requires_grad_(False)
     max_tokens = min(MAX_TOKENS, model.config.block_size)
+    other = None
+    if config.compare:
+        other_checkpoint, other = load_other(config.compare, tokenizer, checkpoint.path)
+        max_tokens = min(max_tokens, other.config.block_size)
 
     def encode(text):
         if model.config.turns:  # sources and targets, with <|endoftext|> between them
@@ -466,6 +477,10 @@ def main(config):
     facts, arrays = collect_weights(model, tokenizer)
     facts['run'] = run_facts(checkpoint, source)
     facts['live'] = config.serve
+    if other:
+        other_facts, other_arrays = collect_other(other_checkpoint, other, tokenizer.vocab_size)
+        facts |= other_facts
+        arrays |= other_arrays
     if config.checkpoints == 'all':
         history = collect_history(config.out_dir, ids[-max_tokens:], tokenizer.vocab_size)
         facts['history'] = history[0]
@@ -473,7 +488,8 @@ def main(config):
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:])
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:], checkpoint,
+                                               other)
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
         return build_page(facts | text_facts | more_facts, arrays | text_arrays)
 

@@ -20,6 +20,8 @@ import {buildHead, buildHeads} from './heads.js';
 import {buildLens, buildMlp, buildWhy} from './layers.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
 import {buildTraining} from './training.js';
+import {buildStep} from './step.js';
+import {buildCompare} from './compare.js';
 import {buildTour} from './tour.js';
 
 function buildHeader() {
@@ -136,7 +138,9 @@ const panels = {
   why: buildWhy,
   circuits: buildCircuits,
   bigrams: buildBigrams,
-  training: buildTraining
+  training: buildTraining,
+  step: buildStep,
+  compare: buildCompare
 };
 
 try {

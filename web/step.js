@@ -1,0 +1,141 @@
+// The "One training step" panel.
+
+import {bars, matrix} from './charts.js';
+import {content, figure, fixed, h, maxAbs, range, sequential, set, signed, state, watch} from './core.js';
+import {H, L, T, facts, headName, row} from './model.js';
+import {likelyFigure, predictionStrip, withoutLast, writtenOnly} from './compare.js';
+
+const WHY_PLAIN = {
+  none: 'these weights come without the state of an optimizer',
+  lora: 'the run trained only LoRA updates, and its optimizer state is theirs',
+  misfit: 'the optimizer state in the checkpoint does not fit the weights'
+};
+const RATE_NAMES = {
+  adamw: 'matrices',
+  gains: 'gains and biases',
+  embeddings: 'embedding tables',
+  muon: 'matrices in the blocks, by Muon'
+};
+
+export function buildStep() {
+  const box = content('step');
+  const {step} = facts;
+  if (!step) box.append(writtenOnly());
+  else if (step.skipped) box.append(h('p', {class: 'note'}, step.skipped));
+  else buildStepFigures(box, step);
+}
+
+function buildStepFigures(box, step) {
+  box.append(
+    h('p', {id: 'step-method'}, methodOf(step)),
+    h('p', {id: 'step-result'}, resultOf(step)),
+    stepLosses(),
+    h(
+      'div',
+      {class: 'columns two'},
+      likelyFigure('step-before', 'Next token: before the step', 'step_ids', 'step_probs', 0),
+      likelyFigure('step-after', 'Next token: after the step', 'step_ids', 'step_probs', 1),
+      gradientFigure(step),
+      headGradientFigure()
+    )
+  );
+}
+
+/** How the step was made, in plain words. */
+function methodOf(step) {
+  if (step.optimizer === 'sgd') {
+    return (
+      `Gradient descent: each weight moved against its gradient, times a rate of ` +
+      `${step.rates.all}. Not the optimizer of a run, for ${WHY_PLAIN[step.reason]}.`
+    );
+  }
+  const name = step.optimizer === 'muon' ? 'Muon and AdamW' : 'AdamW';
+  const rates = Object.entries(step.rates).map(
+    ([group, rate]) => `${Number(rate.toPrecision(3))} (${RATE_NAMES[group]})`
+  );
+  const when = step.is_over
+    ? 'at their peak, since the schedule of this run is at its end'
+    : `as scheduled for step ${facts.run.step}`;
+  const dropout = step.dropout ? `, without the dropout of ${step.dropout}` : '';
+  return (
+    `The step that train.py would do if this text were the whole batch: by ${name}, with the ` +
+    `state of this checkpoint, in float32${dropout}. Learning rates ${when}: ${rates.join(', ')}.`
+  );
+}
+
+function resultOf(step) {
+  const [before, after] = step.losses;
+  const smoothing = step.smoothing ? `, with a label smoothing of ${step.smoothing}` : '';
+  const clip =
+    step.clip && step.gradient > step.clip ? `, scaled down to ${step.clip} for the step` : '';
+  const targets = step.n_targets === 1 ? '1 token' : `${step.n_targets} tokens`;
+  return (
+    `Mean loss over ${targets}${smoothing}: ${fixed(before, 4)} before, ${fixed(after, 4)} after ` +
+    `(${signed(after - before, 4)}). Gradient norm: ${fixed(step.gradient, 3)}${clip}. Only a copy ` +
+    'was trained: all other panels show the model before the step.'
+  );
+}
+
+function stepLosses() {
+  const isTarget = row('is_target');
+  const [before, after] = [0, 1].map(i =>
+    withoutLast(Array.from(row('step_losses', i), (x, t) => (isTarget[t] ? x : NaN)))
+  );
+  return predictionStrip(
+    'step-loss',
+    'Loss at each token, before and after the step',
+    [
+      {name: 'before', values: before},
+      {name: 'after', values: after},
+      {name: 'after − before', values: before.map((x, t) => after[t] - x), isDifference: true}
+    ],
+    'In nats, without label smoothing. Difference: orange where the step lowered the loss, blue ' +
+      'where it raised it. Empty: no target of training.'
+  );
+}
+
+function gradientFigure({parts}) {
+  const norms = row('gradients');
+  const title = 'Gradient norm of each part';
+  const chart = figure('gradients', title, () => [
+    ['part', 'gradient norm'],
+    parts.map((part, i) => [part, norms[i].toExponential(4)])
+  ]);
+  const bar = (part, i) => ({
+    label: part,
+    value: norms[i],
+    plain: true,
+    text: norms[i].toPrecision(3)
+  });
+  watch(['theme'], () => bars(chart, parts.map(bar), title));
+  chart.setReadout('The square root of the sum of their squares is the gradient norm of the model.');
+  return chart;
+}
+
+function headGradientFigure() {
+  const norm = (l, k) => row('head_gradients', l)[k];
+  const title = 'Gradient norm of each head';
+  const chart = figure('head-gradients', title, () => [
+    ['head', 'gradient norm'],
+    range(L * H, n => {
+      const [l, k] = [Math.floor(n / H), n % H];
+      return [headName(l, k), norm(l, k).toExponential(4)];
+    })
+  ]);
+  const largest = maxAbs([...row('head_gradients')]);
+  watch(['layer', 'head', 'theme'], () =>
+    matrix(chart, {
+      rows: L,
+      columns: H,
+      cellColor: (l, k) => sequential(norm(l, k) / largest),
+      describe: (l, k) => `head ${headName(l, k)}\ngradient norm ${norm(l, k).toPrecision(3)}`,
+      onPick: (layer, head) => set({layer, head, source: -1}),
+      isSelected: (l, k) => l === state.layer && k === state.head,
+      rowName: l => 'L' + l,
+      columnName: k => 'H' + k,
+      label: title
+    })
+  );
+  chart.setReadout('Of the weights of queries, keys, values and outputs. Bluer: larger.');
+  return chart;
+}
