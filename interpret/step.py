@@ -20,7 +20,7 @@ from optimizer import lr_multiplier, make_optimizer
 MAX_PARAMETERS = 200_000_000  # a step takes about 16 bytes of memory for each
 SGD_RATE = 0.01
 PARTS = {  # of the model, by the names of their parameters
-    'wte': 'token embedding', 'ngram': 'n-gram tables', 'wpe': 'position embedding',
+    'wte': 'embedding', 'ngram': 'n-gram tables', 'wpe': 'positions',
     'attn': 'attention', 'mlp': 'MLP', 'ln_1': 'norms', 'ln_2': 'norms', 'ln_f': 'norms',
     'lm_head': 'output head',
 }
@@ -119,8 +119,8 @@ def gradient_norms(model):
         part = PARTS[path[2] if path[:1] == ['h'] else (path or ['lm_head'])[0]]
         if path[:1] == ['h'] and part != 'norms':
             part = f'L{path[1]} {part}'
-        elif part == 'token embedding' and model.config.tie_weights:
-            part = 'embedding and head'
+        elif part == 'embedding' and model.config.tie_weights:
+            part = 'embedding, head'
         squares[part] = squares.get(part, 0) + p.grad.square().sum()
     return list(squares), torch.stack(list(squares.values())).sqrt()
 

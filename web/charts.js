@@ -521,7 +521,7 @@ export function headGrid(figure, layers, heads, value, label, onPick) {
     return h(
       'td',
       {
-        class: 'head-cell',
+        class: onPick && 'head-cell',
         style: `background:${css(rgb)};color:${textOn(rgb)}`
       },
       onPick

@@ -41,7 +41,8 @@ export const writtenOnly = () =>
 
 /**
  * Numbers of each prediction, one row per kind and one column per position. rows: [{name, values:
- * T numbers, NaN for none, isDifference}]; note: on the colors.
+ * T numbers, NaN for none, ownScale}], on one scale of colors from 0, or on one of their own around
+ * 0; note: on the colors.
  */
 export function predictionStrip(name, title, rows, note) {
   const next = t => (hasNext(t) ? tokenText(facts.ids[t + 1]) : '');
@@ -51,14 +52,14 @@ export function predictionStrip(name, title, rows, note) {
     headings,
     range(T, t => [t, tokenText(facts.ids[t]), next(t), ...rows.map(line => cells(line)(t))])
   ]);
-  const levels = rows.filter(line => !line.isDifference);
+  const shared = rows.filter(line => !line.ownScale);
   const reachOf = line =>
-    maxAbs((line.isDifference ? [line] : levels).flatMap(x => [...x.values].filter(isFinite)));
+    maxAbs((line.ownScale ? [line] : shared).flatMap(x => [...x.values].filter(isFinite)));
   const reach = rows.map(reachOf);
   const cellColor = (i, t) => {
     const value = rows[i].values[t];
     if (!Number.isFinite(value)) return null;
-    return (rows[i].isDifference ? diverging : sequential)(value / reach[i]);
+    return (rows[i].ownScale ? diverging : sequential)(value / reach[i]);
   };
   const describe = (i, t) => {
     const place = `position ${t}, after ${tokenQuoted(facts.ids[t])}`;
@@ -114,6 +115,9 @@ export function likelyFigure(name, title, ids, probs, side) {
   return chart;
 }
 
+export const likelyNote = () =>
+  h('p', {class: 'note'}, 'Outline: the probability in the figure beside it. Bold: the next token.');
+
 const mean = values => sum([...values]) / values.length;
 /** The loss at each position, NaN at the last one, which has no next token. */
 export const withoutLast = losses => [...losses, NaN];
@@ -135,8 +139,7 @@ export function buildCompare() {
         likelyFigure('compare-this', 'Next token: this checkpoint', 'both_ids', 'both_probs', 0),
         likelyFigure('compare-other', 'Next token: the other', 'both_ids', 'both_probs', 1)
       ),
-      h('p', {class: 'note'}, 'Outline: the probability under the other of the two. Bold: the token ' +
-        'that follows in the text.')
+      likelyNote()
     );
   } else box.append(writtenOnly());
   buildScores(box);
@@ -151,8 +154,8 @@ function lossFigure() {
     [
       {name: 'this: loss', values: ours},
       {name: 'other: loss', values: theirs},
-      {name: 'other − this', values: ours.map((x, t) => theirs[t] - x), isDifference: true},
-      {name: 'KL', values: row('kl'), isDifference: true}
+      {name: 'other − this', values: ours.map((x, t) => theirs[t] - x), ownScale: true},
+      {name: 'KL', values: row('kl'), ownScale: true}
     ],
     'In nats. Difference: blue where the other checkpoint has the higher loss, orange where it has ' +
       'the lower. KL divergence: by how much its probabilities of all tokens differ from those of ' +
@@ -177,7 +180,7 @@ function summaryTable() {
     'div',
     {class: 'card'},
     h('h3', {}, 'Summary'),
-    tableOf(['', 'this', 'other'], rows, {id: 'compare-summary', class: 'breaking'})
+    tableOf(['', 'this', 'other'], rows, {id: 'compare-summary'})
   );
 }
 
@@ -185,7 +188,7 @@ function summaryTable() {
 function buildScores(box) {
   const {n_layer: layers, n_head: heads} = facts.other;
   const isPaired = layers === L && heads === H;
-  let kind = 'induction';
+  let kind = 'previous';
   const draws = [];
   const select = h(
     'select',

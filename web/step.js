@@ -1,9 +1,22 @@
 // The "One training step" panel.
 
 import {bars, matrix} from './charts.js';
-import {content, figure, fixed, h, maxAbs, range, sequential, set, signed, state, watch} from './core.js';
+import {
+  content,
+  figure,
+  fixed,
+  h,
+  integer,
+  maxAbs,
+  range,
+  sequential,
+  set,
+  signed,
+  state,
+  watch
+} from './core.js';
 import {H, L, T, facts, headName, row} from './model.js';
-import {likelyFigure, predictionStrip, withoutLast, writtenOnly} from './compare.js';
+import {likelyFigure, likelyNote, predictionStrip, withoutLast, writtenOnly} from './compare.js';
 
 const WHY_PLAIN = {
   none: 'these weights come without the state of an optimizer',
@@ -11,10 +24,10 @@ const WHY_PLAIN = {
   misfit: 'the optimizer state in the checkpoint does not fit the weights'
 };
 const RATE_NAMES = {
-  adamw: 'matrices',
+  adamw: 'other matrices',
   gains: 'gains and biases',
   embeddings: 'embedding tables',
-  muon: 'matrices in the blocks, by Muon'
+  muon: 'matrices in the layers'
 };
 
 export function buildStep() {
@@ -27,53 +40,60 @@ export function buildStep() {
 
 function buildStepFigures(box, step) {
   box.append(
-    h('p', {id: 'step-method'}, methodOf(step)),
-    h('p', {id: 'step-result'}, resultOf(step)),
-    stepLosses(),
+    h('p', {class: 'note', id: 'step-method'}, methodOf(step)),
+    h('div', {class: 'columns wide-left'}, stepLosses(), resultCard(step)),
     h(
       'div',
       {class: 'columns two'},
       likelyFigure('step-before', 'Next token: before the step', 'step_ids', 'step_probs', 0),
-      likelyFigure('step-after', 'Next token: after the step', 'step_ids', 'step_probs', 1),
-      gradientFigure(step),
-      headGradientFigure()
-    )
+      likelyFigure('step-after', 'Next token: after the step', 'step_ids', 'step_probs', 1)
+    ),
+    likelyNote(),
+    h('div', {class: 'columns two'}, gradientFigure(step), headGradientFigure())
   );
 }
 
 /** How the step was made, in plain words. */
 function methodOf(step) {
+  const untouched = 'Only a copy is trained: all other panels show the model before the step.';
   if (step.optimizer === 'sgd') {
     return (
-      `Gradient descent: each weight moved against its gradient, times a rate of ` +
-      `${step.rates.all}. Not the optimizer of a run, for ${WHY_PLAIN[step.reason]}.`
+      'Plain gradient descent: each weight moves against its gradient, times the learning rate. ' +
+      `It is not the step of a run, for ${WHY_PLAIN[step.reason]}. ${untouched}`
     );
   }
   const name = step.optimizer === 'muon' ? 'Muon and AdamW' : 'AdamW';
-  const rates = Object.entries(step.rates).map(
-    ([group, rate]) => `${Number(rate.toPrecision(3))} (${RATE_NAMES[group]})`
-  );
   const when = step.is_over
-    ? 'at their peak, since the schedule of this run is at its end'
-    : `as scheduled for step ${facts.run.step}`;
+    ? 'The schedule of the run is at its end, so the learning rates are those of its peak.'
+    : `The learning rates are those of the schedule at step ${integer(facts.run.step)}.`;
   const dropout = step.dropout ? `, without the dropout of ${step.dropout}` : '';
   return (
-    `The step that train.py would do if this text were the whole batch: by ${name}, with the ` +
-    `state of this checkpoint, in float32${dropout}. Learning rates ${when}: ${rates.join(', ')}.`
+    `What train.py would do if this text were the whole batch: one step of ${name} from the ` +
+    `optimizer state in the checkpoint, in float32${dropout}. ${when} ${untouched}`
   );
 }
 
-function resultOf(step) {
+function resultCard(step) {
   const [before, after] = step.losses;
-  const smoothing = step.smoothing ? `, with a label smoothing of ${step.smoothing}` : '';
-  const clip =
-    step.clip && step.gradient > step.clip ? `, scaled down to ${step.clip} for the step` : '';
-  const targets = step.n_targets === 1 ? '1 token' : `${step.n_targets} tokens`;
-  return (
-    `Mean loss over ${targets}${smoothing}: ${fixed(before, 4)} before, ${fixed(after, 4)} after ` +
-    `(${signed(after - before, 4)}). Gradient norm: ${fixed(step.gradient, 3)}${clip}. Only a copy ` +
-    'was trained: all other panels show the model before the step.'
-  );
+  const isClipped = step.clip && step.gradient > step.clip;
+  const clip = isClipped ? `, scaled down to ${step.clip}` : '';
+  const rates = Object.entries(step.rates);
+  const isOneRate = new Set(Object.values(step.rates)).size === 1;
+  const rateName = group => (isOneRate ? '' : `, ${RATE_NAMES[group]}`);
+  const items = [
+    ['Tokens to learn', integer(step.n_targets)],
+    ['Loss before', fixed(before, 4)],
+    ['Loss after', `${fixed(after, 4)} (${signed(after - before, 4)})`],
+    step.smoothing && ['Label smoothing, in both', step.smoothing],
+    ['Gradient norm', fixed(step.gradient, 4) + clip],
+    ...(isOneRate ? rates.slice(0, 1) : rates).map(([group, rate]) => [
+      `Learning rate${rateName(group)}`,
+      Number(rate.toPrecision(3))
+    ])
+  ];
+  const pair = ([name, value]) => [h('dt', {}, name), h('dd', {}, String(value))];
+  const list = h('dl', {class: 'figures', id: 'step-result'}, items.filter(Boolean).map(pair));
+  return h('div', {class: 'card'}, h('h3', {}, 'The step'), list);
 }
 
 function stepLosses() {
@@ -87,7 +107,7 @@ function stepLosses() {
     [
       {name: 'before', values: before},
       {name: 'after', values: after},
-      {name: 'after − before', values: before.map((x, t) => after[t] - x), isDifference: true}
+      {name: 'after − before', values: before.map((x, t) => after[t] - x), ownScale: true}
     ],
     'In nats, without label smoothing. Difference: orange where the step lowered the loss, blue ' +
       'where it raised it. Empty: no target of training.'
