@@ -1,4 +1,4 @@
-// The "Two checkpoints" panel, and what it shares with the training step: two predictions of a text.
+// The "Two checkpoints" panel; figures of two predictions of a text, for the training step too.
 
 import {bars, headGrid, matrix} from './charts.js';
 import {
@@ -116,7 +116,7 @@ export function likelyFigure(name, title, ids, probs, side) {
 }
 
 export const likelyNote = () =>
-  h('p', {class: 'note'}, 'Outline: the probability in the figure beside it. Bold: the next token.');
+  h('p', {class: 'note'}, 'Outline: probability in the figure beside it. Bold: the next token.');
 
 const mean = values => sum([...values]) / values.length;
 /** The loss at each position, NaN at the last one, which has no next token. */
@@ -157,9 +157,9 @@ function lossFigure() {
       {name: 'other − this', values: ours.map((x, t) => theirs[t] - x), ownScale: true},
       {name: 'KL', values: row('kl'), ownScale: true}
     ],
-    'In nats. Difference: blue where the other checkpoint has the higher loss, orange where it has ' +
-      'the lower. KL divergence: by how much its probabilities of all tokens differ from those of ' +
-      'this one; 0 if they are the same.'
+    'In nats. Difference: blue where the loss of the other is higher, orange where it is lower. ' +
+      'KL divergence: how far its probabilities of all tokens are from those of this one; 0 if ' +
+      'they are the same.'
   );
 }
 
@@ -201,6 +201,7 @@ function buildScores(box) {
     },
     facts.score_names.map(key => h('option', {value: key, selected: key === kind}, SCORES[key]))
   );
+  const label = h('label', {for: 'compare-kind'}, 'Score of the heads');
   const scoreOf = name => (l, k) => row(name, facts.score_names.indexOf(kind), l)[k];
   const ours = scoreOf('scores');
   const theirs = scoreOf('other_scores');
@@ -221,7 +222,7 @@ function buildScores(box) {
   };
   const difference = (l, k) => theirs(l, k) - ours(l, k);
   box.append(
-    h('div', {class: 'controls'}, h('label', {for: 'compare-kind'}, 'Heads by their score'), select),
+    h('div', {class: 'controls'}, label, select),
     h(
       'div',
       {class: 'columns'},

@@ -82,8 +82,8 @@ function resultCard(step) {
   const rateName = group => (isOneRate ? '' : `, ${RATE_NAMES[group]}`);
   const items = [
     ['Tokens to learn', integer(step.n_targets)],
-    ['Loss before', fixed(before, 4)],
-    ['Loss after', `${fixed(after, 4)} (${signed(after - before, 4)})`],
+    ['Mean loss before', fixed(before, 4)],
+    ['Mean loss after', `${fixed(after, 4)} (${signed(after - before, 4)})`],
     step.smoothing && ['Label smoothing, in both', step.smoothing],
     ['Gradient norm', fixed(step.gradient, 4) + clip],
     ...(isOneRate ? rates.slice(0, 1) : rates).map(([group, rate]) => [
@@ -128,7 +128,7 @@ function gradientFigure({parts}) {
     text: norms[i].toPrecision(3)
   });
   watch(['theme'], () => bars(chart, parts.map(bar), title));
-  chart.setReadout('The square root of the sum of their squares is the gradient norm of the model.');
+  chart.setReadout('Their squares sum to the square of the gradient norm.');
   return chart;
 }
 
