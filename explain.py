@@ -488,8 +488,8 @@ def main(config):
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:], checkpoint,
-                                               other)
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:],
+                                               checkpoint=checkpoint, other=other)
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
         return build_page(facts | text_facts | more_facts, arrays | text_arrays)
 

@@ -9,7 +9,7 @@ import explain
 
 NO_RUN = {'run': {'path': 'x', 'step': 0, 'val_loss': None, 'curves': {}}, 'live': False}
 PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'circuits',
-          'bigrams', 'training')
+          'bigrams', 'step', 'training', 'compare')
 
 
 def write_page(path, facts, arrays):

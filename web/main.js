@@ -138,8 +138,8 @@ const panels = {
   why: buildWhy,
   circuits: buildCircuits,
   bigrams: buildBigrams,
-  training: buildTraining,
   step: buildStep,
+  training: buildTraining,
   compare: buildCompare
 };
 
