@@ -249,7 +249,7 @@ BROKEN = [
     ('arrays', 'eigenvalues', ['circuits']),
     ('facts', 'circuit_ids', ['circuits']),
     ('facts', 'neuron_ids', ['mlp']),
-    ('facts', 'embeddings', ['flow', 'embedding']),
+    ('facts', 'embeddings', ['flow', 'embedding', 'graph']),
     ('facts', 'run', ['run-facts', 'training']),
 ]
 

@@ -23,10 +23,11 @@ import {
   H,
   L,
   T,
-  arrays,
   facts,
   hasNext,
   headName,
+  isOriginal,
+  onlyWhenWritten,
   row,
   targetAt,
   tokenLabel,
@@ -34,10 +35,6 @@ import {
   tokenText
 } from './model.js';
 import {SCORES} from './heads.js';
-
-/** Stands in for what only the text of the page has, not one that is typed. */
-export const writtenOnly = () =>
-  h('p', {class: 'note'}, 'Computed when the page is written, for its own text only.');
 
 /**
  * Numbers of each prediction, one row per kind and one column per position. rows: [{name, values:
@@ -130,7 +127,7 @@ export function buildCompare() {
     box.append(h('p', {class: 'note'}, note, command, ', a run’s folder or a file.'));
     return;
   }
-  if (arrays.kl) {
+  if (isOriginal()) {
     box.append(
       h('div', {class: 'columns wide-left'}, lossFigure(), summaryTable()),
       h(
@@ -141,7 +138,7 @@ export function buildCompare() {
       ),
       likelyNote()
     );
-  } else box.append(writtenOnly());
+  } else box.append(onlyWhenWritten());
   buildScores(box);
 }
 

@@ -41,6 +41,7 @@ import {
   whyHidden
 } from './model.js';
 import {softmax} from './sampling.js';
+import {headSnippets} from './snippets.js';
 
 /** Scores of a head: key of the state -> name. */
 export const SCORES = {
@@ -245,6 +246,7 @@ export function buildHead() {
   } else box.append(missing());
   if (arrays.q) box.append(scoresFigure(), termsFigure());
   else box.append(missing());
+  box.append(headSnippets());
 }
 
 function headSelect(key, n, label) {

@@ -32,6 +32,7 @@ import {
   facts,
   hasNext,
   headName,
+  isOriginal,
   missing,
   openHead,
   openMlp,
@@ -42,22 +43,26 @@ import {
   tokenQuoted,
   tokenText
 } from './model.js';
+import {neuronSnippets} from './snippets.js';
 
 // MLP ---------------------------------------------------------------------------------------------
 
 const preName = facts.gated ? 'gate' : 'pre';
 
-/** Row of neuron_tokens for a neuron: rows are grouped by layer. */
-function neuronRow(layer, id) {
+/** The tokens that the i-th strongest neuron of a layer and position raises, then those it lowers.
+ * In the page's own text, rows are grouped by layer. */
+function tokensOfNeuron(layer, t, i) {
+  if (!isOriginal()) return row('neuron_tokens', layer, t, i);
+  const id = row('neurons', layer, t)[i];
   const start = sum(facts.neuron_ids.slice(0, layer).map(ids => ids.length));
-  return start + facts.neuron_ids[layer].indexOf(id);
+  return row('neuron_tokens', start + facts.neuron_ids[layer].indexOf(id));
 }
 
 /** The strongest neurons of the selected layer and position. */
 function strongestNeurons() {
   const {layer, t} = state;
   return Array.from(row('neurons', layer, t), (id, i) => {
-    const tokens = Array.from(row('neuron_tokens', neuronRow(layer, id)));
+    const tokens = Array.from(tokensOfNeuron(layer, t, i));
     const half = tokens.length / 2;
     return {
       id,
@@ -96,7 +101,7 @@ export function buildMlp() {
   ]);
   const gates = facts.gated ? ' at value 1' : '';
   plot.heading.textContent = `${facts.model.activation}${gates}, with these neurons`;
-  box.append(h('div', {class: 'columns wide-left'}, list, plot));
+  box.append(h('div', {class: 'columns wide-left'}, list, plot), neuronSnippets());
   watch(['t', 'layer', 'theme'], () => {
     const neurons = strongestNeurons();
     drawNeuronList(list, neurons);

@@ -60,8 +60,8 @@ function stripButton(id, t) {
 
 export function buildStrip() {
   const strip = document.getElementById('tokens');
-  const buttons = facts.ids.map(stripButton);
-  strip.append(...buttons);
+  let shown = null; // ids
+  let buttons = [];
   const move = step => set({t: clamp(state.t + step, 0, T - 1), source: -1});
   document.getElementById('back').addEventListener('click', () => move(-1));
   document.getElementById('forth').addEventListener('click', () => move(1));
@@ -73,6 +73,11 @@ export function buildStrip() {
     event.preventDefault();
   });
   watch(['t', 'theme'], () => {
+    if (shown !== facts.ids) {
+      shown = facts.ids;
+      buttons = shown.map(stripButton);
+      strip.replaceChildren(...buttons);
+    }
     buttons.forEach((button, t) => {
       const rgb = mix('soft', 'warm', t ? Math.min(1, lossOf(t) / 8) : 0);
       button.style.background = css(rgb);

@@ -15,8 +15,8 @@ import {
   state,
   watch
 } from './core.js';
-import {H, L, T, facts, headName, row} from './model.js';
-import {likelyFigure, likelyNote, predictionStrip, withoutLast, writtenOnly} from './compare.js';
+import {H, L, facts, headName, isOriginal, onlyWhenWritten, row} from './model.js';
+import {likelyFigure, likelyNote, predictionStrip, withoutLast} from './compare.js';
 
 const WHY_PLAIN = {
   none: 'these weights come without the state of an optimizer',
@@ -33,7 +33,7 @@ const RATE_NAMES = {
 export function buildStep() {
   const box = content('step');
   const {step} = facts;
-  if (!step) box.append(writtenOnly());
+  if (!isOriginal()) box.append(onlyWhenWritten());
   else if (step.skipped) box.append(h('p', {class: 'note'}, step.skipped));
   else buildStepFigures(box, step);
 }

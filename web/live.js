@@ -1,0 +1,188 @@
+// The text box of a page that holds the model: every panel follows what is typed or generated.
+
+import {
+  DEFAULTS,
+  h,
+  hold,
+  integer,
+  isDrawn,
+  readHash,
+  rebuild,
+  resume,
+  state,
+  visiblePanels
+} from './core.js';
+import {ask} from './live-model.js';
+import {T, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
+
+const box = document.getElementById('live-text');
+const generateButton = document.getElementById('generate');
+const live = {
+  next: null, // the text to show next: {text, hash, since}; a later one replaces it
+  text: facts.text, // the last one asked for
+  isGenerating: false,
+  first: null, // {seed} until the first token is drawn
+  isWorking: false
+};
+
+/** Show a message above the tokens, or none. */
+export function showNotice(text = '') {
+  const notice = document.getElementById('notice');
+  notice.hidden = !text;
+  notice.textContent = text;
+  box.toggleAttribute('aria-invalid', Boolean(text));
+  if (text) box.setAttribute('aria-describedby', 'notice');
+}
+
+export function buildLive() {
+  document.getElementById('live').hidden = false;
+  document.getElementById('run').hidden = true;
+  box.value = facts.text;
+  box.addEventListener('input', event => {
+    stop();
+    show({text: box.value, since: event.timeStamp});
+  });
+  document.getElementById('live').addEventListener('submit', event => event.preventDefault());
+  generateButton.hidden = false;
+  generateButton.addEventListener('click', () => {
+    if (live.isGenerating) return stop();
+    live.isGenerating = true;
+    generateButton.textContent = 'Stop';
+    hold(1);
+    work({seed: state.seed});
+  });
+  if (facts.model.turns) addTurnButton();
+  whenAsked(() => work());
+}
+
+/** Show the text in the URL, now and whenever the URL changes. */
+export function followUrl() {
+  const follow = () => {
+    if (state.text === live.text) return;
+    box.value = state.text;
+    show({text: state.text, hash: location.hash});
+  };
+  addEventListener('hashchange', follow);
+  follow();
+}
+
+/** Models of sources and targets: the separator is nothing that anybody likes to type. */
+function addTurnButton() {
+  const label = facts.model.turns === 2 ? 'Add target' : 'Add turn';
+  const onclick = () => {
+    box.setRangeText('<|endoftext|>', box.value.length, box.value.length, 'end');
+    box.focus();
+  };
+  generateButton.before(h('button', {type: 'button', onclick}, label));
+}
+
+/** End the generation. */
+function stop() {
+  if (!live.isGenerating) return;
+  live.isGenerating = false;
+  generateButton.textContent = 'Generate';
+  hold(-1);
+}
+
+function show(job) {
+  if (!live.next) hold(1);
+  live.next = job;
+  live.text = job.text;
+  work();
+}
+
+/** Answer what is asked for, one request at a time: a new text first, then what panels wait for,
+ * then the next token. first: {seed} for the first token. */
+async function work(first = null) {
+  if (first) live.first = first;
+  if (live.isWorking) return;
+  live.isWorking = true;
+  await null; // let the caller go on
+  try {
+    while (live.next || nextWishes().length || live.isGenerating) {
+      if (live.next) await answerText();
+      else if (nextWishes().length) await answerWishes();
+      else await generateOne();
+    }
+  } catch (error) {
+    showNotice(`This cannot be computed: ${error.message}`);
+    if (live.next) hold(-1);
+    live.next = null;
+    stop();
+  }
+  live.isWorking = false;
+}
+
+const selection = () => ({layer: state.layer, head: state.head, panels: visiblePanels()});
+
+async function answerText() {
+  const job = live.next;
+  const isOwn = job.text === DEFAULTS.text;
+  const request = {text: job.text, selection: selection()};
+  const reply = isOwn ? {} : await ask('show', request);
+  if (live.next === job) live.next = null;
+  if (reply.problem) showNotice(reply.problem);
+  else if (!live.next) {
+    const n = `${integer(reply.leftOut)} token${reply.leftOut > 1 ? 's' : ''}`;
+    showNotice(reply.leftOut ? `The text is too long: its first ${n} are left out.` : '');
+    display(reply, job);
+  }
+  if (!live.next) hold(-1);
+}
+
+async function answerWishes() {
+  const {found} = await ask('more', {wishes: nextWishes()});
+  if (live.next) return; // another text
+  for (const [wish, arrays] of found) fulfil(wish, arrays);
+  resume();
+  measure();
+}
+
+/** Show an answer to `show` or `draw`: at its last token, or at the selection of a URL hash. */
+function display({facts: newFacts, arrays, found = []}, {text, hash, since}) {
+  setText(newFacts && {...newFacts, text}, arrays);
+  for (const [wish, more] of found) fulfil(wish, more);
+  Object.assign(state, hash ? readHash(hash) : {t: T - 1, source: -1}, {text});
+  live.text = text;
+  live.since = since;
+  rebuild();
+  measure();
+}
+
+/** Draw one more token with the settings of the sliders. */
+async function generateOne() {
+  const {temperature, k, p} = state;
+  const request = {text: box.value, temperature, k, p, selection: selection(), ...live.first};
+  live.first = null;
+  const reply = await ask('draw', request);
+  if (live.next || !live.isGenerating) return;
+  if (reply.problem) showNotice(reply.problem);
+  else {
+    box.value = reply.text;
+    box.scrollTop = box.scrollHeight;
+    display(reply, {text: reply.text});
+  }
+  if (reply.isOver) stop();
+  await new Promise(requestAnimationFrame); // so that each token is seen
+}
+
+/** Once all visible panels are drawn: how long that took since the input, in ms. */
+function measure() {
+  if (live.since === undefined || !isDrawn()) return;
+  const {since} = live;
+  live.since = undefined;
+  requestAnimationFrame(() =>
+    setTimeout(() => {
+      const reaction = Math.round(performance.now() - since);
+      document.documentElement.dataset.reaction = reaction;
+      drawClock();
+    })
+  );
+}
+
+/** The page's own clock, in the footer. */
+export function drawClock() {
+  const {ready, reaction} = document.documentElement.dataset;
+  const last = reaction ? `; last reaction to typing in ${reaction} ms` : '';
+  document.getElementById('clock').textContent = `Opened in ${ready} ms${last}.`;
+}
