@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import checkpoint as ckpt
 import explain
 import interpret
-from browser import NO_RUN, assert_close, opened, table, write_page
+from browser import NO_RUN, assert_close, opened, table, wait_until_drawn, write_page
 from helpers import (
     ARCHITECTURES,
     POST,
@@ -25,6 +25,7 @@ from helpers import (
 )
 from interpret import step as training_step
 from interpret.compare import collect_comparison
+from lib.page_weights import pack_weights
 from test_explain import get, unpack
 
 NAMES = char_tokenizer(48, 40)
@@ -238,17 +239,15 @@ def test_explain_rejects_what_it_cannot_compare(refused, trained, tmp_path):
 
 # The page -----------------------------------------------------------------------------------------
 
-def page_of(path, model, ids, other=None):
+def page_of(path, model, ids, other):
     facts, arrays = explain.collect_weights(model, NAMES)
     text_facts, text_arrays = explain.collect_text(model, NAMES, ids, other=other)
-    facts |= NO_RUN | text_facts
-    if other:
-        checkpoint = ckpt.Checkpoint(vars(other.config).copy(), other.state_dict(), step=7,
-                                     path='other.pt')
-        other_facts, other_arrays = explain.collect_other(checkpoint, other, 40)
-        facts |= other_facts
-        arrays |= other_arrays
-    return write_page(path, facts, arrays | text_arrays), arrays | text_arrays
+    checkpoint = ckpt.Checkpoint(vars(other.config).copy(), other.state_dict(), path='other.pt')
+    other_facts, other_arrays = explain.collect_other(checkpoint, other, 40)
+    engine, weights, _ = pack_weights(model, NAMES, 'float32')
+    facts |= NO_RUN | text_facts | other_facts | {'engine': engine | {'difference': 0.0}}
+    arrays |= text_arrays | other_arrays
+    return write_page(path, facts, arrays, weights), arrays
 
 
 def probabilities(tab, name):
@@ -317,6 +316,13 @@ def test_page_compares_models_of_other_shapes(chromium, tmp_path, T):
         assert_close([row[6] for row in table(tab, 'compare-loss')], arrays['kl'])
         assert ('no token to learn' in tab.locator('#step').text_content()) == (T == 1)
         assert tab.evaluate('document.documentElement.scrollWidth') == 360
+        tab.locator('#live-text').fill('456')  # another text, computed in the page
+        wait_until_drawn(tab)
+        for panel in ('step', 'compare'):
+            text = tab.locator(f'#{panel}').text_content()
+            assert 'Computed when the page is written' in text
+        assert not tab.locator('#figure-compare-loss').count()
+        assert len(table(tab, 'compare-scores-other')) == 6  # of the weights
 
 
 @pytest.mark.slow

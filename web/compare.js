@@ -177,7 +177,7 @@ function summaryTable() {
     'div',
     {class: 'card'},
     h('h3', {}, 'Summary'),
-    tableOf(['', 'this', 'other'], rows, {id: 'compare-summary'})
+    tableOf(['checkpoint', 'this', 'other'], rows, {id: 'compare-summary'})
   );
 }
 
