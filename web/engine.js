@@ -111,6 +111,7 @@ export class Engine {
       this.packed[name] = this.matmul.pack(data, ...shape);
     }
     this.neurons = weights['transformer.h.0.mlp.c_proj.weight'].shape[1];
+    this.run(new Array(Math.min(64, config.block_size)).fill(0)); // so that all is compiled
     this.last = null; // the previous trace, whose beginning is used again
   }
 
