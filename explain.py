@@ -5,6 +5,7 @@ The page opens from disk and loads nothing from the network.
     python explain.py --out_dir=out-quickstart --start="def main("
     python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
     python explain.py --out_dir=out-quickstart --start="def main(" --serve
+    python explain.py --out_dir=out-quickstart --start="def main(" --compare=out-other
     python explain.py --out_dir=out-scan --start="jump twice<|endoftext|>JUMP JUMP"
 """
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Config:
     out_dir: FilePath = 'out'  # folder of a run; the page is its explain.html
     checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training
+    compare: FilePath = ''  # show another one too: a run's folder, a file, ...; empty: none
     # text
     start: Text = ''  # the text, or FILE:path; only its last min(256, block_size) tokens are used
     # system
@@ -57,8 +59,10 @@ from torch.nn import functional as F
 import checkpoint as ckpt
 import interpret
 from interpret.causal import collect_ablations
+from interpret.compare import collect_comparison, collect_other, load_other
 from interpret.graph import collect_graphs
 from interpret.snippets import collect_snippets
+from interpret.step import collect_step
 from lib.files import find, printable, write_text
 from lib.page import DATA, compress, join_streams, nan_to_none, page_template, to_half
 from lib.page_weights import logit_difference, weights_for_page
@@ -127,11 +131,12 @@ def collect_weights(model, tokenizer):
     return facts, arrays
 
 
-def collect_text(model, tokenizer, ids, means=None):
+def collect_text(model, tokenizer, ids, means=None, checkpoint=None, other=None):
     """(facts, arrays) of a forward pass over ids, a list of T token ids.
 
-    means: of heads and neurons, for ablations; None: those over the text. Raises UserError if the
-    logits are not finite.
+    means: of heads and neurons, for ablations; None: those over the text. checkpoint: where model
+    is from, for a training step by its optimizer. other: a model to compare. Raises UserError if
+    the logits are not finite.
     """
     vocab_size = tokenizer.vocab_size
     idx = torch.tensor([ids])
@@ -165,6 +170,8 @@ def collect_text(model, tokenizer, ids, means=None):
         collect_circuits(model, trace, distinct, vocab_size),
         collect_ablations(model, trace, target, vocab_size, means),
         collect_graphs(model, trace, target),
+        collect_comparison(other, ids, logits, target),
+        collect_step(model, ids, target, vocab_size, checkpoint),
     ):
         facts |= more_facts
         arrays |= more_arrays
@@ -442,6 +449,10 @@ def main(config):
     model = checkpoint.build_model(dropout=0.0).eval()
     model.requires_grad_(False)
     max_tokens = min(MAX_TOKENS, model.config.block_size)
+    other = None
+    if config.compare:
+        other_checkpoint, other = load_other(config.compare, tokenizer, checkpoint.path)
+        max_tokens = min(max_tokens, other.config.block_size)
 
     def encode(text):
         if model.config.turns:  # sources and targets, with <|endoftext|> between them
@@ -466,6 +477,10 @@ def main(config):
     snippet_facts, snippet_arrays, means = collect_snippets(checkpoint, model, tokenizer)
     facts |= snippet_facts
     arrays |= snippet_arrays
+    if other:
+        other_facts, other_arrays = collect_other(other_checkpoint, other, tokenizer.vocab_size)
+        facts |= other_facts
+        arrays |= other_arrays
     if config.checkpoints == 'all':
         history = collect_history(config.out_dir, ids[-max_tokens:], tokenizer.vocab_size)
         facts['history'] = history[0]
@@ -474,7 +489,8 @@ def main(config):
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:], means)
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:], means,
+                                               checkpoint, other)
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
         if rounded:
             difference = logit_difference(model, rounded, torch.tensor([ids[-max_tokens:]]))

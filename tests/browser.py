@@ -9,7 +9,7 @@ import explain
 
 NO_RUN = {'run': {'path': 'x', 'step': 0, 'val_loss': None, 'curves': {}}, 'live': False}
 PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'ablation',
-          'graph', 'circuits', 'bigrams', 'training')
+          'graph', 'circuits', 'bigrams', 'step', 'training', 'compare')
 
 
 def write_page(path, facts, arrays, weights=b''):

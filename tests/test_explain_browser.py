@@ -19,7 +19,8 @@ from lib.generation import filter_logits, sample_next_token
 @pytest.fixture(scope='module')
 def page(run, trained):
     """Path of the page of a tiny run with two checkpoints."""
-    run('explain.py', f'--out_dir={trained}', f'--start={TEXT}', '--checkpoints=all')
+    run('explain.py', f'--out_dir={trained}', f'--start={TEXT}', '--checkpoints=all',
+        f'--compare={trained / "ckpt_00000010.pt"}')
     return trained / 'explain.html'
 
 

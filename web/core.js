@@ -322,7 +322,8 @@ export function hideTip() {
 
 export function fixed(x, digits = 2) {
   if (!Number.isFinite(x)) return 'n/a';
-  return (x < 0 ? '−' : '') + Math.abs(x).toFixed(digits);
+  const text = Math.abs(x).toFixed(digits);
+  return (x < 0 && Number(text) > 0 ? '−' : '') + text;
 }
 
 export const signed = (x, digits = 2) => (x > 0 ? '+' : '') + fixed(x, digits);

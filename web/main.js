@@ -26,6 +26,8 @@ import {buildAblation} from './ablation.js';
 import {buildGraph} from './graph.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
 import {buildTraining} from './training.js';
+import {buildStep} from './step.js';
+import {buildCompare} from './compare.js';
 import {buildTour} from './tour.js';
 
 function buildHeader() {
@@ -155,7 +157,9 @@ const sections = {
   graph: buildGraph,
   circuits: buildCircuits,
   bigrams: buildBigrams,
-  training: buildTraining
+  step: buildStep,
+  training: buildTraining,
+  compare: buildCompare
 };
 
 try {
