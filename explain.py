@@ -72,7 +72,7 @@ from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 
 MAX_TOKENS = 256  # of the text
 MAX_PAGE_BYTES = 20_000_000  # a larger page drops arrays in the order of DROPPABLE
-MAX_PAGE_WITH_WEIGHTS = 25_000_000
+MAX_DATA_WITH_WEIGHTS = 1_500_000  # if the page has the weights: it computes what is dropped
 CODE_BYTES = 500_000  # upper bound for style and scripts
 DROPPABLE = {
     'by_source': 'head contributions by source token',
@@ -192,7 +192,7 @@ def collect_next_token(logits, next_tokens):
         'loss': F.cross_entropy(logits[:-1], next_tokens, reduction='none'),
         'rank': 1 + (logits[:-1] > next_logits).sum(dim=1),
     }
-    if T * vocab_size <= 2**18:
+    if T * vocab_size <= 2**17:
         arrays['logits'] = logits
         return facts, arrays
     facts['bins_per_nat'] = BINS_PER_NAT
@@ -225,7 +225,7 @@ def collect_attribution(model, trace, logits, target):
     T, vocab_size = logits.shape
     config = model.config
     n_parts = config.n_layer * (config.n_head + 1) + 5
-    n_rivals = min(vocab_size - 1, max(2, min(24, 75_000 // (T * n_parts))))
+    n_rivals = min(vocab_size - 1, max(2, min(24, 50_000 // (T * n_parts))))
     rivals = logits.scatter(1, target[:, None], float('-inf')).topk(n_rivals).indices
     tokens = torch.cat((target[:, None], rivals), dim=1)  # (T, K)
     names, parts = interpret.attribute(model, trace, tokens)
@@ -403,6 +403,8 @@ def pack(facts, arrays, room):
     room -= CODE_BYTES + len(json.dumps(facts))
     dropped = []
     for name, description in DROPPABLE.items():
+        if facts.get('engine') and name not in facts['of_text']['arrays']:
+            continue  # the page could not compute it
         size = sum(len(data) for _, _, data in streams.values()) * 4 / 3  # in base64
         if size < room:
             break
@@ -427,7 +429,7 @@ def build_page(facts, arrays, weights=b''):
     """
     page, _ = page_template('page.html', computes=bool(weights))
     weights = base64.b64encode(weights).decode()
-    room = min(MAX_PAGE_BYTES, MAX_PAGE_WITH_WEIGHTS - len(weights))
+    room = MAX_DATA_WITH_WEIGHTS if weights else MAX_PAGE_BYTES
     facts_json, blob = pack(facts, arrays, room)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
     data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'

@@ -26,7 +26,7 @@ EXPANDED = 5e-4  # influence from which a node's own inputs are looked at
 SHARE = 0.8  # of the influence of all nodes that a graph keeps
 EDGE_SHARE = 0.95  # of the influence of all edges between them
 MAX_NODES = 500
-MAX_TARGETS = 16  # positions of a page whose logit gets a graph: the last ones
+MAX_TARGETS = 8  # positions of a page whose logit gets a graph: the last ones
 MAX_FLOPS = 2e11  # of all graphs of a page: a few seconds on two CPU cores
 TYPICAL_READS = 500  # nodes of a graph whose inputs are looked at
 

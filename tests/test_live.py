@@ -6,6 +6,7 @@ from urllib.parse import urlencode
 import pytest
 import torch
 
+import explain
 import interpret
 import test_explain_browser as explain_browser
 from browser import opened, table, wait_until_drawn, write_page
@@ -121,6 +122,22 @@ def test_typed_text_shows_what_its_own_page_shows(chromium, tmp_path, options):
                 'step-before', 'step-after')}
         assert_same(shown, {name: rows for name, rows in expected.items()
                             if name not in only_when_written})
+
+
+@pytest.mark.slow
+def test_what_is_left_out_of_a_page_is_computed_in_it(chromium, tmp_path, monkeypatch):
+    model = awake(**ROTARY)
+    whole = write_live_page(tmp_path / 'whole.html', model, [5, 6, 7, 6])
+    monkeypatch.setattr(explain, 'MAX_DATA_WITH_WEIGHTS', 0)
+    small = write_live_page(tmp_path / 'small.html', model, [5, 6, 7, 6])
+    with opened(chromium, whole, '#layer=1&head=2') as tab:
+        expected = tables(tab)
+    with opened(chromium, small, '#layer=1&head=2') as tab:
+        assert 'Computed in this page' in tab.locator('#accuracy').text_content()
+        assert_same(tables(tab), expected)
+        type_text(tab, '77')
+        type_text(tab, '5676')
+        assert_same(tables(tab), expected)
 
 
 def test_panels_keep_tables_and_selection_while_typing(chromium, tmp_path):

@@ -97,7 +97,7 @@ export class Analysis extends Weights {
   /** The target of each position, the next token or else the most likely one, and its rivals. */
   targets(logits, ids, nParts) {
     const T = ids.length;
-    const most = Math.max(2, Math.min(24, Math.floor(75000 / (T * nParts))));
+    const most = Math.max(2, Math.min(24, Math.floor(50000 / (T * nParts))));
     const K = 1 + Math.min(this.V - 1, most);
     const tokens = new Uint32Array(T * K);
     for (let t = 0; t < T; t++) {

@@ -50,9 +50,9 @@ import {neuronSnippets} from './snippets.js';
 const preName = facts.gated ? 'gate' : 'pre';
 
 /** The tokens that the i-th strongest neuron of a layer and position raises, then those it lowers.
- * In the page's own text, rows are grouped by layer. */
+ * As explain.py stores them, rows are grouped by layer. */
 function tokensOfNeuron(layer, t, i) {
-  if (!isOriginal()) return row('neuron_tokens', layer, t, i);
+  if (arrays.neuron_tokens.rows) return row('neuron_tokens', layer, t, i);
   const id = row('neurons', layer, t)[i];
   const start = sum(facts.neuron_ids.slice(0, layer).map(ids => ids.length));
   return row('neuron_tokens', start + facts.neuron_ids[layer].indexOf(id));

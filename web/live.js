@@ -13,7 +13,7 @@ import {
   visiblePanels
 } from './core.js';
 import {ask} from './live-model.js';
-import {T, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
+import {T, completeText, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
 
 const box = document.getElementById('live-text');
 const generateButton = document.getElementById('generate');
@@ -59,6 +59,13 @@ export function buildLive() {
   });
   if (facts.model.turns) addTurnButton();
   whenAsked(() => work());
+}
+
+/** Compute what the page left out of its own text. */
+export async function completeOwnText() {
+  if (!facts.dropped.length) return;
+  completeText(await ask('show', {text: facts.text, selection: selection()}));
+  rebuild();
 }
 
 /** Show the text in the URL, now and whenever the URL changes. */
@@ -124,8 +131,10 @@ const selection = () => ({layer: state.layer, head: state.head, panels: visibleP
 async function answerText() {
   const job = live.next;
   const isOwn = job.text === DEFAULTS.text;
+  const isComplete = isOwn && !facts.dropped.length;
   const request = {text: job.text, selection: selection()};
-  const reply = isOwn ? {} : await ask('show', request);
+  const answer = isComplete ? {} : await ask('show', request);
+  const reply = isOwn ? {} : answer;
   if (live.next === job) live.next = null;
   if (reply.problem) showNotice(reply.problem);
   else if (!live.next) {

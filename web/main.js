@@ -17,7 +17,7 @@ import {
 } from './core.js';
 import {H, L, T, facts, isOriginal, isPostNorm, loadArrays, row} from './model.js';
 import {hasModel, startModel} from './live-model.js';
-import {buildLive, drawClock, followUrl, showLeftOut, showNotice} from './live.js';
+import {buildLive, completeOwnText, drawClock, followUrl, showLeftOut, showNotice} from './live.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
@@ -88,7 +88,11 @@ function accuracyNote() {
   if (facts.engine) notes.push(weightsNote(facts.engine));
   if (dropped.length) {
     const names = dropped.join(', ');
-    notes.push(`Left out to keep the page below ${facts.largest_page}: ${names}.`);
+    notes.push(
+      facts.engine
+        ? `Computed in this page, by those weights: ${names}.`
+        : `Left out to keep the page below ${facts.largest_page}: ${names}.`
+    );
   }
   return notes.join(' ');
 }
@@ -183,5 +187,6 @@ drawClock();
 if (hasModel) {
   followUrl();
   await startModel();
+  await completeOwnText();
   document.documentElement.dataset.engine = Math.round(performance.now());
 }

@@ -83,6 +83,19 @@ function rememberOriginal() {
   for (const name of facts.of_text.arrays) original.arrays[name] = arrays[name];
 }
 
+/** Add what the page left out of its own text, as the Worker has computed it; what panels ask for
+ * one by one is lazy, as in typed texts. */
+export function completeText({facts: newFacts, arrays: newArrays}) {
+  const isLeftOut = name => facts.of_text.arrays.includes(name) && !arrays[name];
+  for (const {names} of Object.values(LAZY_GROUPS)) {
+    if (!names.some(isLeftOut)) continue;
+    for (const name of names) arrays[name] = {rows: new Map()};
+  }
+  for (const name of facts.of_text.arrays) arrays[name] ??= newArrays[name];
+  facts.strongest = newFacts.strongest;
+  rememberOriginal();
+}
+
 /** Show another text: its facts and arrays, or none for the text that the page was written with. */
 export function setText(newFacts, newArrays) {
   const isTyped = Boolean(newFacts);
@@ -166,8 +179,12 @@ export const whyHidden = (t, s) =>
   s > t ? 'the key comes after the query' : 'the key is in another document';
 
 /** Stands in for a figure whose data was dropped to keep the page small. */
-export const missing = () =>
-  h('p', {class: 'note'}, 'Left out to keep the page small. Try a shorter text.');
+export function missing() {
+  const text = facts.engine
+    ? 'This is being computed.' // see completeText
+    : 'Left out to keep the page small. Try a shorter text.';
+  return h('p', {class: 'note'}, text);
+}
 
 // State -------------------------------------------------------------------------------------------
 
