@@ -1,5 +1,6 @@
 // What the Worker answers to the page: a text and what follows from it, piece by piece.
 
+import {Changes, describeModel, parseChanges} from './changes.js';
 import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
 import {END_OF_TEXT} from './tokenizer.js';
 
@@ -14,13 +15,16 @@ export class Answers {
     this.maxTokens = Math.min(256, this.config.block_size);
     this.ids = [];
     this.random = null;
+    this.changes = null;
   }
 
-  /** {problem: a sentence}, or what `analyze` returns. selection: {layer, head}. */
-  show({text, selection}) {
+  /** {problem: a sentence}, or what `analyze` returns. selection: {layer, head}; changes, frozen:
+   * of the page's state. */
+  show({text, selection, changes, frozen}) {
     let ids;
     try {
       ids = this.encode(text);
+      this.change(changes, frozen);
     } catch (error) {
       return {problem: error.message};
     }
@@ -30,6 +34,15 @@ export class Answers {
       return {problem: `The text has ${count}: give a shorter source or target.`};
     }
     return this.analyze(ids.slice(-this.maxTokens), Math.max(0, excess), selection);
+  }
+
+  /** Change the model from now on. frozen: the text whose attention is kept, or ''. */
+  change(changes, frozen) {
+    const {engine} = this.analysis;
+    const model = describeModel(engine);
+    const parsed = parseChanges(changes, model);
+    const kept = frozen ? engine.run(this.encode(frozen).slice(-this.maxTokens), {}) : null;
+    this.changes = parsed.size || kept ? new Changes(parsed, model, kept) : null;
   }
 
   /** Token ids as --start gives them. */
@@ -42,7 +55,7 @@ export class Answers {
   analyze(ids, leftOut, {layer, head}) {
     this.ids = ids;
     const {analysis} = this;
-    const {facts, arrays} = analysis.start(ids);
+    const {facts, arrays} = analysis.start(ids, this.changes);
     const t = ids.length - 1;
     const distinct = facts.distinct.indexOf(ids[t]);
     const wishes = [

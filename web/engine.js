@@ -53,15 +53,17 @@ function sourceParts(ids, eot) {
   });
 }
 
-/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T) */
-export function attentionMask(ids, {eot_token: eot, turns, prefix_lm: prefixLm}) {
+/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T) seesFuture: also keys that
+ * come after the query. */
+export function attentionMask(ids, config, seesFuture = false) {
+  const {eot_token: eot, turns, prefix_lm: prefixLm} = config;
   const T = ids.length;
   const documents = eot === null ? null : documentNumbers(ids, eot, turns);
   const parts = prefixLm ? sourceParts(ids, eot) : null;
   const mask = new Uint8Array(T * T);
   for (let t = 0; t < T; t++) {
     for (let s = 0; s < T; s++) {
-      let sees = s <= t;
+      let sees = s <= t || seesFuture;
       if (parts && parts[t].isSource && parts[t].part === parts[s].part) sees = true;
       if (documents && documents[t] !== documents[s]) sees = false;
       mask[t * T + s] = sees ? 1 : 0;
@@ -105,8 +107,9 @@ export class Engine {
 
   /**
    * The forward pass over ids, as a trace. hooks: functions that change activations in place before
-   * they are used: embedding(name, data), scores, attention, mixed, attnOut, post, mlpOut and
-   * residual(layer, data).
+   * they are used: mask(data, T), embedding(name, data), scores, attention, mixed, attnOut, post,
+   * mlpOut and residual(layer, data). And seesFuture: see attentionMask; rotation: a factor of the
+   * angles of RoPE.
    */
   run(ids, hooks = null) {
     const T = ids.length;
@@ -119,7 +122,7 @@ export class Engine {
     const trace = {
       ids: [...ids],
       T,
-      mask: attentionMask(ids, this.config),
+      mask: attentionMask(ids, this.config, pass.hooks.seesFuture),
       embeddings: this.embed(pass),
       residual: Array.from({length: L + 1}, (_, layer) => rows('residual', layer, C)),
       middle: layers('middle')(C),
@@ -136,6 +139,7 @@ export class Engine {
       final_scale: rows('final_scale', null, 1),
       logits: rows('logits', null, V)
     };
+    pass.hooks.mask?.(trace.mask, T);
     this.addUp(trace, pass);
     const x = new Float32Array(T * C);
     for (let layer = 0; layer < L; layer++) this.block(trace, layer, pass, x);
@@ -264,7 +268,7 @@ export class Engine {
     this.mlp(trace, layer, pass, x);
     add(next, middle, trace.mlp_out[layer], from * C);
     if (isPost) this.norm(`${name}.ln_2`, next, next, pass, trace.scales[2 * layer + 1]);
-    hooks.residual?.(layer + 1, next, T);
+    hooks.residual?.(layer + 1, next);
   }
 
   attention(trace, layer, pass, x) {
@@ -428,13 +432,13 @@ export class Engine {
   }
 
   /** RoPE: apply_rotary of model.py. */
-  rotate(x, heads, {T, from}) {
+  rotate(x, heads, {T, from, hooks}) {
     const {hs} = this;
     const half = hs / 2;
     for (let t = from; t < T; t++) {
       for (let i = 0; i < half; i++) {
         const frequency = Math.fround(this.config.rope_theta ** ((-2 * i) / hs));
-        const angle = Math.fround(t * frequency);
+        const angle = Math.fround(t * frequency) * (hooks.rotation ?? 1);
         const [cos, sin] = [Math.cos(angle), Math.sin(angle)];
         for (let head = 0; head < heads; head++) {
           const at = (head * T + t) * hs + i;

@@ -18,8 +18,10 @@ import {T, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
 const box = document.getElementById('live-text');
 const generateButton = document.getElementById('generate');
 const live = {
-  next: null, // the text to show next: {text, hash, since}; a later one replaces it
+  next: null, // the text to show next: {text, hash, since, stays}; a later one replaces it
   text: facts.text, // the last one asked for
+  changes: '', // that were asked for with it
+  frozen: '',
   isGenerating: false,
   isWorking: false
 };
@@ -55,6 +57,10 @@ export function buildLive() {
     box.value = state.text;
     show({text: state.text, hash: location.hash});
   });
+  watch(['changes', 'frozen'], () => {
+    if (state.changes === live.changes && state.frozen === live.frozen) return;
+    show({...(live.next ?? {text: live.text, stays: true})});
+  });
 }
 
 /** Models of sources and targets: the separator is nothing that anybody likes to type. */
@@ -72,9 +78,10 @@ function drawButton() {
 }
 
 function show(job) {
-  if (!live.next) hold(1);
+  const isFirst = !live.next;
   live.next = job;
-  live.text = job.text;
+  Object.assign(live, {text: job.text, changes: state.changes, frozen: state.frozen});
+  if (isFirst) hold(1); // draws, and what is drawn may ask for another one
   work();
 }
 
@@ -98,9 +105,9 @@ async function work(first = null) {
 
 async function answerText() {
   const job = live.next;
-  const {layer, head} = state;
-  const isOwn = job.text === DEFAULTS.text;
-  const request = {text: job.text, selection: {layer, head}};
+  const {layer, head, changes, frozen} = state;
+  const isOwn = job.text === DEFAULTS.text && !changes && !frozen;
+  const request = {text: job.text, selection: {layer, head}, changes, frozen};
   const reply = isOwn ? {} : await ask('show', request);
   if (live.next === job) live.next = null;
   if (reply.problem) showNotice(reply.problem);
@@ -120,11 +127,14 @@ async function answerWishes() {
   measure();
 }
 
-/** Show an answer to `show` or `draw`: at its last token, or at the selection of a URL hash. */
-function display({facts: newFacts, arrays, found = []}, {text, hash, since}) {
+/** Show an answer to `show` or `draw`: at its last token, or at the selection of a URL hash, or
+ * where it is (stays). */
+function display({facts: newFacts, arrays, found = []}, {text, hash, since, stays}) {
   setText(newFacts && {...newFacts, text}, arrays);
   for (const [wish, more] of found) fulfil(wish, more);
-  Object.assign(state, hash ? readHash(hash) : {t: T - 1, source: -1}, {text});
+  const end = stays ? {} : {t: T - 1, source: -1};
+  const {changes, frozen} = live;
+  Object.assign(state, hash ? readHash(hash) : end, {text, changes, frozen});
   live.text = text;
   live.since = since;
   rebuild();

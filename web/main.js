@@ -23,6 +23,7 @@ import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
 import {buildLens, buildMlp, buildWhy} from './layers.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
+import {buildChanges} from './switches.js';
 import {buildTraining} from './training.js';
 import {buildTour} from './tour.js';
 
@@ -155,6 +156,7 @@ buildTheme();
 inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
+buildChanges();
 for (const [id, build] of Object.entries(sections)) panel(id, build);
 inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
