@@ -1,6 +1,7 @@
 // What the Worker answers to the page: a text and what follows from it, piece by piece.
 
 import {Changes, describeModel, parseChanges} from './changes.js';
+import {PatchMap} from './patch.js';
 import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
 import {END_OF_TEXT} from './tokenizer.js';
 
@@ -69,6 +70,31 @@ export class Answers {
     ];
     for (let depth = analysis.L; depth >= 0; depth--) wishes.push(['lensAt', [depth]]);
     return {facts, arrays, leftOut, found: this.answersTo(wishes)};
+  }
+
+  /** Begin a map of activation patching, see PatchMap, from one text into another: {problem: a
+   * sentence}, or what the panel says about it. */
+  patch({clean, corrupted, tokens, changes, frozen}) {
+    let texts;
+    try {
+      texts = [clean, corrupted].map(text => this.encode(text));
+      this.change(changes, frozen);
+    } catch (error) {
+      return {problem: error.message};
+    }
+    const [a, b] = texts.map(ids => ids.length);
+    if (a !== b) return {problem: `${a} and ${b} tokens: both texts need the same number.`};
+    if (a > this.maxTokens) return {problem: `Only ${this.maxTokens} tokens fit.`};
+    const {engine, V} = this.analysis;
+    const options = {clean: texts[0], corrupted: texts[1], hooks: this.changes, tokens};
+    this.map = new PatchMap(engine, V, options);
+    const {tokens: chosen, candidates, start, range: difference, size} = this.map;
+    return {ids: texts, tokens: chosen, candidates, start, range: difference, size};
+  }
+
+  /** The next answers of the map. */
+  patchMore() {
+    return this.map.more(SLICE);
   }
 
   more({wishes}) {

@@ -109,12 +109,13 @@ export class Engine {
    * The forward pass over ids, as a trace. hooks: functions that change activations in place before
    * they are used: mask(data, T), embedding(name, data), scores, attention, mixed, attnOut, post,
    * mlpOut and residual(layer, data). And seesFuture: see attentionMask; rotation: a factor of the
-   * angles of RoPE.
+   * angles of RoPE. known: [a trace, n]: the first n tokens give what they gave there.
    */
-  run(ids, hooks = null) {
+  run(ids, hooks = null, known = null) {
     const T = ids.length;
     const same = hooks ? 0 : this.commonPrefix(ids);
-    const pass = {ids, T, from: same, hooks: hooks ?? {}, old: this.last};
+    const [old, from] = known || [this.last, same];
+    const pass = {ids, T, from, hooks: hooks ?? {}, old};
     const rows = (name, layer, width, heads = 1) => this.rows(pass, name, layer, width, heads);
     const {L, C, H, KV, hs, neurons: F, V} = this;
     const layers = name => (width, heads) =>

@@ -194,7 +194,7 @@ function drawActivation(plot, neurons) {
 // Logit lens --------------------------------------------------------------------------------------
 
 /** The name of a depth: 0 is the embedding, l + 1 the stream after layer l. */
-function depthName(depth) {
+export function depthName(depth) {
   if (depth === 0) return 'embedding';
   return depth === L ? 'final' : 'layer ' + (depth - 1);
 }

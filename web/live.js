@@ -17,6 +17,7 @@ import {T, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
 
 const box = document.getElementById('live-text');
 const generateButton = document.getElementById('generate');
+const background = [];
 const live = {
   next: null, // the text to show next: {text, hash, since, stays}; a later one replaces it
   text: facts.text, // the last one asked for
@@ -85,8 +86,15 @@ function show(job) {
   work();
 }
 
+/** job(): asks the Worker for more, and returns a Promise, or null when there is nothing to do. It
+ * is called when nothing else is asked for. */
+export const inBackground = job => background.push(job);
+
+/** There is something to do for a job in the background. */
+export const wake = () => work();
+
 /** Answer what is asked for, one request at a time: a new text first, then what panels wait for,
- * then the next token. */
+ * then the next token, then what can wait. */
 async function work(first = null) {
   if (live.isWorking) return;
   live.isWorking = true;
@@ -98,9 +106,16 @@ async function work(first = null) {
     else if (live.isGenerating) {
       await generateOne(draw);
       draw = null;
-    } else break;
+    } else if (!(await nextInBackground())) break;
   }
   live.isWorking = false;
+}
+
+/** Whether a job had something to do. */
+async function nextInBackground() {
+  const asked = background.map(job => job()).find(Boolean);
+  await asked;
+  return Boolean(asked);
 }
 
 async function answerText() {

@@ -22,6 +22,7 @@ import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
 import {buildLens, buildMlp, buildWhy} from './layers.js';
+import {buildPatching} from './patching.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
 import {buildChanges} from './switches.js';
 import {buildTraining} from './training.js';
@@ -141,6 +142,7 @@ const sections = {
   mlp: buildMlp,
   lens: buildLens,
   why: buildWhy,
+  patching: buildPatching,
   circuits: buildCircuits,
   bigrams: buildBigrams,
   training: buildTraining
@@ -153,11 +155,14 @@ try {
   throw error;
 }
 buildTheme();
+if (!hasModel) document.getElementById('patching').remove();
 inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
 buildChanges();
-for (const [id, build] of Object.entries(sections)) panel(id, build);
+for (const [id, build] of Object.entries(sections)) {
+  if (document.getElementById(id)) panel(id, build);
+}
 inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
