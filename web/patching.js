@@ -189,7 +189,7 @@ function drawMap(chart, selects) {
   const progress = patching.answers.length < size ? ` ${integer(patching.answers.length)} of ` +
     `${integer(size)} computed.` : '';
   chart.setReadout(
-    `White, 0: as without patching (${fixed(start)}). Blue, 1: as in the text put in ` +
+    `No color, 0: as without patching (${fixed(start)}). Blue, 1: as in the text put in ` +
       `(${fixed(start + difference)}). Orange: the other way.${progress}`
   );
 }
