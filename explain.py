@@ -5,6 +5,7 @@ The page opens from disk and loads nothing from the network.
     python explain.py --out_dir=out-quickstart --start="def main("
     python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
     python explain.py --out_dir=out-quickstart --start="def main(" --serve
+    python explain.py --out_dir=out-quickstart --start="def main(" --compare=out-other
     python explain.py --out_dir=out-scan --start="jump twice<|endoftext|>JUMP JUMP"
 """
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Config:
     out_dir: FilePath = 'out'  # folder of a run; the page is its explain.html
     checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training
+    compare: FilePath = ''  # show another one too: a run's folder, a file, ...; empty: none
     # text
     start: Text = ''  # the text, or FILE:path; only its last min(256, block_size) tokens are used
     # system
@@ -56,8 +58,13 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
+from interpret.causal import collect_ablations
+from interpret.compare import collect_comparison, collect_other, load_other
+from interpret.graph import collect_graphs
+from interpret.snippets import collect_snippets
+from interpret.step import collect_step
 from lib.files import find, printable, write_text
-from lib.page import DATA, compress, join_streams, nan_to_none, page_template
+from lib.page import DATA, compress, join_streams, nan_to_none, page_template, to_half
 from lib.page_weights import logit_difference, weights_for_page
 from lib.run import read_log
 from lib.serve import serve
@@ -70,6 +77,7 @@ CODE_BYTES = 500_000  # upper bound for style and scripts
 DROPPABLE = {
     'by_source': 'head contributions by source token',
     'q': 'attention scores term by term',
+    'snippet_ids': 'snippets from the validation data',
     'embeddings': 'embedding vectors',
     'compositions': 'head composition',
     'promoted': 'tokens promoted by each head',
@@ -79,6 +87,7 @@ DROPPABLE = {
 DROPPED_TOGETHER = {
     'promoted': ('promoted_by',),
     'q': ('k',),
+    'snippet_ids': ('neuron_best', 'neuron_places', 'head_best', 'head_places'),
     'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens', 'neuron_gates', 'curve'),
 }
 # histogram of the logits outside the top 512: counts by distance from the largest logit
@@ -122,10 +131,12 @@ def collect_weights(model, tokenizer):
     return facts, arrays
 
 
-def collect_text(model, tokenizer, ids):
+def collect_text(model, tokenizer, ids, means=None, checkpoint=None, other=None):
     """(facts, arrays) of a forward pass over ids, a list of T token ids.
 
-    Raises UserError if the logits are not finite.
+    means: of heads and neurons, for ablations; None: those over the text. checkpoint: where model
+    is from, for a training step by its optimizer. other: a model to compare. Raises UserError if
+    the logits are not finite.
     """
     vocab_size = tokenizer.vocab_size
     idx = torch.tensor([ids])
@@ -157,6 +168,10 @@ def collect_text(model, tokenizer, ids):
         collect_heads(model, trace, target, vocab_size),
         collect_neurons(model, trace, vocab_size),
         collect_circuits(model, trace, distinct, vocab_size),
+        collect_ablations(model, trace, target, vocab_size, means),
+        collect_graphs(model, trace, target),
+        collect_comparison(other, ids, logits, target),
+        collect_step(model, ids, target, vocab_size, checkpoint),
     ):
         facts |= more_facts
         arrays |= more_arrays
@@ -307,11 +322,6 @@ def collect_circuits(model, trace, distinct, vocab_size):
     return {'circuit_ids': circuit_ids}, arrays
 
 
-def to_half(x):
-    """x in fp16, about three significant digits; values out of range are clamped."""
-    return x.clamp(-65504, 65504).half()
-
-
 def root_in_8_bits(probs):
     """Probabilities as 255 * sqrt(p) in uint8: the root keeps small ones apart."""
     return (probs.sqrt() * 255).round().byte()
@@ -415,14 +425,15 @@ def build_page(facts, arrays, weights=b''):
 
     weights: of lib/page_weights.py, which facts['engine'] describes.
     """
-    page, _ = page_template('page.html')
+    page, _ = page_template('page.html', computes=bool(weights))
     weights = base64.b64encode(weights).decode()
     room = min(MAX_PAGE_BYTES, MAX_PAGE_WITH_WEIGHTS - len(weights))
     facts_json, blob = pack(facts, arrays, room)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
     data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'
-            f'<script type="text/plain" id="arrays">{blob}</script>\n'
-            f'<script type="text/plain" id="weights">{weights}</script>\n')
+            f'<script type="text/plain" id="arrays">{blob}</script>\n')
+    if weights:
+        data += f'<script type="text/plain" id="weights">{weights}</script>\n'
     return page.replace(DATA, data)
 
 
@@ -438,6 +449,10 @@ def main(config):
     model = checkpoint.build_model(dropout=0.0).eval()
     model.requires_grad_(False)
     max_tokens = min(MAX_TOKENS, model.config.block_size)
+    other = None
+    if config.compare:
+        other_checkpoint, other = load_other(config.compare, tokenizer, checkpoint.path)
+        max_tokens = min(max_tokens, other.config.block_size)
 
     def encode(text):
         if model.config.turns:  # sources and targets, with <|endoftext|> between them
@@ -459,6 +474,13 @@ def main(config):
     facts, arrays = collect_weights(model, tokenizer)
     facts['run'] = run_facts(checkpoint, source)
     facts['live'] = config.serve
+    snippet_facts, snippet_arrays, means = collect_snippets(checkpoint, model, tokenizer)
+    facts |= snippet_facts
+    arrays |= snippet_arrays
+    if other:
+        other_facts, other_arrays = collect_other(other_checkpoint, other, tokenizer.vocab_size)
+        facts |= other_facts
+        arrays |= other_arrays
     if config.checkpoints == 'all':
         history = collect_history(config.out_dir, ids[-max_tokens:], tokenizer.vocab_size)
         facts['history'] = history[0]
@@ -467,7 +489,8 @@ def main(config):
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:])
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:], means,
+                                               checkpoint, other)
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
         if rounded:
             difference = logit_difference(model, rounded, torch.tensor([ids[-max_tokens:]]))
@@ -487,7 +510,7 @@ def main(config):
 
     if config.serve:
         try:
-            serve(answer, config.port, page_template('page.html')[1])
+            serve(answer, config.port, page_template('page.html', computes=bool(weights))[1])
         except KeyboardInterrupt:
             ckpt.warn('stopped')
             os._exit(130)  # a pass may be running: torch threads can crash a normal exit

@@ -38,6 +38,7 @@ const builders = []; // of panels
 let currentSection = null;
 let timer = 0;
 let held = 0; // see hold()
+let lastChange = -Infinity; // of the URL, in ms
 
 /** Call draw once, and again whenever one of the state keys changes. Visible panels come first. */
 export function watch(keys, draw) {
@@ -59,7 +60,7 @@ export function panel(id, build) {
   inSection(id, build);
 }
 
-/** Thrown where data is missing that is being computed: what needs it is drawn again after resume().
+/** Thrown where data is missing that is being computed: what needs it is drawn after resume().
  * In a listener it has no effect: a picture that has not been drawn yet has nothing to say. */
 export class Pending extends Error {}
 addEventListener('error', event => {
@@ -138,10 +139,13 @@ function drawRest() {
     else attempt(next());
   }
   timer = next() ? setTimeout(drawRest) : 0;
-  const isSettled = !timer && !held && ![...builders, ...watchers].some(task => task.isWaiting);
-  if (isSettled) writeHash();
-  document.documentElement.toggleAttribute('data-settled', isSettled);
+  const isDone = !timer && !held && ![...builders, ...watchers].some(task => task.isWaiting);
+  document.documentElement.toggleAttribute('data-settled', isDone && writeHash());
 }
+
+/** The ids of the panels on screen. */
+export const visiblePanels = () =>
+  builders.map(({section}) => section).filter(isVisible).map(({id}) => id);
 
 /** Whether all that is visible is drawn. */
 export const isDrawn = () =>
@@ -181,13 +185,22 @@ export function redraw() {
   drawDue();
 }
 
-/** Store the state in the URL, once all is drawn: browsers limit how often it may change. */
+/** Store the state in the URL, once all is drawn: browsers limit how often it changes. Whether it
+ * is stored: if the last change was just now, it will be. */
 function writeHash() {
   const hash = new URLSearchParams();
   for (const [key, value] of Object.entries(state)) {
     if (value !== DEFAULTS[key]) hash.set(key, value);
   }
-  if (hash.toString() !== location.hash.slice(1)) history.replaceState(null, '', '#' + hash);
+  if (hash.toString() === location.hash.slice(1)) return true;
+  const wait = lastChange + 350 - performance.now(); // Safari: 100 changes in 30 s
+  if (wait > 0) {
+    timer = setTimeout(drawRest, wait);
+    return false;
+  }
+  lastChange = performance.now();
+  history.replaceState(null, '', '#' + hash);
+  return true;
 }
 
 /** The state in a URL hash; invalid values are ignored. */
@@ -309,7 +322,8 @@ export function hideTip() {
 
 export function fixed(x, digits = 2) {
   if (!Number.isFinite(x)) return 'n/a';
-  return (x < 0 ? '−' : '') + Math.abs(x).toFixed(digits);
+  const text = Math.abs(x).toFixed(digits);
+  return (x < 0 && Number(text) > 0 ? '−' : '') + text;
 }
 
 export const signed = (x, digits = 2) => (x > 0 ? '+' : '') + fixed(x, digits);

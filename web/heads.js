@@ -42,6 +42,7 @@ import {
 } from './model.js';
 import {hasModel} from './live-model.js';
 import {softmax} from './sampling.js';
+import {headSnippets} from './snippets.js';
 import {freezeButton, lookButton, offButton} from './switches.js';
 
 /** Scores of a head: key of the state -> name. */
@@ -201,7 +202,8 @@ export function buildHeads() {
     const max = state.measure === 'logit' ? maxAbs(thumbs.map(value)) : 1;
     const sorted = byScore ? thumbs.toSorted((a, b) => value(b) - value(a)) : thumbs;
     const shown = [...grid.querySelectorAll('button')];
-    if (sorted.some((thumb, i) => shown[i] !== thumb.button) || grid.dataset.order !== state.order) {
+    const isReordered = sorted.some((thumb, i) => shown[i] !== thumb.button);
+    if (isReordered || grid.dataset.order !== state.order) {
       grid.replaceChildren(...thumbRows(sorted, byScore ? L * H : H));
     }
     grid.dataset.order = state.order;
@@ -253,6 +255,7 @@ export function buildHead() {
   } else box.append(missing());
   if (arrays.q) box.append(scoresFigure(), termsFigure());
   else box.append(missing());
+  box.append(headSnippets());
 }
 
 function headSelect(key, n, label) {

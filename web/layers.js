@@ -44,6 +44,7 @@ import {
   tokenQuoted,
   tokenText
 } from './model.js';
+import {neuronSnippets} from './snippets.js';
 
 // MLP ---------------------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ export function buildMlp() {
   ]);
   const gates = facts.gated ? ' at value 1' : '';
   plot.heading.textContent = `${facts.model.activation}${gates}, with these neurons`;
-  box.append(h('div', {class: 'columns wide-left'}, list, plot));
+  box.append(h('div', {class: 'columns wide-left'}, list, plot), neuronSnippets());
   watch(['t', 'layer', 'theme'], () => {
     const neurons = strongestNeurons();
     drawNeuronList(list, neurons);
@@ -288,7 +289,8 @@ function lensFigure() {
     const cell = cells[state.lens][state.t];
     selected?.classList.remove('chosen');
     cell.classList.add('chosen');
-    if (selected && cell !== selected) scrollLensTo(scroller, cell); // at first: the beginning
+    // at first: the beginning; of a text that was typed, its end
+    if (selected ? cell !== selected : !isOriginal()) scrollLensTo(scroller, cell);
     selected = cell;
     chart.refresh();
   });

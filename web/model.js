@@ -48,6 +48,10 @@ const LAZY_GROUPS = {
   promoted: {key: [0, 3], names: ['promoted', 'promoted_by']},
   bySource: {key: [0, 2], names: ['by_source']},
   pattern: {key: [0, 2], names: ['pattern']},
+  neurons: {
+    key: [0, 1],
+    names: ['neurons', 'neuron_pre', 'neuron_post', 'neuron_gates', 'curve']
+  },
   neuronTokens: {key: [0, 2], names: ['neuron_tokens']},
   neighbors: {key: [0, 1], names: ['near', 'cosines']},
   bigrams: {
@@ -117,9 +121,8 @@ function lazyRow(name, index) {
 
 /** Where the numbers at the leading indices `rest` of a lazy array's row are. */
 function span(length, name, [i]) {
-  const counts = {lens: T, lens_ids: T, parts: facts.parts.length};
-  const count = counts[name] ?? row('neurons', 0, 0).length; // of neuron_tokens
-  const size = length / count;
+  const counts = {parts: facts.parts.length, curve: 2, neuron_tokens: facts.strongest};
+  const size = length / (counts[name] ?? T);
   return [i * size, (i + 1) * size];
 }
 

@@ -1,8 +1,8 @@
 // Activation patching (causal tracing: Meng et al. 2022, "Locating and Editing Factual Associations
 // in GPT", section 2.1): which part of the residual stream carries the answer. It needs no page.
 
-import {largest} from './analysis.js';
 import {softmax} from './sampling.js';
+import {largest} from './vectors.js';
 
 /**
  * The residual stream of the run on the clean text, at one depth and position, is put into the run

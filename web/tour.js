@@ -242,10 +242,9 @@ const STEPS = [
     shapes: () => `${2 * L + !isPostNorm} norms with ${C} gains each`,
     example: () => {
       const norm = fixed(normHere('stream', L));
-      if (isPostNorm) {
-        return `After the last norm the stream has norm ${norm}; √${C} = ${fixed(Math.sqrt(C), 1)}.`;
-      }
-      return `A stream of norm ${norm} is rescaled to about √${C} = ${fixed(Math.sqrt(C), 1)}.`;
+      const root = `√${C} = ${fixed(Math.sqrt(C), 1)}`;
+      if (isPostNorm) return `After the last norm the stream has norm ${norm}; ${root}.`;
+      return `A stream of norm ${norm} is rescaled to about ${root}.`;
     }
   },
   {
