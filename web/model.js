@@ -210,7 +210,7 @@ Object.assign(LIMITS, {
 });
 
 TEXTS.text = /^[^]{1,20000}$/;
-if (facts.engine) Object.assign(TEXTS, {changes: /^[\w.@,=]{1,4000}$/, frozen: TEXTS.text});
+if (facts.engine) Object.assign(TEXTS, {changes: TEXTS.text, frozen: TEXTS.text});
 
 /** Select a head and scroll to its panel. */
 export function openHead(layer, head) {

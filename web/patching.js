@@ -148,6 +148,7 @@ function drawMap(chart, selects) {
     select.hidden = !map;
     select.update(map);
   }
+  chart.dataset.into = state.into;
   chart.dataset.cells = map && !reason ? patching.answers.length : '';
   if (reason) {
     chart.picture.replaceChildren(h('p', {class: 'note'}, reason));
