@@ -13,7 +13,6 @@ from test_live import CHARACTERS, write_live_page
 
 GROUPED = {'position': 'rope', 'norm': 'rmsnorm', 'activation': 'relu2', 'qk_norm': True,
            'n_kv_head': 2, 'ngram': 3, 'ngram_rows': 97}
-MODELS = [{}, GROUPED]
 IDS = tokens(9).tolist()
 TEXT = CHARACTERS.decode(IDS)
 
@@ -142,7 +141,7 @@ def logits_shown(tab):
 
 # Panels -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('options', MODELS, ids=str)
+@pytest.mark.parametrize('options', [GROUPED, pytest.param({}, marks=pytest.mark.slow)], ids=str)
 def test_changes_are_those_of_pytorch_hooks(chromium, tmp_path, options):
     model = awake(**options)
     page = write_live_page(tmp_path / 'page.html', model, IDS)
@@ -172,6 +171,7 @@ def test_changes_are_those_of_pytorch_hooks(chromium, tmp_path, options):
             assert_close([stated.replace('−', '-')], before[t, target][None])
 
 
+@pytest.mark.slow
 def test_attention_panel_shows_what_was_set(chromium, tmp_path):
     model = awake(**GROUPED)
     page = write_live_page(tmp_path / 'page.html', model, IDS)
@@ -228,11 +228,11 @@ def test_changes_by_keyboard_alone(chromium, tmp_path):
         press('Switch off MLP 1')  # on again
         press('Off: neuron')
         assert [item[0] for item in listed()][:1] == ['positions']
-        assert 'neuron' in listed()[-2][0] or 'neuron' in listed()[1][0]
+        assert listed()[-1][0].startswith('neuron ') and listed()[-1][1] == 'off'
         assert table(tab, 'next-token') != original
-        press('Reset all')
+        press('Reset')
         assert tab.locator('#changes').is_hidden() and table(tab, 'next-token') == original
-        assert 'changes' not in tab.url and 'frozen' not in tab.url
+        assert tab.url.split('#')[1] == 'layer=1&head=2'
 
 
 INVALID = ['L9.H0=0', 'L0.H4=0', 'mlp0=3', 'mlp0=-1', 'L0.n128=0', 'ngrams=0', 'mask=1', 'x=0',
@@ -300,10 +300,13 @@ def patched_answers(model, clean, corrupted, pair):
 def test_patching_map_equals_that_of_pytorch(chromium, tmp_path, options):
     model = awake(**options)
     page = write_live_page(tmp_path / 'page.html', model, IDS)
-    second = [*IDS[:3], 11, *IDS[4:]]
+    best = [logits_of(model, IDS)[-1].argmax().item(), None]
+    for t, id_ in ((t, id_) for t in range(3, 9) for id_ in range(40)):  # until the answer differs
+        second = [*IDS[:t], id_, *IDS[t + 1:]]
+        best[1] = logits_of(model, second)[-1].argmax().item()
+        if best[0] != best[1]:
+            break
     texts = [IDS, second]
-    best = [logits_of(model, ids)[-1].argmax().item() for ids in texts]
-    assert best[0] != best[1]
     size = (model.config.n_layer + 1) * len(IDS)
     with opened(chromium, page) as tab:
         tab.locator('#patch-text').fill(CHARACTERS.decode(second))
@@ -341,6 +344,7 @@ def test_changed_page_is_accessible(chromium, tmp_path, width, scheme):
         assert tab.evaluate('document.documentElement.scrollWidth') <= width
 
 
+@pytest.mark.slow
 def test_page_without_the_model_has_no_changes(chromium, tmp_path):
     facts, arrays = collect(awake(), CHARACTERS, IDS)
     page = write_page(tmp_path / 'page.html', facts, arrays)

@@ -64,8 +64,8 @@ function sourceParts(ids, eot) {
   });
 }
 
-/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T) seesFuture: also keys that
- * come after the query. */
+/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T)
+ * seesFuture: also keys that come after the query. */
 export function attentionMask(ids, config, seesFuture = false) {
   const {eot_token: eot, turns, prefix_lm: prefixLm} = config;
   const T = ids.length;

@@ -183,8 +183,8 @@ for (const [id, build] of Object.entries(sections)) {
 inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
-setScrollPadding();
-followWindow(setScrollPadding);
+followWindow();
+new ResizeObserver(setScrollPadding).observe(document.getElementById('strip'));
 document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {

@@ -133,7 +133,7 @@ function patchTable() {
 
 /** Why there is no map, if there is none. */
 function whyNoMap() {
-  if (!patchRequest()) return 'Change a word of the second text, so that its answer is another one.';
+  if (!patchRequest()) return 'Change a word of the second text, so that its answer differs.';
   if (!isCurrent()) return 'Computing …';
   const {problem, tokens, range: difference} = patching.map;
   if (problem) return problem;
