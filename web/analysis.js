@@ -25,16 +25,20 @@ export class Analysis extends Weights {
     super(engine, vocabSize);
     this.lens = []; // [depth]: {ids, values}, rows of the texts before
     this.trace = null;
+    this.changes = null;
     this.scratch = new Float32Array(this.F);
   }
 
   // A text ----------------------------------------------------------------------------------------
 
-  /** (facts, arrays) of a text that all panels need; the rest comes from `more`. */
-  start(ids) {
-    const trace = this.engine.run(ids);
+  /** (facts, arrays) of a text that all panels need; the rest comes from `more`. changes: the
+   * Changes to the model, if any. */
+  start(ids, changes = null) {
+    const before = this.engine.run(ids);
+    const trace = changes ? this.engine.run(ids, changes) : before;
     const {T} = trace;
-    this.forgetLens(trace);
+    this.forgetLens(trace, changes);
+    this.changes = changes;
     this.trace = trace;
     this.distinct = [...new Set(ids)];
     const heads = this.L * this.H;
@@ -52,6 +56,7 @@ export class Analysis extends Weights {
       embeddings: Object.keys(trace.embeddings),
       parts: this.partNames(),
       gated: this.isGated,
+      forced: changes ? this.forcedHeads(changes) : [],
       strongest: Math.min(TOP, this.F), // neurons shown
       neurons_in_a_layer: this.F
     };
@@ -65,6 +70,11 @@ export class Analysis extends Weights {
       ...this.embeddings(),
       ...this.attention()
     };
+    if (changes) {
+      const logitsBefore = this.withoutPadding(before.logits, T);
+      arrays.logits_before = entry(logitsBefore, T, this.V);
+      arrays.loss_before = this.losses(logitsBefore, ids).loss;
+    }
     return {facts, arrays};
   }
 
@@ -161,7 +171,8 @@ export class Analysis extends Weights {
   rotary(T) {
     const half = this.HS / 2;
     const frequency = i => Math.fround(this.config.rope_theta ** (-i / half));
-    const angle = (t, i) => Math.fround(t * frequency(i));
+    const factor = this.changes?.rotation ?? 1;
+    const angle = (t, i) => factor * Math.fround(t * frequency(i));
     const data = new Float32Array(T * half);
     for (let i = 0; i < data.length; i++) data[i] = Math.cos(angle(Math.floor(i / half), i % half));
     return {data, shape: [T, half]};
@@ -196,8 +207,9 @@ export class Analysis extends Weights {
   // What is asked for -----------------------------------------------------------------------------
 
   /** Rows of the logit lens that an earlier text shares stay: what is to the left decides them. */
-  forgetLens({ids}) {
-    const before = this.trace?.ids ?? [];
+  forgetLens({ids}, changes) {
+    const isComparable = !changes && !this.changes;
+    const before = (isComparable && this.trace?.ids) || [];
     let same = 0;
     while (same < Math.min(ids.length, before.length) && ids[same] === before[same]) same++;
     this.lensSame = this.config.prefix_lm ? 0 : same;
@@ -296,6 +308,22 @@ export class Analysis extends Weights {
     return {promoted: Uint32Array.from(ids), promoted_by: take(effect, ids).map(x => x * scale)};
   }
 
+  /** The heads whose patterns their queries and keys do not give: ['layer.head', ...]. */
+  forcedHeads(changes) {
+    const heads = Array.from({length: this.L * this.H}, (_, i) => [
+      Math.floor(i / this.H),
+      i % this.H
+    ]);
+    return heads.filter(([l, head]) => changes.forces(l, head)).map(([l, head]) => `${l}.${head}`);
+  }
+
+  /** The attention of a head whose queries and keys do not give it, for all visible pairs. */
+  pattern(l, head) {
+    const {T, attention} = this.trace;
+    const weights = attention[l].subarray(head * T * T, (head + 1) * T * T);
+    return {pattern: take(weights, this.pairs)};
+  }
+
   /** The effect of a head on the logit of each target, by source token, for all visible pairs. */
   bySource(l, head) {
     const {trace, C, HS, H, KV, pairs} = this;
@@ -312,7 +340,7 @@ export class Analysis extends Weights {
         const start = c * H * HS + head * HS;
         for (let d = 0; d < HS; d++) read[d] += u[c] * W[start + d];
       }
-      const scale = this.later[place][t];
+      const scale = this.later[place][t] * (this.changes?.headFactor(l, head) ?? 1);
       for (let s = 0; s < T; s++) {
         const attention = trace.attention[l][(head * T + t) * T + s];
         effects[t * T + s] = attention * scale * dotAt(read, 0, v, s * HS, HS);

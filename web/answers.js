@@ -1,5 +1,7 @@
 // What the Worker answers to the page: a text and what follows from it, piece by piece.
 
+import {Changes, describeModel, parseChanges} from './changes.js';
+import {PatchMap} from './patch.js';
 import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
 import {END_OF_TEXT} from './tokenizer.js';
 
@@ -24,13 +26,16 @@ export class Answers {
     this.maxTokens = Math.min(256, this.config.block_size);
     this.ids = [];
     this.random = null;
+    this.changes = null;
   }
 
-  /** {problem: a sentence}, or what `analyze` returns. selection: {layer, head}. */
-  show({text, selection}) {
+  /** {problem: a sentence}, or what `analyze` returns. selection: {layer, head}; changes, frozen:
+   * of the page's state. */
+  show({text, selection, changes, frozen}) {
     let ids;
     try {
       ids = this.encode(text);
+      this.change(changes, frozen);
     } catch (error) {
       return {problem: error.message};
     }
@@ -42,6 +47,15 @@ export class Answers {
     return this.analyze(ids.slice(-this.maxTokens), Math.max(0, excess), selection);
   }
 
+  /** Change the model from now on. frozen: the text whose attention is kept, or ''. */
+  change(changes, frozen) {
+    const {engine} = this.analysis;
+    const model = describeModel(engine);
+    const parsed = parseChanges(changes, model);
+    const kept = frozen ? engine.run(this.encode(frozen).slice(-this.maxTokens), {}) : null;
+    this.changes = parsed.size || kept ? new Changes(parsed, model, kept) : null;
+  }
+
   /** Token ids as --start gives them. */
   encode(text) {
     if (this.config.turns) return this.tokenizer.encodeTurns(text.split(END_OF_TEXT));
@@ -51,7 +65,7 @@ export class Answers {
   /** {facts, arrays, found}: `found` answers what the visible panels will ask for. */
   analyze(ids, leftOut, {layer, head, panels}) {
     this.ids = ids;
-    const {facts, arrays} = this.analysis.start(ids);
+    const {facts, arrays} = this.analysis.start(ids, this.changes);
     const t = ids.length - 1;
     const distinct = facts.distinct.indexOf(ids[t]);
     const depths = Array.from({length: this.analysis.L + 1}, (_, depth) => ['lensAt', [depth]]);
@@ -70,6 +84,31 @@ export class Answers {
     const wishes = panels.flatMap(wishesOf);
     if (panels.includes('flow')) wishes.push(depths.at(-1));
     return {facts, arrays, leftOut, found: this.answersTo(wishes)};
+  }
+
+  /** Begin a map of activation patching, see PatchMap, from one text into another: {problem: a
+   * sentence}, or what the panel says about it. */
+  patch({clean, corrupted, tokens, changes, frozen}) {
+    let texts;
+    try {
+      texts = [clean, corrupted].map(text => this.encode(text));
+      this.change(changes, frozen);
+    } catch (error) {
+      return {problem: error.message};
+    }
+    const [a, b] = texts.map(ids => ids.length);
+    if (a !== b) return {problem: `${a} and ${b} tokens: both texts need the same number.`};
+    if (a > this.maxTokens) return {problem: `Only ${this.maxTokens} tokens fit.`};
+    const {engine, V} = this.analysis;
+    const options = {clean: texts[0], corrupted: texts[1], hooks: this.changes, tokens};
+    this.map = new PatchMap(engine, V, options);
+    const {tokens: chosen, candidates, start, range: difference, size} = this.map;
+    return {ids: texts, tokens: chosen, candidates, start, range: difference, size};
+  }
+
+  /** The next answers of the map. */
+  patchMore() {
+    return this.map.more(SLICE);
   }
 
   more({wishes}) {
@@ -97,9 +136,9 @@ export class Answers {
 
   /** One more token, drawn as sample.py does; seed: of the first one. `isOver`: it was the
    * last. text: of the ids so far, when it begins. */
-  draw({seed, text, temperature, k, p, selection}) {
+  draw({seed, text, temperature, k, p, selection, ...changes}) {
     if (seed !== undefined) {
-      const problem = this.begin(text, seed);
+      const problem = this.begin(text, seed, changes);
       if (problem) return {problem, isOver: true};
     }
     const {vocab_size: width, turns, eot_token: eot} = this.config;
@@ -115,8 +154,8 @@ export class Answers {
   }
 
   /** Begin to continue a text; a sentence if it cannot be continued. */
-  begin(text, seed) {
-    const shown = this.show({text, selection: {panels: []}});
+  begin(text, seed, changes) {
+    const shown = this.show({text, selection: {panels: []}, ...changes});
     if (shown.problem) return shown.problem;
     if (this.ids.length >= this.maxTokens) return `The text is full: ${this.maxTokens} tokens fit.`;
     this.random = new MersenneTwister(seed);

@@ -217,14 +217,13 @@ export function readHash(hash = location.hash) {
 }
 
 /** Redraw when the page gets another width, and follow the URL. */
-export function followWindow(onResize) {
+export function followWindow() {
   const main = document.querySelector('main');
   let drawnWidth = main.clientWidth;
   new ResizeObserver(() => {
     if (main.clientWidth === drawnWidth) return;
     drawnWidth = main.clientWidth;
     redraw();
-    onResize?.();
   }).observe(main);
   addEventListener('hashchange', () => {
     if (location.hash.includes('=')) set(readHash());

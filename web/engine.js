@@ -64,15 +64,17 @@ function sourceParts(ids, eot) {
   });
 }
 
-/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T) */
-export function attentionMask(ids, {eot_token: eot, turns, prefix_lm: prefixLm}) {
+/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T)
+ * seesFuture: also keys that come after the query. */
+export function attentionMask(ids, config, seesFuture = false) {
+  const {eot_token: eot, turns, prefix_lm: prefixLm} = config;
   const T = ids.length;
   const documents = eot === null ? null : documentNumbers(ids, eot, turns);
   const parts = prefixLm ? sourceParts(ids, eot) : null;
   const mask = new Uint8Array(T * T);
   for (let t = 0; t < T; t++) {
     for (let s = 0; s < T; s++) {
-      let sees = s <= t;
+      let sees = s <= t || seesFuture;
       if (parts && parts[t].isSource && parts[t].part === parts[s].part) sees = true;
       if (documents && documents[t] !== documents[s]) sees = false;
       mask[t * T + s] = sees ? 1 : 0;
@@ -117,17 +119,19 @@ export class Engine {
 
   /**
    * The forward pass over ids, as a trace. hooks: functions that change activations in place before
-   * they are used: embedding(name, data), scores, attention, mixed, attnOut, post, mlpOut and
-   * residual(layer, data).
+   * they are used: mask(data, T), embedding(name, data), scores, attention, mixed, attnOut, post,
+   * mlpOut and residual(layer, data). And seesFuture: see attentionMask; rotation: a factor of the
+   * angles of RoPE. known: [a trace, n]: the first n tokens give what they gave there.
    */
-  run(ids, hooks = null) {
+  run(ids, hooks = null, known = null) {
     const T = ids.length;
     const {block_size: longest, position, rope_theta: theta} = this.config;
     if (!T || T > longest) throw new Error(`Give 1 to ${longest} tokens, not ${T}.`);
-    const pass = {ids, T, from: hooks ? 0 : this.commonPrefix(ids), hooks: hooks ?? {}};
-    pass.old = this.last;
+    const [old, from] = known || [this.last, hooks ? 0 : this.commonPrefix(ids)];
+    const pass = {ids, T, from, old, hooks: hooks ?? {}};
     if (position === 'rope') {
-      const angles = positionAngles(T, this.hs, theta);
+      const factor = pass.hooks.rotation ?? 1;
+      const angles = positionAngles(T, this.hs, theta).map(angle => factor * angle);
       pass.rotary = {cos: angles.map(Math.cos), sin: angles.map(Math.sin)};
     }
     const rows = (name, layer, width, heads = 1) => this.rows(pass, name, layer, width, heads);
@@ -137,7 +141,7 @@ export class Engine {
     const trace = {
       ids: [...ids],
       T,
-      mask: attentionMask(ids, this.config),
+      mask: attentionMask(ids, this.config, pass.hooks.seesFuture),
       embeddings: this.embed(pass),
       residual: Array.from({length: L + 1}, (_, layer) => rows('residual', layer, C)),
       middle: layers('middle')(C),
@@ -154,6 +158,7 @@ export class Engine {
       final_scale: rows('final_scale', null, 1),
       logits: rows('logits', null, V)
     };
+    pass.hooks.mask?.(trace.mask, T);
     this.addUp(trace, pass);
     const x = new Float32Array(T * C);
     for (let layer = 0; layer < L; layer++) this.block(trace, layer, pass, x);

@@ -25,6 +25,7 @@ import {
   textOn,
   watch
 } from './core.js';
+import {neuronButton, offButton} from './switches.js';
 import {
   L,
   T,
@@ -92,7 +93,12 @@ export function buildMlp() {
         n.lowered.map(tokenText).join(' ')
       ])
     ],
-    h('div', {class: 'controls'}, choice('layer', layers, 'Layer')),
+    h(
+      'div',
+      {class: 'controls'},
+      choice('layer', layers, 'Layer'),
+      offButton(() => `mlp${state.layer}`, 'layer')
+    ),
     false
   );
   const plot = figure('activation', 'Activation function', () => [
@@ -117,7 +123,7 @@ function drawNeuronList(list, neurons) {
   const chips = ids => h('div', {class: 'list'}, ids.map(tokenChip));
   const headings = ['neuron', preName, 'post', 'raises', 'lowers'];
   const rows = neurons.map(n => [
-    String(n.id),
+    neuronCell(n.id),
     fixed(n.pre),
     fixed(n.post),
     chips(n.raised),
@@ -128,6 +134,12 @@ function drawNeuronList(list, neurons) {
   list.setReadout('If post is negative, raises and lowers are swapped.');
   list.readout.hidden = !neurons.some(n => n.post < 0);
   list.refresh();
+}
+
+/** The number of a neuron; in a page with the model, a button that switches it off. */
+function neuronCell(id) {
+  const button = neuronButton(state.layer, id);
+  return button ? h('div', {class: 'list'}, String(id), button) : String(id);
 }
 
 function drawActivation(plot, neurons) {
@@ -183,7 +195,7 @@ function drawActivation(plot, neurons) {
 // Logit lens --------------------------------------------------------------------------------------
 
 /** The name of a depth: 0 is the embedding, l + 1 the stream after layer l. */
-function depthName(depth) {
+export function depthName(depth) {
   if (depth === 0) return 'embedding';
   return depth === L ? 'final' : 'layer ' + (depth - 1);
 }
@@ -460,6 +472,11 @@ function describeWaterfall(chart, tokens, logits) {
     `The contributions sum to ${fixed(total, 5)}; ` +
       `the ${quantity} of the model is ${fixed(logit, 5)}.`
   ];
+  if (arrays.logits_before) {
+    const before = row('logits_before', state.t);
+    const value = before[tokens[0]] - (rival ? before[tokens[rival]] : 0);
+    notes.push(`Before the changes it was ${fixed(value, 5)}.`);
+  }
   if (facts.model.bias) notes.push('Biases: of all output projections and the norms after them.');
   if (facts.model.logit_softcap) notes.push('Softcap: capped minus uncapped logit.');
   if (!hasNext(state.t)) notes.push(`The text ends here: ${target} is the most likely token.`);

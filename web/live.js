@@ -10,16 +10,20 @@ import {
   rebuild,
   resume,
   state,
-  visiblePanels
+  visiblePanels,
+  watch
 } from './core.js';
 import {ask} from './live-model.js';
 import {T, completeText, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
 
 const box = document.getElementById('live-text');
 const generateButton = document.getElementById('generate');
+const background = [];
 const live = {
-  next: null, // the text to show next: {text, hash, since}; a later one replaces it
+  next: null, // the text to show next: {text, hash, since, stays}; a later one replaces it
   text: facts.text, // the last one asked for
+  changes: '', // that were asked for with it
+  frozen: '',
   isGenerating: false,
   first: null, // {seed} until the first token is drawn
   isWorking: false
@@ -59,6 +63,10 @@ export function buildLive() {
   });
   if (facts.model.turns) addTurnButton();
   whenAsked(() => work());
+  watch(['changes', 'frozen'], () => {
+    if (state.changes === live.changes && state.frozen === live.frozen) return;
+    show({...(live.next ?? {text: live.text, stays: true})});
+  });
 }
 
 /** Compute what the page left out of its own text. */
@@ -98,24 +106,33 @@ function stop() {
 }
 
 function show(job) {
-  if (!live.next) hold(1);
+  const isFirst = !live.next;
   live.next = job;
-  live.text = job.text;
+  Object.assign(live, {text: job.text, changes: state.changes, frozen: state.frozen});
+  if (isFirst) hold(1); // draws, and what is drawn may ask for another one
   work();
 }
 
+/** job(): asks the Worker for more, and returns a Promise, or null when there is nothing to do. It
+ * is called when nothing else is asked for. */
+export const inBackground = job => background.push(job);
+
+/** There is something to do for a job in the background. */
+export const wake = () => work();
+
 /** Answer what is asked for, one request at a time: a new text first, then what panels wait for,
- * then the next token. first: {seed} for the first token. */
+ * then the next token, then what can wait. first: {seed} for the first token. */
 async function work(first = null) {
   if (first) live.first = first;
   if (live.isWorking) return;
   live.isWorking = true;
   await null; // let the caller go on
   try {
-    while (live.next || nextWishes().length || live.isGenerating) {
+    for (;;) {
       if (live.next) await answerText();
       else if (nextWishes().length) await answerWishes();
-      else await generateOne();
+      else if (live.isGenerating) await generateOne();
+      else if (!(await nextInBackground())) break;
     }
   } catch (error) {
     showNotice(`This cannot be computed: ${error.message}`);
@@ -126,13 +143,21 @@ async function work(first = null) {
   live.isWorking = false;
 }
 
+/** Whether a job had something to do. */
+async function nextInBackground() {
+  const asked = background.map(job => job()).find(Boolean);
+  await asked;
+  return Boolean(asked);
+}
+
 const selection = () => ({layer: state.layer, head: state.head, panels: visiblePanels()});
 
 async function answerText() {
   const job = live.next;
-  const isOwn = job.text === DEFAULTS.text;
+  const {changes, frozen} = state;
+  const isOwn = job.text === DEFAULTS.text && !changes && !frozen;
   const isComplete = isOwn && !facts.dropped.length;
-  const request = {text: job.text, selection: selection()};
+  const request = {text: job.text, selection: selection(), changes, frozen};
   const answer = isComplete ? {} : await ask('show', request);
   const reply = isOwn ? {} : answer;
   if (live.next === job) live.next = null;
@@ -152,11 +177,14 @@ async function answerWishes() {
   measure();
 }
 
-/** Show an answer to `show` or `draw`: at its last token, or at the selection of a URL hash. */
-function display({facts: newFacts, arrays, found = []}, {text, hash, since}) {
+/** Show an answer to `show` or `draw`: at its last token, or at the selection of a URL hash, or
+ * where it is (stays). */
+function display({facts: newFacts, arrays, found = []}, {text, hash, since, stays}) {
   setText(newFacts && {...newFacts, text}, arrays);
   for (const [wish, more] of found) fulfil(wish, more);
-  Object.assign(state, hash ? readHash(hash) : {t: T - 1, source: -1}, {text});
+  const end = stays ? {} : {t: T - 1, source: -1};
+  const {changes, frozen} = live;
+  Object.assign(state, hash ? readHash(hash) : end, {text, changes, frozen});
   live.text = text;
   live.since = since;
   rebuild();
@@ -165,8 +193,9 @@ function display({facts: newFacts, arrays, found = []}, {text, hash, since}) {
 
 /** Draw one more token with the settings of the sliders. */
 async function generateOne() {
-  const {temperature, k, p} = state;
-  const request = {text: box.value, temperature, k, p, selection: selection(), ...live.first};
+  const {temperature, k, p, changes, frozen} = state;
+  const settings = {temperature, k, p, changes, frozen};
+  const request = {text: box.value, ...settings, selection: selection(), ...live.first};
   live.first = null;
   const reply = await ask('draw', request);
   if (live.next || !live.isGenerating) return;

@@ -24,7 +24,9 @@ import {buildHead, buildHeads} from './heads.js';
 import {buildLens, buildMlp, buildWhy} from './layers.js';
 import {buildAblation} from './ablation.js';
 import {buildGraph} from './graph.js';
+import {buildPatching} from './patching.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
+import {buildChanges} from './switches.js';
 import {buildTraining} from './training.js';
 import {buildStep} from './step.js';
 import {buildCompare} from './compare.js';
@@ -159,6 +161,7 @@ const sections = {
   why: buildWhy,
   ablation: buildAblation,
   graph: buildGraph,
+  patching: buildPatching,
   circuits: buildCircuits,
   bigrams: buildBigrams,
   step: buildStep,
@@ -173,15 +176,19 @@ try {
   throw error;
 }
 buildTheme();
+if (!hasModel) document.getElementById('patching').remove();
 inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
-for (const [id, build] of Object.entries(sections)) panel(id, build);
+buildChanges();
+for (const [id, build] of Object.entries(sections)) {
+  if (document.getElementById(id)) panel(id, build);
+}
 inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
-setScrollPadding();
-followWindow(setScrollPadding);
+followWindow();
+new ResizeObserver(setScrollPadding).observe(document.getElementById('strip'));
 document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {

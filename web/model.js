@@ -47,6 +47,7 @@ const LAZY_GROUPS = {
   attribution: {key: [1, 2], names: ['parts']},
   promoted: {key: [0, 3], names: ['promoted', 'promoted_by']},
   bySource: {key: [0, 2], names: ['by_source']},
+  pattern: {key: [0, 2], names: ['pattern']},
   neurons: {
     key: [0, 1],
     names: ['neurons', 'neuron_pre', 'neuron_post', 'neuron_gates', 'curve']
@@ -67,6 +68,7 @@ const LAZY = Object.fromEntries(
   )
 );
 const original = {facts: {}, arrays: {}};
+let typed = {facts: [], arrays: []}; // names of what a typed text has
 let onWish = () => {};
 let wanted = []; // [[group, key], ...], what panels have asked for
 let hasOriginal = true;
@@ -99,10 +101,11 @@ export function completeText({facts: newFacts, arrays: newArrays}) {
 /** Show another text: its facts and arrays, or none for the text that the page was written with. */
 export function setText(newFacts, newArrays) {
   const isTyped = Boolean(newFacts);
-  for (const name of facts.of_text.facts) delete facts[name];
-  for (const name of facts.of_text.arrays) delete arrays[name];
+  for (const name of [...facts.of_text.facts, ...typed.facts]) delete facts[name];
+  for (const name of [...facts.of_text.arrays, ...typed.arrays]) delete arrays[name];
   Object.assign(facts, isTyped ? newFacts : original.facts);
   Object.assign(arrays, isTyped ? newArrays : original.arrays);
+  typed = {facts: Object.keys(newFacts ?? {}), arrays: Object.keys(newArrays ?? {})};
   if (isTyped) for (const name of Object.keys(LAZY)) arrays[name] = {rows: new Map()};
   hasOriginal = !isTyped;
   wanted = [];
@@ -205,7 +208,9 @@ Object.assign(DEFAULTS, {
   threshold: 0, // of composition
   lens: L, // depth in the logit lens
   tour: 0, // step, 0: closed
-  text: facts.text
+  text: facts.text,
+  changes: '', // of the model: see changes.js
+  frozen: '' // the text whose attention is kept
 });
 Object.assign(LIMITS, {
   t: [0, T - 1],
@@ -222,6 +227,7 @@ Object.assign(LIMITS, {
 });
 
 TEXTS.text = /^[^]{1,20000}$/;
+if (facts.engine) Object.assign(TEXTS, {changes: TEXTS.text, frozen: TEXTS.text});
 
 /** Select a head and scroll to its panel. */
 export function openHead(layer, head) {
