@@ -72,7 +72,8 @@ export function buildLive() {
 /** Compute what the page left out of its own text. */
 export async function completeOwnText() {
   if (!facts.dropped.length) return;
-  completeText(await ask('show', {text: facts.text, selection: selection()}));
+  const request = {text: facts.text, selection: selection(), changes: '', frozen: ''};
+  completeText(await ask('show', request));
   rebuild();
 }
 

@@ -192,8 +192,8 @@ new ResizeObserver(setScrollPadding).observe(document.getElementById('strip'));
 document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {
-  followUrl();
   await startModel();
   await completeOwnText();
+  followUrl();
   document.documentElement.dataset.engine = Math.round(performance.now());
 }
