@@ -34,7 +34,7 @@ export function showNotice(text = '') {
   const notice = document.getElementById('notice');
   notice.hidden = !text;
   notice.textContent = text;
-  box.toggleAttribute('aria-invalid', Boolean(text));
+  box.setAttribute('aria-invalid', Boolean(text));
   if (text) box.setAttribute('aria-describedby', 'notice');
 }
 
