@@ -98,7 +98,7 @@ function buildAgain(builder) {
   const {section} = builder;
   const controls = () => [...section.querySelectorAll('button, select, input, [tabindex]')];
   const focused = controls().indexOf(document.activeElement);
-  section.style.minHeight = section.offsetHeight + 'px';
+  section.style.minHeight = builder.height + 'px';
   section.querySelector('.content').replaceChildren();
   watchers = watchers.filter(watcher => watcher.section !== section);
   currentSection = section;
@@ -116,14 +116,18 @@ function isVisible(section) {
   return top < innerHeight + 100 && bottom > -100;
 }
 
+const isPanel = section => builders.some(builder => builder.section === section);
 const isDue = watcher => watcher.due && !builders.some(x => x.due && x.section === watcher.section);
 
 function drawDue() {
+  // all places are read before anything is drawn: each change in between would cost a layout
+  const visible = new Set(builders.map(({section}) => section).filter(isVisible));
   for (const builder of builders) {
-    if (builder.due && isVisible(builder.section)) buildAgain(builder);
+    if (builder.due && visible.has(builder.section)) buildAgain(builder);
   }
+  const isSeen = ({section}) => !section || visible.has(section) || !isPanel(section);
   for (const watcher of watchers) {
-    if (isDue(watcher) && (!watcher.section || isVisible(watcher.section))) attempt(watcher);
+    if (isDue(watcher) && isSeen(watcher)) attempt(watcher);
   }
   document.documentElement.removeAttribute('data-settled');
   timer ||= setTimeout(drawRest);
@@ -139,8 +143,22 @@ function drawRest() {
     else attempt(next());
   }
   timer = next() ? setTimeout(drawRest) : 0;
+  if (!timer) updateHints();
   const isDone = !timer && !held && ![...builders, ...watchers].some(task => task.isWaiting);
   document.documentElement.toggleAttribute('data-settled', isDone && writeHash());
+}
+
+const widths = new Map(); // of figures by their names: to read one costs a layout
+const unmeasured = new Set(); // figures whose hint to scroll may be wrong
+
+function updateHints() {
+  const isCut = element => element && element.scrollWidth > element.clientWidth + 2;
+  const places = [...unmeasured].map(({hint, picture}) => {
+    const isWide = isCut(picture) || isCut(picture.querySelector(':scope > div'));
+    return {hint, isWide};
+  });
+  for (const {hint, isWide} of places) hint.hidden = !isWide;
+  unmeasured.clear();
 }
 
 /** The ids of the panels on screen. */
@@ -167,7 +185,10 @@ export function hold(change) {
 
 /** The text has changed: build all panels again. */
 export function rebuild() {
-  for (const builder of builders) builder.due = true;
+  for (const builder of builders) {
+    builder.due = true;
+    builder.height = builder.section.offsetHeight;
+  }
   redraw();
 }
 
@@ -223,6 +244,7 @@ export function followWindow() {
   new ResizeObserver(() => {
     if (main.clientWidth === drawnWidth) return;
     drawnWidth = main.clientWidth;
+    widths.clear();
     redraw();
   }).observe(main);
   addEventListener('hashchange', () => {
@@ -449,10 +471,11 @@ export function figure(name, title, table, controls, drawn = true) {
     hidden: !openTables.has(name)
   });
   const hint = h('p', {class: 'hint', 'aria-hidden': 'true'}, 'Scroll sideways to see all →');
-  const isCut = element => element && element.scrollWidth > element.clientWidth + 2;
+  const place = {hint, picture};
   const refresh = () => {
     if (!dataTable.hidden) dataTable.replaceChildren(cappedTable(...table()));
-    hint.hidden = !isCut(picture) && !isCut(picture.querySelector(':scope > div'));
+    unmeasured.add(place);
+    timer ||= setTimeout(drawRest);
   };
   const toggle = h(
     'button',
@@ -495,7 +518,10 @@ export function figure(name, title, table, controls, drawn = true) {
     readout.hidden = false;
     readout.textContent = text;
   };
-  const width = () => Math.max(220, picture.clientWidth);
+  const width = () => {
+    if (!widths.has(name)) widths.set(name, Math.max(220, picture.clientWidth));
+    return widths.get(name);
+  };
   return Object.assign(element, {picture, readout, heading, width, refresh, setReadout});
 }
 
