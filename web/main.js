@@ -6,6 +6,7 @@ import {
   fixed,
   followWindow,
   h,
+  hold,
   inSection,
   integer,
   panel,
@@ -192,8 +193,10 @@ new ResizeObserver(setScrollPadding).observe(document.getElementById('strip'));
 document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {
+  hold(1); // the URL may ask for another text, or for changes
   await startModel();
   await completeOwnText();
   followUrl();
+  hold(-1);
   document.documentElement.dataset.engine = Math.round(performance.now());
 }
