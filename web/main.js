@@ -194,9 +194,13 @@ document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {
   hold(1); // the URL may ask for another text, or for changes
-  await startModel();
-  await completeOwnText();
-  followUrl();
+  try {
+    await startModel();
+    await completeOwnText();
+    followUrl();
+    document.documentElement.dataset.engine = Math.round(performance.now());
+  } catch (error) {
+    showNotice(`This browser cannot run the model: ${error.message}`);
+  }
   hold(-1);
-  document.documentElement.dataset.engine = Math.round(performance.now());
 }
