@@ -49,23 +49,23 @@ import base64
 import json
 import math
 import os
-import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
 from lib.files import find, printable, write_text
-from lib.page import DATA, nan_to_none, page_template
+from lib.page import DATA, compress, join_streams, nan_to_none, page_template
+from lib.page_weights import logit_difference, weights_for_page
 from lib.run import read_log
 from lib.serve import serve
 from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 
 MAX_TOKENS = 256  # of the text
 MAX_PAGE_BYTES = 20_000_000  # a larger page drops arrays in the order of DROPPABLE
+MAX_PAGE_WITH_WEIGHTS = 25_000_000
 CODE_BYTES = 500_000  # upper bound for style and scripts
 DROPPABLE = {
     'by_source': 'head contributions by source token',
@@ -160,6 +160,7 @@ def collect_text(model, tokenizer, ids):
     ):
         facts |= more_facts
         arrays |= more_arrays
+    facts['of_text'] = {'facts': list(facts), 'arrays': list(arrays)}  # not of the weights
     return facts, arrays
 
 
@@ -382,23 +383,14 @@ def collect_history(out_dir, ids, vocab_size):
 
 # The page -----------------------------------------------------------------------------------------
 
-def pack(facts, arrays):
-    """(facts as JSON, arrays as base64). Each array is one deflate stream.
+def pack(facts, arrays, room):
+    """(facts as JSON, arrays as base64). facts['arrays'] says where each array is.
 
-    facts['arrays'] has the dtype, shape and byte range of each. Multi-byte numbers are split into
-    byte planes (all first bytes, then all second bytes, ...), which compress better. Arrays that
-    would make the page larger than MAX_PAGE_BYTES are left out and listed in facts['dropped'].
+    Arrays that would take more than room, in bytes, are left out and listed in facts['dropped'].
     """
     facts = nan_to_none(facts)
-    streams = {}  # name -> (dtype, shape, compressed bytes)
-    for name, tensor in arrays.items():
-        array = tensor.numpy()
-        if array.dtype.kind in 'iu':  # ids: the smallest dtype that holds the largest
-            array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
-        as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        planes = as_bytes.reshape(-1, array.dtype.itemsize).T
-        streams[name] = (str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6))
-    room = MAX_PAGE_BYTES - CODE_BYTES - len(json.dumps(facts))
+    streams = {name: compress(tensor) for name, tensor in arrays.items()}
+    room -= CODE_BYTES + len(json.dumps(facts))
     dropped = []
     for name, description in DROPPABLE.items():
         size = sum(len(data) for _, _, data in streams.values()) * 4 / 3  # in base64
@@ -408,12 +400,7 @@ def pack(facts, arrays):
             dropped.append(description)
             for each in (name, *DROPPED_TOGETHER.get(name, ())):
                 streams.pop(each, None)
-    index = {}
-    blob = b''
-    for name, (dtype, shape, data) in streams.items():
-        end = len(blob) + len(data)
-        index[name] = {'dtype': dtype, 'shape': shape, 'start': len(blob), 'end': end}
-        blob += data
+    index, blob = join_streams(streams)
     facts |= {
         'arrays': index,
         'dropped': dropped,
@@ -423,13 +410,19 @@ def pack(facts, arrays):
     return text, base64.b64encode(blob).decode()
 
 
-def build_page(facts, arrays):
-    """The HTML of the page: web/page.html with its style, scripts and data inlined."""
+def build_page(facts, arrays, weights=b''):
+    """The HTML of the page: web/page.html with its style, scripts and data inlined.
+
+    weights: of lib/page_weights.py, which facts['engine'] describes.
+    """
     page, _ = page_template('page.html')
-    facts_json, blob = pack(facts, arrays)
+    weights = base64.b64encode(weights).decode()
+    room = min(MAX_PAGE_BYTES, MAX_PAGE_WITH_WEIGHTS - len(weights))
+    facts_json, blob = pack(facts, arrays, room)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
     data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'
-            f'<script type="text/plain" id="arrays">{blob}</script>\n')
+            f'<script type="text/plain" id="arrays">{blob}</script>\n'
+            f'<script type="text/plain" id="weights">{weights}</script>\n')
     return page.replace(DATA, data)
 
 
@@ -470,12 +463,16 @@ def main(config):
         history = collect_history(config.out_dir, ids[-max_tokens:], tokenizer.vocab_size)
         facts['history'] = history[0]
         arrays |= history[1]
+    engine_facts, weights, rounded = weights_for_page(model, tokenizer) or (None, b'', None)
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
         text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:])
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
-        return build_page(facts | text_facts | more_facts, arrays | text_arrays)
+        if rounded:
+            difference = logit_difference(model, rounded, torch.tensor([ids[-max_tokens:]]))
+            text_facts['engine'] = engine_facts | {'difference': difference}
+        return build_page(facts | text_facts | more_facts, arrays | text_arrays, weights)
 
     page = render(start)
 

@@ -4,11 +4,16 @@ import functools
 import hashlib
 import math
 import re
+import zlib
+
+import numpy as np
 
 from lib.errors import os_errors
 from lib.files import ROOT
 
 DATA = '<!-- data -->'  # its place in a template
+CODE = '<!-- code -->'
+WORKER = '<!-- worker -->'
 
 
 RUNS_MARK = 'plainGPT runs'  # near the beginning of what tools/runs.py writes
@@ -30,26 +35,64 @@ def page_template(name, connects=False):
     """
     web = ROOT / 'web'
     page = (web / name).read_text(encoding='utf-8')
-    # Inline modules cannot import each other. They are concatenated into one, so names at their
-    # top level must be unique across files.
-    sources = []
-    for path in re.findall(r'<script type="module" src="(.+)"></script>', page):
-        source = (web / path).read_text(encoding='utf-8')
-        sources.append(re.sub(r'^import .*?;\n|^export ', '', source, flags=re.M | re.S))
-    code = '\n' + '\n'.join(sources)
+    code, page = join_modules(page, r'<script type="module" src="(.+)"></script>\n', CODE)
+    worker, page = join_modules(page, r'<script type="text/plain" src="(.+)"></script>\n', WORKER)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    scripts = f"'sha256-{digest}'"
+    if worker:  # a blob of the page's own text, with the page's policy; see web/matmul.js
+        scripts += " blob: 'wasm-unsafe-eval'"
+        worker = f'<script type="text/plain" id="worker">{worker}</script>\n'
     # charts set style attributes; saving a picture as PNG draws a data: image
-    policy = (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+    policy = (f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; "
               f"img-src data:; base-uri 'none'; form-action 'none'")
     if connects:
         policy += "; connect-src 'self'"
-    script = f'{DATA}<script type="module">{code}</script>\n'
-    page = re.sub(r'(<script type="module" src=".+"></script>\n)+', lambda match: script, page)
+    page = page.replace(WORKER, worker)
+    page = page.replace(CODE, f'{DATA}<script type="module">{code}</script>\n')
     links = r'<link rel="stylesheet" href="(.+)">\n'
     style = ''.join((web / path).read_text(encoding='utf-8') for path in re.findall(links, page))
     head = (f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             f'<style>\n{style}</style>\n')
     return re.sub(f'({links})+', lambda match: head, page), policy
+
+
+def join_modules(page, scripts, mark):
+    """(the code of all scripts that match in one text, the page with mark in their place)
+
+    Inline modules cannot import each other. They are concatenated into one, so names at their top
+    level must be unique across files.
+    """
+    sources = []
+    for path in re.findall(scripts, page):
+        source = (ROOT / 'web' / path).read_text(encoding='utf-8')
+        sources.append(re.sub(r'^import .*?;\n|^export ', '', source, flags=re.M | re.S))
+    code = ''.join('\n' + source for source in sources)
+    return code, re.sub(f'({scripts})+', lambda match: mark, page)
+
+
+def compress(tensor):
+    """(dtype, shape, a deflate stream) of a tensor.
+
+    Multi-byte numbers are split into byte planes (all first bytes, then all second bytes, ...),
+    which compress better. Integers get the smallest dtype that holds the largest.
+    """
+    array = tensor.numpy()
+    if array.dtype.kind in 'iu':
+        array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
+    as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    planes = as_bytes.reshape(-1, array.dtype.itemsize).T
+    return str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6)
+
+
+def join_streams(streams):
+    """({name: its dtype, shape and byte range}, all bytes) of {name: compress(...)}."""
+    index = {}
+    start = 0
+    for name, (dtype, shape, data) in streams.items():
+        end = start + len(data)
+        index[name] = {'dtype': dtype, 'shape': shape, 'start': start, 'end': end}
+        start = end
+    return index, b''.join(data for _, _, data in streams.values())
 
 
 def nan_to_none(value):

@@ -12,11 +12,6 @@ export function takeBytes(id) {
   return bytes;
 }
 
-export async function inflate(bytes) {
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
 /** [f(0), ..., f(n - 1)] */
 export const range = (n, f) => Array.from({length: n}, (_, i) => f(i));
 export const sum = values => values.reduce((total, x) => total + x, 0);
@@ -39,8 +34,10 @@ const CHOICES = {theme: ['light', 'dark']};
 export const TEXTS = {};
 export const state = {};
 let watchers = [];
+const builders = []; // of panels
 let currentSection = null;
 let timer = 0;
+let held = 0; // see hold()
 
 /** Call draw once, and again whenever one of the state keys changes. Visible panels come first. */
 export function watch(keys, draw) {
@@ -51,16 +48,37 @@ export function watch(keys, draw) {
  * section shows the error, and the others go on. */
 export function inSection(id, build) {
   currentSection = document.getElementById(id);
-  attempt(build, currentSection);
+  attempt({draw: build, section: currentSection});
   currentSection = null;
 }
 
-function attempt(action, section) {
+/** A section that is built again for each new text; see rebuild(). */
+export function panel(id, build) {
+  const section = document.getElementById(id);
+  builders.push({section, draw: build, due: false});
+  inSection(id, build);
+}
+
+/** Thrown where data is missing that is being computed: what needs it is drawn again after resume().
+ * In a listener it has no effect: a picture that has not been drawn yet has nothing to say. */
+export class Pending extends Error {}
+addEventListener('error', event => {
+  if (event.error instanceof Pending) event.preventDefault();
+});
+
+/** Draw a watcher or build a panel. */
+function attempt(task) {
+  task.due = false;
+  task.isWaiting = false;
   try {
-    action();
+    task.draw();
   } catch (error) {
+    const {section} = task;
+    if (error instanceof Pending) {
+      task.isWaiting = true;
+      return;
+    }
     if (!section) throw error;
-    watchers.filter(watcher => watcher.section === section).forEach(x => (x.due = false));
     watchers = watchers.filter(watcher => watcher.section !== section);
     showError(section, error);
   }
@@ -73,9 +91,23 @@ export function showError(section, error) {
   box.replaceChildren(h('details', {class: 'failure'}, summary, h('pre', {}, error.stack)));
 }
 
-function draw(watcher) {
-  watcher.due = false;
-  attempt(watcher.draw, watcher.section);
+/** Build a panel again: what depends on the text is not only in its pictures. Its height, its
+ * focus and its open tables stay. */
+function buildAgain(builder) {
+  const {section} = builder;
+  const controls = () => [...section.querySelectorAll('button, select, input, [tabindex]')];
+  const focused = controls().indexOf(document.activeElement);
+  section.style.minHeight = section.offsetHeight + 'px';
+  section.querySelector('.content').replaceChildren();
+  watchers = watchers.filter(watcher => watcher.section !== section);
+  currentSection = section;
+  attempt(builder);
+  watch([], () => {
+    for (const chart of section.querySelectorAll('figure')) chart.refresh();
+    section.style.minHeight = '';
+    if (focused >= 0) controls()[focused]?.focus({preventScroll: true});
+  });
+  currentSection = null;
 }
 
 function isVisible(section) {
@@ -83,9 +115,14 @@ function isVisible(section) {
   return top < innerHeight + 100 && bottom > -100;
 }
 
+const isDue = watcher => watcher.due && !builders.some(x => x.due && x.section === watcher.section);
+
 function drawDue() {
+  for (const builder of builders) {
+    if (builder.due && isVisible(builder.section)) buildAgain(builder);
+  }
   for (const watcher of watchers) {
-    if (watcher.due && (!watcher.section || isVisible(watcher.section))) draw(watcher);
+    if (isDue(watcher) && (!watcher.section || isVisible(watcher.section))) attempt(watcher);
   }
   document.documentElement.removeAttribute('data-settled');
   timer ||= setTimeout(drawRest);
@@ -94,14 +131,40 @@ function drawDue() {
 /** Draw what is off screen in slices of 12 ms, so that the page stays responsive. */
 function drawRest() {
   const end = performance.now() + 12;
-  let next = watchers.find(watcher => watcher.due);
-  while (next && performance.now() < end) {
-    draw(next);
-    next = watchers.find(watcher => watcher.due);
+  const nextBuilder = () => builders.find(builder => builder.due);
+  const next = () => nextBuilder() ?? watchers.find(isDue);
+  while (next() && performance.now() < end) {
+    if (nextBuilder()) buildAgain(nextBuilder());
+    else attempt(next());
   }
-  timer = next ? setTimeout(drawRest) : 0;
-  if (!next) writeHash();
-  document.documentElement.toggleAttribute('data-settled', !next);
+  timer = next() ? setTimeout(drawRest) : 0;
+  const isSettled = !timer && !held && ![...builders, ...watchers].some(task => task.isWaiting);
+  if (isSettled) writeHash();
+  document.documentElement.toggleAttribute('data-settled', isSettled);
+}
+
+/** Whether all that is visible is drawn. */
+export const isDrawn = () =>
+  ![...builders, ...watchers].some(
+    task => (task.due || task.isWaiting) && (!task.section || isVisible(task.section))
+  );
+
+/** The data that was pending is there: draw what waits for it. */
+export function resume() {
+  for (const task of [...builders, ...watchers]) task.due ||= task.isWaiting;
+  drawDue();
+}
+
+/** More data will come (hold(1)) or has come (hold(-1)): until then the page is not settled. */
+export function hold(change) {
+  held += change;
+  drawDue();
+}
+
+/** The text has changed: build all panels again. */
+export function rebuild() {
+  for (const builder of builders) builder.due = true;
+  redraw();
 }
 
 export function set(changes) {
@@ -127,10 +190,10 @@ function writeHash() {
   if (hash.toString() !== location.hash.slice(1)) history.replaceState(null, '', '#' + hash);
 }
 
-/** The state in the URL hash; invalid values are ignored. */
-export function readHash() {
+/** The state in a URL hash; invalid values are ignored. */
+export function readHash(hash = location.hash) {
   const found = {...DEFAULTS};
-  for (const [key, text] of new URLSearchParams(location.hash.slice(1))) {
+  for (const [key, text] of new URLSearchParams(hash.slice(1))) {
     if (LIMITS[key]) {
       const [low, high] = LIMITS[key];
       const value = Number(text);
@@ -352,6 +415,8 @@ export function buildTheme() {
 
 // Figures -----------------------------------------------------------------------------------------
 
+const openTables = new Set(); // names of figures
+
 /**
  * A figure with a title, a data table, and buttons to save it.
  *
@@ -368,7 +433,7 @@ export function figure(name, title, table, controls, drawn = true) {
     tabindex: 0,
     role: 'region',
     'aria-label': `${title}: table`,
-    hidden: true
+    hidden: !openTables.has(name)
   });
   const hint = h('p', {class: 'hint', 'aria-hidden': 'true'}, 'Scroll sideways to see all →');
   const isCut = element => element && element.scrollWidth > element.clientWidth + 2;
@@ -380,11 +445,13 @@ export function figure(name, title, table, controls, drawn = true) {
     'button',
     {
       type: 'button',
-      'aria-expanded': 'false',
+      'aria-expanded': String(openTables.has(name)),
       'aria-label': `${title}: table`,
       onclick: () => {
         dataTable.hidden = !dataTable.hidden;
         toggle.setAttribute('aria-expanded', !dataTable.hidden);
+        if (dataTable.hidden) openTables.delete(name);
+        else openTables.add(name);
         refresh();
       }
     },

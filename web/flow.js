@@ -2,6 +2,7 @@
 
 import {bars, drawing, faint, matrix, svgText} from './charts.js';
 import {
+  choice,
   color,
   content,
   diverging,
@@ -29,6 +30,8 @@ import {
   tokenQuoted,
   tokenText
 } from './model.js';
+import {hasModel} from './live-model.js';
+import {offButton} from './switches.js';
 
 // Flow --------------------------------------------------------------------------------------------
 
@@ -60,7 +63,15 @@ function flowTable() {
 }
 
 export function buildFlow() {
-  const chart = figure('flow', 'Residual stream', flowTable);
+  const layers = Object.fromEntries(range(L, l => [l, `layer ${l}`]));
+  const controls = h(
+    'div',
+    {class: 'controls'},
+    choice('layer', layers, 'Layer'),
+    offButton(() => `attn${state.layer}`, 'layer'),
+    offButton(() => `mlp${state.layer}`, 'layer')
+  );
+  const chart = figure('flow', 'Residual stream', flowTable, hasModel && controls);
   content('flow').append(chart);
   watch(['t', 'layer', 'theme'], () => {
     const buttons = () => [...chart.querySelectorAll('[role=button]')];
@@ -300,11 +311,18 @@ function embeddingFigure() {
     for (const vector of vectors) vector.forEach((x, d) => (total[d] += x));
     return [...vectors, total];
   };
-  const chart = figure('embedding', 'Embedding vectors', () => {
+  const hasPositions = facts.model.position !== 'none';
+  const switches = [
+    facts.embeddings.includes('n-grams') && offButton(() => 'ngrams'),
+    hasPositions && offButton(() => 'positions')
+  ];
+  const controls = hasModel && h('div', {class: 'controls'}, switches);
+  const table = () => {
     const vectors = vectorsAt(state.t);
     const rows = range(C, d => [d, ...vectors.map(vector => vector[d].toFixed(4))]);
     return [['dimension', ...names], rows];
-  });
+  };
+  const chart = figure('embedding', 'Embedding vectors', table, controls);
   chart.setReadout(`${C} dimensions. Blue: positive, orange: negative.`);
   watch(['t', 'theme'], () => {
     const vectors = vectorsAt(state.t);

@@ -40,7 +40,9 @@ import {
   visibleKeys,
   whyHidden
 } from './model.js';
+import {hasModel} from './live-model.js';
 import {softmax} from './sampling.js';
+import {freezeButton, lookButton, offButton} from './switches.js';
 
 /** Scores of a head: key of the state -> name. */
 export const SCORES = {
@@ -80,10 +82,14 @@ export function score(name, l, k) {
 
 /** Attention of head l.k at t over all T keys: exact, or from 8 bits if q and k were left out. */
 export function attentionRow(l, k, t) {
+  if (isForced(l, k)) return rowOfPairs(row('pattern', l, k), t);
   const dots = queryKeyDots(l, k, t);
   if (dots) return softmax(dots.map((dot, s) => (sees(t, s) ? dot / Math.sqrt(HS) : -Infinity)));
   return rowOfPairs(row('attention', l, k), t).map(root => (root / 255) ** 2);
 }
+
+/** Whether the pattern of a head was frozen or set by hand: queries and keys do not give it. */
+const isForced = (l, k) => facts.forced?.includes(`${l}.${k}`);
 
 /** The key vector of head l.k at s; groups of query heads share one. */
 const keyAt = (l, k, s) => row('k', l, Math.floor((k * facts.n_kv_head) / H), s);
@@ -161,7 +167,9 @@ export function buildHeads() {
     h('span', {}, 'Score'),
     choice('measure', SCORES, 'Head score'),
     h('span', {}, 'Order'),
-    choice('order', {layer: 'by layer', score: 'by score'}, 'Order of the heads')
+    choice('order', {layer: 'by layer', score: 'by score'}, 'Order of the heads'),
+    offButton(() => 'mask'),
+    freezeButton()
   );
   const note = h('p', {class: 'note'});
   const side = Math.min(T, 64);
@@ -230,7 +238,8 @@ export function buildHead() {
   const box = content('head');
   const summary = h('p', {class: 'note'});
   const selects = [headSelect('layer', L, 'Layer'), headSelect('head', H, 'Head')];
-  box.append(h('div', {class: 'controls'}, selects, summary));
+  const off = offButton(() => `L${state.layer}.H${state.head}`, 'layer', 'head');
+  box.append(h('div', {class: 'controls'}, selects, off, summary));
   watch(['layer', 'head', 't'], () => {
     const texts = Object.entries(SCORES).map(
       ([key, name]) => `${name} ${fixed(score(key, state.layer, state.head))}`
@@ -265,7 +274,7 @@ function attentionFigure() {
   const chart = figure('attention', 'Attention pattern', () => [
     ['query', 'key', 'attention'],
     range(T, rowsOf).flat()
-  ]);
+  ], hasModel && h('div', {class: 'controls'}, lookButton(sourceKey)));
   const describe = (t, s) => {
     if (!sees(t, s)) return `${placeOf(t)} cannot attend to ${placeOf(s)}: masked`;
     const p = attentionRow(state.layer, state.head, t)[s];
@@ -324,7 +333,8 @@ function scoresFigure() {
     ['key', 'q·k', 'scaled', 'masked', 'softmax'],
     scoreSteps().map((values, s) => [`${s} ${textAt(s)}`, ...values.map(x => x.toFixed(4))])
   ]);
-  const stepNames = ['q·k', `÷ √${HS}`, 'mask', 'softmax'];
+  const last = () => (isForced(state.layer, state.head) ? 'as set' : 'softmax');
+  const stepNames = () => ['q·k', `÷ √${HS}`, 'mask', last()];
   watch(FOLLOW, () => {
     const steps = scoreSteps();
     const largest = maxAbs(steps.map(values => values[0]));
@@ -339,7 +349,7 @@ function scoresFigure() {
         `query ${placeOf(state.t)}, key ${placeOf(s)}`,
         `q·k ${fixed(dot, 3)}`,
         `÷ √${HS}: ${fixed(scaled, 3)}`,
-        sees(state.t, s) ? `softmax ${p.toFixed(4)}` : `masked: ${whyHidden(state.t, s)}`,
+        sees(state.t, s) ? `${last()} ${p.toFixed(4)}` : `masked: ${whyHidden(state.t, s)}`,
         ...largestTerms(s)
       ].join('\n');
     };
@@ -349,7 +359,7 @@ function scoresFigure() {
       columns: T,
       cellHeight: 26,
       maxSize: 4000,
-      rowName: i => stepNames[i],
+      rowName: i => stepNames()[i],
       columnAxis: 'key',
       columnName: axisName,
       cellColor,
@@ -400,8 +410,11 @@ function termsFigure() {
 function termsSummary(s) {
   const [dot, scaled, , p] = scoreSteps()[s];
   const n = visibleKeys[state.t].length;
+  const from = isForced(state.layer, state.head)
+    ? 'The pattern is set to'
+    : `Softmax over ${n} key${n > 1 ? 's' : ''} gives`;
   const result = sees(state.t, s)
-    ? `Softmax over ${n} key${n > 1 ? 's' : ''} gives ${p.toFixed(4)}.`
+    ? `${from} ${p.toFixed(4)}.`
     : `Masked: ${whyHidden(state.t, s)}.`;
   const applied = [];
   if (facts.model.position === 'rope') applied.push('RoPE');

@@ -25,6 +25,7 @@ import {
   textOn,
   watch
 } from './core.js';
+import {neuronButton, offButton} from './switches.js';
 import {
   L,
   T,
@@ -32,6 +33,7 @@ import {
   facts,
   hasNext,
   headName,
+  isOriginal,
   missing,
   openHead,
   openMlp,
@@ -47,17 +49,20 @@ import {
 
 const preName = facts.gated ? 'gate' : 'pre';
 
-/** Row of neuron_tokens for a neuron: rows are grouped by layer. */
-function neuronRow(layer, id) {
+/** The tokens that the i-th strongest neuron of a layer and position raises, then those it lowers.
+ * In the page's own text, rows are grouped by layer. */
+function tokensOfNeuron(layer, t, i) {
+  if (!isOriginal()) return row('neuron_tokens', layer, t, i);
+  const id = row('neurons', layer, t)[i];
   const start = sum(facts.neuron_ids.slice(0, layer).map(ids => ids.length));
-  return start + facts.neuron_ids[layer].indexOf(id);
+  return row('neuron_tokens', start + facts.neuron_ids[layer].indexOf(id));
 }
 
 /** The strongest neurons of the selected layer and position. */
 function strongestNeurons() {
   const {layer, t} = state;
   return Array.from(row('neurons', layer, t), (id, i) => {
-    const tokens = Array.from(row('neuron_tokens', neuronRow(layer, id)));
+    const tokens = Array.from(tokensOfNeuron(layer, t, i));
     const half = tokens.length / 2;
     return {
       id,
@@ -87,7 +92,12 @@ export function buildMlp() {
         n.lowered.map(tokenText).join(' ')
       ])
     ],
-    h('div', {class: 'controls'}, choice('layer', layers, 'Layer')),
+    h(
+      'div',
+      {class: 'controls'},
+      choice('layer', layers, 'Layer'),
+      offButton(() => `mlp${state.layer}`, 'layer')
+    ),
     false
   );
   const plot = figure('activation', 'Activation function', () => [
@@ -112,7 +122,7 @@ function drawNeuronList(list, neurons) {
   const chips = ids => h('div', {class: 'list'}, ids.map(tokenChip));
   const headings = ['neuron', preName, 'post', 'raises', 'lowers'];
   const rows = neurons.map(n => [
-    String(n.id),
+    neuronCell(n.id),
     fixed(n.pre),
     fixed(n.post),
     chips(n.raised),
@@ -123,6 +133,12 @@ function drawNeuronList(list, neurons) {
   list.setReadout('If post is negative, raises and lowers are swapped.');
   list.readout.hidden = !neurons.some(n => n.post < 0);
   list.refresh();
+}
+
+/** The number of a neuron; in a page with the model, a button that switches it off. */
+function neuronCell(id) {
+  const button = neuronButton(state.layer, id);
+  return button ? h('div', {class: 'list'}, String(id), button) : String(id);
 }
 
 function drawActivation(plot, neurons) {
@@ -454,6 +470,11 @@ function describeWaterfall(chart, tokens, logits) {
     `The contributions sum to ${fixed(total, 5)}; ` +
       `the ${quantity} of the model is ${fixed(logit, 5)}.`
   ];
+  if (arrays.logits_before) {
+    const before = row('logits_before', state.t);
+    const value = before[tokens[0]] - (rival ? before[tokens[rival]] : 0);
+    notes.push(`Before the changes it was ${fixed(value, 5)}.`);
+  }
   if (facts.model.bias) notes.push('Biases: of all output projections and the norms after them.');
   if (facts.model.logit_softcap) notes.push('Softcap: capped minus uncapped logit.');
   if (!hasNext(state.t)) notes.push(`The text ends here: ${target} is the most likely token.`);

@@ -8,17 +8,22 @@ import {
   h,
   inSection,
   integer,
+  panel,
   readHash,
   redraw,
   showError,
-  state
+  state,
+  watch
 } from './core.js';
-import {H, L, T, facts, isPostNorm, loadArrays, row} from './model.js';
+import {H, L, T, facts, isOriginal, isPostNorm, loadArrays, row} from './model.js';
+import {hasModel, startModel} from './live-model.js';
+import {buildLive, drawClock, showNotice} from './live.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
 import {buildLens, buildMlp, buildWhy} from './layers.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
+import {buildChanges} from './switches.js';
 import {buildTraining} from './training.js';
 import {buildTour} from './tour.js';
 
@@ -29,21 +34,20 @@ function buildHeader() {
   const items = modelFacts().map(([key, value]) =>
     h('div', {}, h('dt', {}, key), h('dd', {}, String(value)))
   );
+  const length = h('dd');
+  items.push(h('div', {}, h('dt', {}, 'text'), length));
   document.getElementById('run-facts').append(...items);
-  document.getElementById('accuracy').textContent = accuracyNote();
+  watch([], () => {
+    length.textContent = T > 1 ? `${T} tokens` : '1 token';
+    document.getElementById('accuracy').textContent = accuracyNote();
+  });
   const sections = [...document.querySelectorAll('main section')];
   document.getElementById('contents').append(...sections.map(sectionLink));
-  if (facts.live) buildTextForm();
+  if (hasModel) buildLive();
+  else if (facts.live) buildTextForm();
   if (!facts.left_out) return;
   const n = `${integer(facts.left_out)} token${facts.left_out > 1 ? 's' : ''}`;
   showNotice(`The text is too long: its first ${n} are left out. ${T} fit.`);
-}
-
-/** A message above the tokens that nobody should miss. */
-function showNotice(text) {
-  const notice = document.getElementById('notice');
-  notice.hidden = false;
-  notice.textContent = text;
 }
 
 function modelFacts() {
@@ -58,8 +62,7 @@ function modelFacts() {
     ['context', integer(model.block_size)],
     ['vocabulary', integer(facts.vocab_size)],
     ['positions', model.position],
-    ['norm, activation', `${model.norm}${isPostNorm ? ' (post)' : ''}, ${model.activation}`],
-    ['text', T > 1 ? `${T} tokens` : '1 token']
+    ['norm, activation', `${model.norm}${isPostNorm ? ' (post)' : ''}, ${model.activation}`]
   ];
   if (model.prefix_lm) items.push(['attention', 'bidirectional in sources']);
   if (run.val_loss !== null) items.splice(1, 0, ['val loss', fixed(run.val_loss, 4)]);
@@ -67,6 +70,12 @@ function modelFacts() {
 }
 
 function accuracyNote() {
+  if (!isOriginal()) {
+    return (
+      'The numbers of this text were computed in this page, by the model’s weights in ' +
+      `${facts.engine.format}. For the text that the page was written with, PyTorch computed them.`
+    );
+  }
   const {difference, largest, dropped} = facts;
   const error = difference ? difference.toExponential(1).replace('e-', 'e−') : '0';
   const notes = [
@@ -103,8 +112,6 @@ function buildTextForm() {
   });
   if (!facts.error) return;
   showNotice(facts.error);
-  text.setAttribute('aria-invalid', 'true');
-  text.setAttribute('aria-describedby', 'notice');
   text.focus();
 }
 
@@ -125,7 +132,7 @@ function setScrollPadding() {
   document.documentElement.style.scrollPaddingTop = height + 14 + 'px';
 }
 
-const panels = {
+const sections = {
   next: buildNext,
   flow: buildFlow,
   embedding: buildEmbedding,
@@ -149,10 +156,16 @@ buildTheme();
 inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
-for (const [id, build] of Object.entries(panels)) inSection(id, build);
+buildChanges();
+for (const [id, build] of Object.entries(sections)) panel(id, build);
 inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
 setScrollPadding();
 followWindow(setScrollPadding);
 document.documentElement.dataset.ready = Math.round(performance.now());
+drawClock();
+if (hasModel) {
+  await startModel();
+  document.documentElement.dataset.engine = Math.round(performance.now());
+}

@@ -1,10 +1,11 @@
 // What explain.py has computed: facts, arrays, tokens; the state of its page.
 
-import {DEFAULTS, LIMITS, h, inflate, range, set, takeBytes} from './core.js';
+import {readArray} from './arrays.js';
+import {DEFAULTS, LIMITS, Pending, TEXTS, h, range, set, takeBytes} from './core.js';
 
 export const facts = JSON.parse(document.getElementById('facts').textContent);
 export const arrays = {}; // name -> {data: typed array, shape}
-export const T = facts.ids.length; // tokens
+export let T = facts.ids.length; // tokens
 export const L = facts.model.n_layer; // layers
 export const H = facts.model.n_head; // heads per layer
 export const HS = facts.head_size;
@@ -12,65 +13,128 @@ export const isPostNorm = facts.model.norm_position === 'post';
 
 // Data --------------------------------------------------------------------------------------------
 
-const TYPES = {
-  float32: Float32Array,
-  float16: Uint16Array, // converted by fromHalf
-  uint8: Uint8Array,
-  uint16: Uint16Array,
-  uint32: Uint32Array
-};
-
 /** Fill `arrays`: the inverse of pack() in explain.py. */
 export async function loadArrays() {
   const bytes = takeBytes('arrays');
   await Promise.all(
-    Object.entries(facts.arrays).map(async ([name, {dtype, shape, start, end}]) => {
+    Object.entries(facts.arrays).map(async ([name, place]) => {
       try {
-        const planes = await inflate(bytes.subarray(start, end));
-        const data = new TYPES[dtype](joinPlanes(planes, TYPES[dtype].BYTES_PER_ELEMENT).buffer);
-        arrays[name] = {data: dtype === 'float16' ? fromHalf(data) : data, shape};
+        arrays[name] = await readArray(bytes, place);
       } catch (error) {
         arrays[name] = {error}; // for the panels that need it
       }
     })
   );
   readMask();
+  rememberOriginal();
   facts.vocabulary = JSON.parse(new TextDecoder().decode(row('vocabulary')));
-}
-
-/** Byte planes (all first bytes, all second bytes, ...) -> numbers of `size` bytes each. */
-function joinPlanes(planes, size) {
-  const n = planes.length / size;
-  const joined = new Uint8Array(planes.length);
-  for (let b = 0; b < size; b++) {
-    for (let i = 0; i < n; i++) joined[i * size + b] = planes[b * n + i];
-  }
-  return joined;
-}
-
-function fromHalf(halves) {
-  const out = new Float32Array(halves.length);
-  for (let i = 0; i < halves.length; i++) out[i] = halfValue(halves[i]);
-  return out;
-}
-
-/** The value of an IEEE 754 half-precision number. */
-function halfValue(bits) {
-  const sign = bits & 0x8000 ? -1 : 1;
-  const exponent = (bits >> 10) & 31;
-  const fraction = bits & 1023;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  if (exponent === 0) return sign * 2 ** -24 * fraction;
-  return sign * 2 ** (exponent - 15) * (1 + fraction / 1024);
 }
 
 /** A view of an array at its leading indices: row('q', l, h, t) is a vector. */
 export function row(name, ...index) {
+  if (arrays[name]?.rows) return lazyRow(name, index);
   const {data, shape, error} = arrays[name] ?? {};
   if (!data) throw new Error(`the data of ${name} cannot be read: ${error ?? 'it is missing'}`);
   const length = shape.slice(index.length).reduce((a, b) => a * b, 1);
   const start = index.reduce((offset, i, d) => offset * shape[d] + i, 0) * length;
   return data.subarray(start, start + length);
+}
+
+// A text that was typed --------------------------------------------------------------------------
+
+const LAZY_GROUPS = {
+  lensAt: {key: [0, 1], names: ['lens', 'lens_ids']},
+  attribution: {key: [1, 2], names: ['parts']},
+  promoted: {key: [0, 3], names: ['promoted', 'promoted_by']},
+  bySource: {key: [0, 2], names: ['by_source']},
+  pattern: {key: [0, 2], names: ['pattern']},
+  neuronTokens: {key: [0, 2], names: ['neuron_tokens']},
+  neighbors: {key: [0, 1], names: ['near', 'cosines']},
+  bigrams: {
+    key: [0, 1],
+    names: ['bigram_whole_ids', 'bigram_whole_p', 'bigram_direct_ids', 'bigram_direct_p']
+  },
+  circuits: {key: [0, 2], names: ['qk', 'ov']}
+};
+/** name -> {group, key: the indices of `row` that are its key}: methods of Analysis that compute
+ * the arrays of a typed text when a panel asks for them. */
+const LAZY = Object.fromEntries(
+  Object.entries(LAZY_GROUPS).flatMap(([group, {key, names}]) =>
+    names.map(name => [name, {group, key}])
+  )
+);
+const original = {facts: {}, arrays: {}};
+let typed = {facts: [], arrays: []}; // names of what a typed text has
+let onWish = () => {};
+let wanted = []; // [[group, key], ...], what panels have asked for
+let hasOriginal = true;
+
+/** Whether the page shows the text it was written with. */
+export const isOriginal = () => hasOriginal;
+
+/** Stands in for what typed texts lack. */
+export const onlyWhenWritten = () =>
+  h('p', {class: 'note'}, 'Computed when the page is written: for its own text only.');
+
+function rememberOriginal() {
+  for (const name of facts.of_text.facts) original.facts[name] = facts[name];
+  for (const name of facts.of_text.arrays) original.arrays[name] = arrays[name];
+}
+
+/** Show another text: its facts and arrays, or none for the text that the page was written with. */
+export function setText(newFacts, newArrays) {
+  const isTyped = Boolean(newFacts);
+  for (const name of [...facts.of_text.facts, ...typed.facts]) delete facts[name];
+  for (const name of [...facts.of_text.arrays, ...typed.arrays]) delete arrays[name];
+  Object.assign(facts, isTyped ? newFacts : original.facts);
+  Object.assign(arrays, isTyped ? newArrays : original.arrays);
+  typed = {facts: Object.keys(newFacts ?? {}), arrays: Object.keys(newArrays ?? {})};
+  if (isTyped) for (const name of Object.keys(LAZY)) arrays[name] = {rows: new Map()};
+  hasOriginal = !isTyped;
+  wanted = [];
+  T = facts.ids.length;
+  visibleKeys.length = rowStarts.length = 0;
+  readMask();
+  DEFAULTS.t = T - 1;
+  LIMITS.t = [0, T - 1];
+  LIMITS.source = [-1, T - 1];
+}
+
+function lazyRow(name, index) {
+  const {group, key} = LAZY[name];
+  const wish = index.slice(...key);
+  const found = arrays[name].rows.get(String(wish));
+  if (found?.error) throw new Error(found.error);
+  if (!found) {
+    const isKnown = wanted.some(([g, k]) => g === group && String(k) === String(wish));
+    if (!isKnown) wanted.push([group, wish]);
+    onWish();
+    throw new Pending(name);
+  }
+  const rest = [...index.slice(0, key[0]), ...index.slice(key[1])];
+  return rest.length ? found.subarray(...span(found.length, name, rest)) : found;
+}
+
+/** Where the numbers at the leading indices `rest` of a lazy array's row are. */
+function span(length, name, [i]) {
+  const counts = {lens: T, lens_ids: T, parts: facts.parts.length};
+  const count = counts[name] ?? row('neurons', 0, 0).length; // of neuron_tokens
+  const size = length / count;
+  return [i * size, (i + 1) * size];
+}
+
+/** What panels wait for, [[group, key], ...], the first one asked for first. */
+export const nextWishes = () => wanted;
+
+/** Call f when a panel asks for something. */
+export const whenAsked = f => (onWish = f);
+
+/** Answer a wish with arrays {name: numbers}, or with the message of an error. */
+export function fulfil([group, key], found) {
+  wanted = wanted.filter(([g, k]) => g !== group || String(k) !== String(key));
+  for (const name of LAZY_GROUPS[group].names) {
+    arrays[name].rows.set(String(key), found.error ? found : found[name]);
+  }
 }
 
 /** Whether the query at t sees the key at s: the mask of model.attention_mask. */
@@ -123,7 +187,10 @@ Object.assign(DEFAULTS, {
   kind: 'k', // of composition
   threshold: 0, // of composition
   lens: L, // depth in the logit lens
-  tour: 0 // step, 0: closed
+  tour: 0, // step, 0: closed
+  text: facts.text,
+  changes: '', // of the model: see changes.js
+  frozen: '' // the text whose attention is kept
 });
 Object.assign(LIMITS, {
   t: [0, T - 1],
@@ -138,6 +205,9 @@ Object.assign(LIMITS, {
   seed: [0, 2 ** 32 - 1],
   threshold: [0, 1]
 });
+
+TEXTS.text = /^[^]{1,20000}$/;
+if (facts.engine) Object.assign(TEXTS, {changes: /^[\w.@,=]{1,4000}$/, frozen: TEXTS.text});
 
 /** Select a head and scroll to its panel. */
 export function openHead(layer, head) {

@@ -31,20 +31,22 @@ import {
   tokenName,
   tokenText
 } from './model.js';
-import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
+import {MersenneTwister, filtered, sampleIndex, softmax} from './sampling.js';
 
 // Token strip -------------------------------------------------------------------------------------
 
 /** Loss and rank of the token at position t > 0, predicted from t - 1. */
 const lossOf = t => row('loss')[t - 1];
 const rankOf = t => row('rank')[t - 1];
+const isChanged = () => Boolean(arrays.logits_before); // the model: see changes.js
+const lossBefore = t => (isChanged() ? ` (${fixed(row('loss_before')[t - 1])} before)` : '');
 const vocabSize = integer(facts.vocab_size);
 
 function stripButton(id, t) {
   const rank = t && integer(rankOf(t));
   const spoken = t ? `, loss ${fixed(lossOf(t))}, rank ${rank}` : '';
   const hover = t
-    ? `loss ${fixed(lossOf(t))} nats, rank ${rank} of ${vocabSize}`
+    ? `loss ${fixed(lossOf(t))} nats${lossBefore(t)}, rank ${rank} of ${vocabSize}`
     : 'first token: not predicted';
   return h(
     'button',
@@ -60,8 +62,8 @@ function stripButton(id, t) {
 
 export function buildStrip() {
   const strip = document.getElementById('tokens');
-  const buttons = facts.ids.map(stripButton);
-  strip.append(...buttons);
+  let shown = null; // ids
+  let buttons = [];
   const move = step => set({t: clamp(state.t + step, 0, T - 1), source: -1});
   document.getElementById('back').addEventListener('click', () => move(-1));
   document.getElementById('forth').addEventListener('click', () => move(1));
@@ -73,6 +75,11 @@ export function buildStrip() {
     event.preventDefault();
   });
   watch(['t', 'theme'], () => {
+    if (shown !== facts.ids) {
+      shown = facts.ids;
+      buttons = shown.map(stripButton);
+      strip.replaceChildren(...buttons);
+    }
     buttons.forEach((button, t) => {
       const rgb = mix('soft', 'warm', t ? Math.min(1, lossOf(t) / 8) : 0);
       button.style.background = css(rgb);
@@ -135,6 +142,7 @@ function entropyOf(p, tail) {
 function distributionAt(t) {
   const {logits, ids, tail} = logitsAt(t);
   const idOf = i => (ids ? ids[i] : i);
+  const before = isChanged() ? softmax(row('logits_before', t)) : null;
   const max = logits.reduce((a, b) => Math.max(a, b));
   let total = 0;
   for (const [logit, count] of tail) total += count * Math.exp(logit - max);
@@ -156,6 +164,7 @@ function distributionAt(t) {
     idOf,
     order,
     base,
+    before,
     keptMass,
     baseEntropy: entropyOf(base, baseTail),
     entropy: entropyOf(after.p, after.rest)
@@ -240,19 +249,18 @@ function seedInput() {
 
 export function buildNext() {
   let now; // distributionAt(state.t)
+  const columns = ['token', 'id', 'logit', 'probability', 'after temperature, top-k, top-p'];
   const chart = figure('next-token', 'Most likely next tokens', () => [
-    ['token', 'id', 'logit', 'probability', 'after temperature, top-k, top-p'],
+    now.before ? [...columns, 'before the changes'] : columns,
     now.order.map(i => [
       tokenText(now.idOf(i)),
       now.idOf(i),
       now.logits[i].toFixed(4),
       now.base[i].toExponential(4),
-      now.p[i].toExponential(4)
+      now.p[i].toExponential(4),
+      ...(now.before ? [now.before[i].toExponential(4)] : [])
     ])
   ]);
-  chart.setReadout(
-    'Outline: probability under the model. Bar and number: after temperature, top-k and top-p.'
-  );
   const stats = h('dl', {class: 'figures'});
   const samples = h('div', {class: 'list', id: 'draws', 'aria-live': 'polite'});
   const note = h('p', {class: 'note'});
@@ -279,6 +287,10 @@ export function buildNext() {
   watch(['t', 'temperature', 'k', 'p', 'seed', 'theme'], () => {
     now = distributionAt(state.t);
     drawNextTokens(chart, now);
+    chart.setReadout(
+      `Outline: probability ${now.before ? 'before the changes' : 'under the model'}. ` +
+        'Bar and number: after temperature, top-k and top-p.'
+    );
     stats.replaceChildren(...statistics(now));
     if (document.activeElement !== seed) seed.value = state.seed;
     samples.replaceChildren(...sampleTen(now).map(i => sampleChip(now, i)));
@@ -286,21 +298,25 @@ export function buildNext() {
   });
 }
 
-function drawNextTokens(chart, {order, idOf, logits, base, p}) {
+function drawNextTokens(chart, {order, idOf, logits, base, before, p}) {
   const top = order.slice(0, 16);
   const isTarget = i => hasNext(state.t) && idOf(i) === targetAt(state.t);
   const target = order.find(isTarget);
-  if (target !== undefined && !top.includes(target)) top.push(target);
+  const firstBefore = before ? before.indexOf(Math.max(...before)) : undefined;
+  for (const i of [target, firstBefore]) {
+    if (i !== undefined && !top.includes(i)) top.push(i);
+  }
   const bar = i => ({
     label: tokenLabel(idOf(i)),
     value: p[i],
-    outline: base[i],
+    outline: (before ?? base)[i],
     text: percent(p[i]),
     bold: i === target,
     tip: [
       `${tokenText(idOf(i))} (id ${idOf(i)})`,
       `logit ${fixed(logits[i], 3)}`,
       `probability ${base[i].toFixed(5)}`,
+      ...(before ? [`before the changes ${before[i].toFixed(5)}`] : []),
       `after temperature, top-k, top-p ${p[i].toFixed(5)}`
     ].join('\n')
   });

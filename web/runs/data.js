@@ -1,6 +1,7 @@
 // The runs, which of them are shown, and the state of the page.
 
-import {DEFAULTS, LIMITS, TEXTS, inflate, set, state, takeBytes} from '../core.js';
+import {inflate} from '../arrays.js';
+import {DEFAULTS, LIMITS, TEXTS, set, state, takeBytes} from '../core.js';
 
 /** As read_run in tools/runs.py returns them. */
 export const runs = [];

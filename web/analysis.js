@@ -1,0 +1,711 @@
+// What explain.py's collect_text computes, from a trace of the engine: facts and arrays of one text.
+//
+// What a panel shows for one selection only (a head, a position, a token) is computed when it is
+// asked for: see LAZY in model.js. Post-norm: see interpret/__init__.py, which names the same steps.
+
+import {activation} from './engine.js';
+import {softmax} from './sampling.js';
+
+const TOP = 8; // neurons, neighbors, bigrams
+
+// Vectors and matrices, row by row in a Float32Array -----------------------------------------------
+
+/** a (n, C) times the transpose of b (m, C). (n, m) */
+function timesTransposed(a, b, C) {
+  const n = a.length / C;
+  const m = b.length / C;
+  const out = new Float32Array(n * m);
+  for (let i = 0; i < n; i++) {
+    for (let j = 0; j < m; j++) out[i * m + j] = dotAt(a, i * C, b, j * C, C);
+  }
+  return out;
+}
+
+function dotAt(a, i, b, j, n) {
+  let [s0, s1, s2, s3] = [0, 0, 0, 0];
+  let d = 0;
+  for (; d + 4 <= n; d += 4) {
+    s0 += a[i + d] * b[j + d];
+    s1 += a[i + d + 1] * b[j + d + 1];
+    s2 += a[i + d + 2] * b[j + d + 2];
+    s3 += a[i + d + 3] * b[j + d + 3];
+  }
+  for (; d < n; d++) s0 += a[i + d] * b[j + d];
+  return s0 + s1 + s2 + s3;
+}
+
+const vectorDot = (a, b) => dotAt(a, 0, b, 0, a.length);
+
+/** Row i of a matrix with C columns. */
+const rowOf = (matrix, i, C) => matrix.subarray(i * C, (i + 1) * C);
+
+/** The norms of n vectors of C numbers. */
+function lengths(vectors, C) {
+  const n = vectors.length / C;
+  return Float32Array.from({length: n}, (_, i) => {
+    const x = rowOf(vectors, i, C);
+    return Math.sqrt(vectorDot(x, x));
+  });
+}
+
+/** The indices of the n largest numbers, largest first; of equal ones the first. */
+export function largest(values, n) {
+  const best = [];
+  const size = Math.min(n, values.length);
+  for (let i = 0; i < values.length; i++) {
+    const x = values[i];
+    if (best.length === size && x <= values[best[size - 1]]) continue;
+    let place = Math.min(best.length, size - 1);
+    while (place > 0 && values[best[place - 1]] < x) {
+      best[place] = best[place - 1];
+      place--;
+    }
+    best[place] = i;
+  }
+  return best;
+}
+
+/** The n largest, then the n smallest, both ends with the most extreme first. */
+function mostAndLeast(values, n) {
+  return [...largest(values, n), ...largest(values.map(x => -x), n)];
+}
+
+const take = (values, indices) => Float32Array.from(indices, i => values[i]);
+
+function centered(x) {
+  const mean = x.reduce((a, b) => a + b, 0) / x.length;
+  return x.map(value => value - mean);
+}
+
+// The analysis -------------------------------------------------------------------------------------
+
+/** engine: has config, weights and run(ids); vocabSize: without the padding of the vocabulary. */
+export class Analysis {
+  constructor(engine, vocabSize) {
+    const {config, weights} = engine;
+    this.engine = engine;
+    this.config = config;
+    this.V = vocabSize;
+    this.L = engine.L;
+    this.H = engine.H;
+    this.HS = engine.hs;
+    this.KV = engine.KV;
+    this.C = engine.C;
+    this.F = engine.neurons;
+    this.isPost = engine.isPost;
+    this.isGated = config.activation === 'swiglu';
+    this.weight = name => weights['transformer.' + name]?.data;
+    this.layerWeight = (l, name) => this.weight(`h.${l}.${name}`);
+    this.wte = this.weight('wte.weight');
+    this.unembedding = weights[engine.head].data.subarray(0, this.V * this.C);
+    // the norms that a vector in the stream passes on its way to the logits
+    const inLayer = l => ['ln_1', 'ln_2'].map(name => this.norm(`h.${l}.${name}`));
+    const layers = Array.from({length: this.L}, (_, l) => inLayer(l));
+    this.norms = this.isPost ? layers.flat() : [this.norm('ln_f')];
+    this.writes = Array.from({length: this.L}, (_, l) => this.outputNorms(l));
+    this.unembeddingBias = this.biasOfLogits();
+    this.ofToken = new Map(); // what depends on one token and the weights only
+    this.lens = []; // [depth]: {ids, values}, rows of the texts before
+    this.trace = null;
+    this.changes = null;
+  }
+
+  norm(name) {
+    return {gain: this.weight(name + '.weight'), bias: this.weight(name + '.bias')};
+  }
+
+  /** The norm of each neuron's output weights. (F) */
+  outputNorms(l) {
+    const W = this.layerWeight(l, 'mlp.c_proj.weight');
+    const squares = new Float64Array(this.F);
+    for (let i = 0; i < W.length; i++) squares[i % this.F] += W[i] * W[i];
+    return squares.map(Math.sqrt);
+  }
+
+  /** W_U times the bias of the final norm. (V) */
+  biasOfLogits() {
+    const {bias} = this.isPost ? {} : this.norms[0];
+    return bias ? this.unembed(bias) : new Float32Array(this.V);
+  }
+
+  get isCentering() {
+    return this.config.norm === 'layernorm';
+  }
+
+  /** 1 / the divisor of a norm at x. */
+  scaleOf(x) {
+    const y = this.isCentering ? centered(x) : x;
+    return 1 / Math.sqrt(vectorDot(y, y) / this.C + this.config.norm_eps);
+  }
+
+  /** x after the linear part, centering and gain, of the norms from `place` to `end`. */
+  carry(x, place, end = this.norms.length) {
+    let y = x;
+    for (const {gain} of this.norms.slice(place, end)) {
+      const z = this.isCentering ? centered(y) : y;
+      y = z.map((value, c) => value * gain[c]);
+    }
+    return y;
+  }
+
+  /** The transpose of carry: the direction at `place` that arrives as u at the end. */
+  carryBack(u, place) {
+    let y = u;
+    for (const {gain} of this.norms.slice(place).toReversed()) {
+      const z = y.map((value, c) => value * gain[c]);
+      y = this.isCentering ? centered(z) : z;
+    }
+    return y;
+  }
+
+  /** A norm as the model applies it. */
+  applyNorm({gain, bias}, x) {
+    const y = this.isCentering ? centered(x) : x;
+    const scale = this.scaleOf(x);
+    return y.map((value, c) => value * scale * gain[c] + (bias ? bias[c] : 0));
+  }
+
+  /** Where the output of the attention of layer l enters the stream: an index in norms. */
+  attentionPlace(l) {
+    return this.isPost ? 2 * l : 0;
+  }
+
+  mlpPlace(l) {
+    return this.isPost ? 2 * l + 1 : 0;
+  }
+
+  softcap(logits) {
+    const cap = this.config.logit_softcap;
+    return cap ? logits.map(x => cap * Math.tanh(x / cap)) : logits;
+  }
+
+  /** Logits of vectors (n, C) of the stream, as model.to_logits(ln_f(x)). (n, V) */
+  toLogits(vectors) {
+    let normed = vectors;
+    if (!this.isPost) {
+      normed = new Float32Array(vectors.length);
+      for (let i = 0; i < vectors.length; i += this.C) {
+        const x = vectors.subarray(i, i + this.C);
+        normed.set(this.applyNorm(this.norms[0], x), i);
+      }
+    }
+    return this.softcap(this.unembed(normed));
+  }
+
+  /** Vectors (n, C) times the unembedding. (n, V) */
+  unembed(vectors) {
+    const {engine, config, C} = this;
+    const n = vectors.length / C;
+    const logits = new Float32Array(n * config.vocab_size);
+    engine.matmul.multiply(vectors, engine.packed[engine.head], logits, n);
+    return this.withoutPadding(logits, n);
+  }
+
+  // A text -----------------------------------------------------------------------------------------
+
+  /** (facts, arrays) of a text that all panels need; the rest comes from `more`. changes: the
+   * Changes to the model, if any. */
+  start(ids, changes = null) {
+    const before = this.engine.run(ids);
+    const trace = changes ? this.engine.run(ids, changes) : before;
+    const {T} = trace;
+    this.forgetLens(trace, changes);
+    this.changes = changes;
+    this.trace = trace;
+    this.distinct = [...new Set(ids)];
+    const heads = this.L * this.H;
+    const limit = Math.max(4, Math.min(32, Math.floor(Math.sqrt(40000 / heads))));
+    this.circuitIds = this.distinct.slice(0, limit);
+    this.pairs = []; // the places of visible pairs in a (T, T) matrix
+    for (let i = 0; i < T * T; i++) if (trace.mask[i]) this.pairs.push(i);
+    this.later = this.laterScales();
+    const logits = this.withoutPadding(trace.logits, T);
+    const facts = {
+      ids: [...ids],
+      distinct: this.distinct,
+      circuit_ids: this.circuitIds,
+      largest: logits.reduce((max, x) => Math.max(max, Math.abs(x)), 0),
+      embeddings: Object.keys(trace.embeddings),
+      parts: this.partNames(),
+      gated: this.isGated,
+      forced: changes ? this.forcedHeads(changes) : [],
+      neurons_in_a_layer: this.F
+    };
+    const entry = (data, ...shape) => ({data, shape});
+    const arrays = {
+      mask: entry(trace.mask, T, T),
+      logits: entry(logits, T, this.V),
+      ...this.losses(logits, ids),
+      ...this.targets(logits, ids, facts.parts.length),
+      ...this.stream(),
+      ...this.embeddings(),
+      ...this.attention(),
+      ...this.neurons()
+    };
+    if (changes) {
+      const logitsBefore = this.withoutPadding(before.logits, T);
+      arrays.logits_before = entry(logitsBefore, T, this.V);
+      arrays.loss_before = this.losses(logitsBefore, ids).loss;
+    }
+    return {facts, arrays};
+  }
+
+  /** What a panel asks for: the arrays of LAZY in model.js with this group and key. */
+  more(group, key) {
+    return this[group](...key);
+  }
+
+  /** Logits (n, vocab_size of the model), without the padding of the vocabulary. (n, V) */
+  withoutPadding(logits, n) {
+    const width = logits.length / n;
+    if (width === this.V) return logits;
+    const out = new Float32Array(n * this.V);
+    for (let i = 0; i < n; i++) out.set(logits.subarray(i * width, i * width + this.V), i * this.V);
+    return out;
+  }
+
+  losses(logits, ids) {
+    const n = ids.length - 1;
+    const loss = new Float32Array(n);
+    const rank = new Uint32Array(n);
+    for (let t = 0; t < n; t++) {
+      const x = rowOf(logits, t, this.V);
+      const next = x[ids[t + 1]];
+      let max = -Infinity;
+      for (const value of x) if (value > max) max = value;
+      let total = 0;
+      let above = 0;
+      for (const value of x) {
+        total += Math.exp(value - max);
+        if (value > next) above++;
+      }
+      loss[t] = Math.log(total) + max - next;
+      rank[t] = 1 + above;
+    }
+    return {loss: {data: loss, shape: [n]}, rank: {data: rank, shape: [n]}};
+  }
+
+  /** The target of each position, the next token or else the most likely one, and its rivals. */
+  targets(logits, ids, nParts) {
+    const T = ids.length;
+    const most = Math.max(2, Math.min(24, Math.floor(75000 / (T * nParts))));
+    const K = 1 + Math.min(this.V - 1, most);
+    const tokens = new Uint32Array(T * K);
+    for (let t = 0; t < T; t++) {
+      const best = largest(rowOf(logits, t, this.V), K);
+      const target = ids[t + 1] ?? best[0];
+      const rivals = best.filter(id => id !== target).slice(0, K - 1);
+      tokens.set([target, ...rivals], t * K);
+    }
+    this.K = K;
+    this.tokens = tokens;
+    const values = Float32Array.from(tokens, (id, i) => logits[Math.floor(i / K) * this.V + id]);
+    return {
+      part_tokens: {data: tokens, shape: [T, K]},
+      part_logits: {data: values, shape: [T, K]}
+    };
+  }
+
+  target(t) {
+    return this.tokens[t * this.K];
+  }
+
+  stream() {
+    const {trace, C} = this;
+    const {T} = trace;
+    const ofLayers = layers => {
+      const data = new Float32Array(layers.length * T);
+      layers.forEach((x, l) => data.set(lengths(x, C), l * T));
+      return {data, shape: [layers.length, T]};
+    };
+    const arrays = {
+      size_attn: ofLayers(trace.attn_out),
+      size_mlp: ofLayers(trace.mlp_out),
+      size_stream: ofLayers(trace.residual),
+      size_middle: ofLayers(trace.middle)
+    };
+    for (const [name, x] of Object.entries(trace.embeddings)) {
+      arrays['size_' + name] = {data: lengths(x, C), shape: [T]};
+    }
+    return arrays;
+  }
+
+  /** Trace.later_scale: [place][t], the place after the last norm included. */
+  laterScales() {
+    const {final_scale: last, scales} = this.trace;
+    if (!this.isPost) return [last, last];
+    const later = [last];
+    for (const scale of scales.toReversed()) later.unshift(scale.map((x, t) => x * later[0][t]));
+    return later;
+  }
+
+  embeddings() {
+    const parts = Object.values(this.trace.embeddings);
+    const {T} = this.trace;
+    const data = new Float32Array(parts.length * T * this.C);
+    parts.forEach((x, i) => data.set(x, i * T * this.C));
+    const arrays = {embeddings: {data, shape: [parts.length, T, this.C]}};
+    if (this.config.position === 'rope') arrays.rotary = this.rotary(T);
+    return arrays;
+  }
+
+  rotary(T) {
+    const half = this.HS / 2;
+    const frequency = i => Math.fround(this.config.rope_theta ** (-i / half));
+    const factor = this.changes?.rotation ?? 1;
+    const angle = (t, i) => factor * Math.fround(t * frequency(i));
+    const data = new Float32Array(T * half);
+    for (let i = 0; i < data.length; i++) data[i] = Math.cos(angle(Math.floor(i / half), i % half));
+    return {data, shape: [T, half]};
+  }
+
+  attention() {
+    const {trace, pairs, L, H} = this;
+    const n = pairs.length;
+    const {T} = trace;
+    const roots = new Uint8Array(L * H * n); // as root_in_8_bits in explain.py
+    trace.attention.forEach((attention, l) => {
+      for (let head = 0; head < H; head++) {
+        const start = (l * H + head) * n;
+        const offset = head * T * T;
+        for (let i = 0; i < n; i++) {
+          roots[start + i] = Math.round(255 * Math.sqrt(attention[offset + pairs[i]]));
+        }
+      }
+    });
+    const joined = layers => {
+      const data = new Float32Array(L * layers[0].length);
+      layers.forEach((x, l) => data.set(x, l * x.length));
+      return data;
+    };
+    return {
+      attention: {data: roots, shape: [L, H, n]},
+      q: {data: joined(trace.q), shape: [L, H, T, this.HS]},
+      k: {data: joined(trace.k), shape: [L, this.KV, T, this.HS]}
+    };
+  }
+
+  neurons() {
+    const {trace, L, F} = this;
+    const {T} = trace;
+    const n = Math.min(TOP, F);
+    const shape = [L, T, n];
+    const ids = new Uint32Array(L * T * n);
+    const [pre, post, gates] = [0, 1, 2].map(() => new Float32Array(L * T * n));
+    const activate = activation(this.config.activation);
+    const curves = [];
+    for (let l = 0; l < L; l++) {
+      for (let t = 0; t < T; t++) {
+        const best = this.strongest(l, t);
+        const start = (l * T + t) * n;
+        ids.set(best, start);
+        post.set(take(rowOf(trace.post[l], t, F), best), start);
+        pre.set(take(rowOf(trace.pre[l], t, F), best), start);
+      }
+      const shown = pre.subarray(l * T * n, (l + 1) * T * n);
+      curves.push(...activationCurve(shown, activate));
+    }
+    pre.forEach((x, i) => (gates[i] = activate(x)));
+    const arrays = {
+      neurons: {data: ids, shape},
+      neuron_pre: {data: pre, shape},
+      neuron_post: {data: post, shape},
+      curve: {data: Float32Array.from(curves), shape: [L, 2, curves.length / L / 2]}
+    };
+    if (this.isGated) arrays.neuron_gates = {data: gates, shape};
+    return arrays;
+  }
+
+  // What is asked for ------------------------------------------------------------------------------
+
+  /** Rows of the logit lens that an earlier text shares stay: what is to the left decides them. */
+  forgetLens({ids}, changes) {
+    const isComparable = !changes && !this.changes;
+    const before = (isComparable && this.trace?.ids) || [];
+    let same = 0;
+    while (same < Math.min(ids.length, before.length) && ids[same] === before[same]) same++;
+    this.lensSame = this.config.prefix_lm ? 0 : same;
+    this.lensBefore = this.lens;
+    this.lens = [];
+  }
+
+  /** The ten most likely tokens at one depth, at each position. */
+  lensAt(depth) {
+    const {T} = this.trace;
+    const n = Math.min(10, this.V);
+    const ids = new Uint32Array(T * n);
+    const p = new Float32Array(T * n);
+    const same = this.lensBefore[depth] ? this.lensSame : 0;
+    if (same) {
+      ids.set(this.lensBefore[depth].ids.subarray(0, same * n));
+      p.set(this.lensBefore[depth].p.subarray(0, same * n));
+    }
+    const isLast = depth === this.L;
+    const stream = this.trace.residual[depth].subarray(same * this.C);
+    const logits = isLast
+      ? this.withoutPadding(this.trace.logits, T).subarray(same * this.V)
+      : this.toLogits(stream);
+    for (let t = same; t < T; t++) {
+      const probabilities = softmax(rowOf(logits, t - same, this.V));
+      const best = largest(probabilities, n);
+      ids.set(best, t * n);
+      p.set(take(probabilities, best), t * n);
+    }
+    this.lens[depth] = {ids, p};
+    return {lens_ids: ids, lens: p};
+  }
+
+  partNames() {
+    const names = Object.keys(this.trace.embeddings).map(kind => [kind, null, null]);
+    for (let l = 0; l < this.L; l++) {
+      for (let head = 0; head < this.H; head++) names.push(['head', l, head]);
+      names.push(['mlp', l, null]);
+    }
+    if (this.config.bias) names.push(['bias', null, null]);
+    if (this.config.logit_softcap) names.push(['softcap', null, null]);
+    return names;
+  }
+
+  /** Direct logit attribution at one position, as interpret.attribute: (parts, K). */
+  attribution(t) {
+    const {trace, C, K} = this;
+    const tokens = this.tokens.subarray(t * K, (t + 1) * K);
+    const read = Array.from(tokens, id => rowOf(this.unembedding, id, C));
+    const values = [];
+    const effect = (vector, place) => {
+      const arrived = this.carry(vector, place);
+      return read.map(u => vectorDot(u, arrived) * this.later[place][t]);
+    };
+    for (const x of Object.values(trace.embeddings)) values.push(effect(rowOf(x, t, C), 0));
+    let bias = Array.from(tokens, id => this.unembeddingBias[id]);
+    const addBias = more => (bias = bias.map((x, i) => x + more[i]));
+    for (let l = 0; l < this.L; l++) {
+      const [attn, mlp] = [this.attentionPlace(l), this.mlpPlace(l)];
+      for (let head = 0; head < this.H; head++) {
+        values.push(effect(this.headOutput(l, head, t), attn));
+      }
+      const mlpBias = this.layerWeight(l, 'mlp.c_proj.bias');
+      let written = rowOf(trace.mlp_out[l], t, C);
+      if (mlpBias) {
+        written = written.map((x, c) => x - mlpBias[c]);
+        addBias(effect(mlpBias, mlp));
+        addBias(effect(this.layerWeight(l, 'attn.c_proj.bias'), attn));
+      }
+      values.push(effect(written, mlp));
+    }
+    if (this.isPost) {
+      this.norms.forEach((norm, i) => norm.bias && addBias(effect(norm.bias, i + 1)));
+    }
+    if (this.config.bias) values.push(bias);
+    if (this.config.logit_softcap) {
+      const width = trace.logits.length / trace.T;
+      const logits = Array.from(tokens, id => trace.logits[t * width + id]);
+      values.push(logits.map((x, i) => x - values.reduce((total, part) => total + part[i], 0)));
+    }
+    return {parts: Float32Array.from(values.flat())};
+  }
+
+  /** What a head writes at t, without bias. (C) */
+  headOutput(l, head, t) {
+    const {HS} = this;
+    const mixed = this.trace.mixed[l];
+    return this.throughHead(l, head, mixed, (head * this.trace.T + t) * HS);
+  }
+
+  /** W_O of a head times the hs numbers of x from `start`. (C) */
+  throughHead(l, head, x, start) {
+    const W = this.layerWeight(l, 'attn.c_proj.weight');
+    const width = this.H * this.HS;
+    const out = new Float32Array(this.C);
+    for (let c = 0; c < this.C; c++) out[c] = dotAt(W, c * width + head * this.HS, x, start, this.HS);
+    return out;
+  }
+
+  /** The logits that a vector written at `place` adds, relative to their mean. (V) */
+  effectOnLogits(vector, place) {
+    return centered(this.unembed(this.carry(vector, place)));
+  }
+
+  promoted(l, head, t) {
+    const place = this.attentionPlace(l);
+    const scale = this.later[place][t];
+    const effect = this.effectOnLogits(this.headOutput(l, head, t), place);
+    const ids = mostAndLeast(effect, this.ends);
+    return {promoted: Uint32Array.from(ids), promoted_by: take(effect, ids).map(x => x * scale)};
+  }
+
+  get ends() {
+    return Math.min(5, Math.floor(this.V / 2));
+  }
+
+  /** The heads whose patterns their queries and keys do not give: ['layer.head', ...]. */
+  forcedHeads(changes) {
+    const heads = Array.from({length: this.L * this.H}, (_, i) => [
+      Math.floor(i / this.H),
+      i % this.H
+    ]);
+    return heads.filter(([l, head]) => changes.forces(l, head)).map(([l, head]) => `${l}.${head}`);
+  }
+
+  /** The attention of a head whose queries and keys do not give it, for all visible pairs. */
+  pattern(l, head) {
+    const {T, attention} = this.trace;
+    const weights = attention[l].subarray(head * T * T, (head + 1) * T * T);
+    return {pattern: take(weights, this.pairs)};
+  }
+
+  /** The effect of a head on the logit of each target, by source token, for all visible pairs. */
+  bySource(l, head) {
+    const {trace, C, HS, H, KV, pairs} = this;
+    const {T} = trace;
+    const place = this.attentionPlace(l);
+    const W = this.layerWeight(l, 'attn.c_proj.weight');
+    const group = Math.floor((head * KV) / H);
+    const v = trace.v[l].subarray(group * T * HS, (group + 1) * T * HS);
+    const effects = new Float32Array(T * T);
+    for (let t = 0; t < T; t++) {
+      const u = this.carryBack(rowOf(this.unembedding, this.target(t), C), place);
+      const read = new Float32Array(HS);
+      for (let c = 0; c < C; c++) {
+        const start = c * H * HS + head * HS;
+        for (let d = 0; d < HS; d++) read[d] += u[c] * W[start + d];
+      }
+      const scale = this.later[place][t] * (this.changes?.headFactor(l, head) ?? 1);
+      for (let s = 0; s < T; s++) {
+        const attention = trace.attention[l][(head * T + t) * T + s];
+        effects[t * T + s] = attention * scale * dotAt(read, 0, v, s * HS, HS);
+      }
+    }
+    return {by_source: take(effects, pairs)};
+  }
+
+  /** The tokens that the strongest neurons of a layer and position raise and lower: (n, 10). */
+  neuronTokens(l, t) {
+    const W = this.layerWeight(l, 'mlp.c_proj.weight');
+    const tokensOf = neuron =>
+      this.once(`neuron ${l} ${neuron}`, () => {
+        const output = Float32Array.from({length: this.C}, (_, c) => W[c * this.F + neuron]);
+        return mostAndLeast(this.effectOnLogits(output, this.mlpPlace(l)), this.ends);
+      });
+    const tokens = Array.from(this.strongest(l, t), tokensOf);
+    return {neuron_tokens: Uint32Array.from(tokens.flat())};
+  }
+
+  /** The neurons that write the longest vectors. */
+  strongest(l, t) {
+    const active = rowOf(this.trace.post[l], t, this.F);
+    return largest(active.map((x, i) => Math.abs(x) * this.writes[l][i]), TOP);
+  }
+
+  /** compute(), remembered under a name: it depends on the weights only. */
+  once(name, compute) {
+    if (!this.ofToken.has(name)) this.ofToken.set(name, compute());
+    return this.ofToken.get(name);
+  }
+
+  /** The tokens whose embeddings are most similar to that of distinct token i. */
+  neighbors(i) {
+    const id = this.distinct[i];
+    return this.once(`neighbors ${id}`, () => {
+      const E = this.wte.subarray(0, this.V * this.C);
+      this.embeddingNorms ??= lengths(E, this.C);
+      const norms = this.embeddingNorms;
+      const divisor = j => Math.max(norms[j], 1e-12);
+      const cosines = timesTransposed(rowOf(E, id, this.C), E, this.C);
+      for (let j = 0; j < this.V; j++) cosines[j] /= divisor(j) * divisor(id);
+      cosines[id] = -Infinity;
+      const best = largest(cosines, Math.min(TOP, this.V - 1));
+      return {near: Uint32Array.from(best), cosines: take(cosines, best)};
+    });
+  }
+
+  /** The embedding of a token at each depth if no attention and no MLP adds to it. */
+  silentStream(id, depth) {
+    const size = this.config.position === 'sinusoidal' ? Math.sqrt(this.C) : 1;
+    let x = rowOf(this.wte, id, this.C).map(value => value * size);
+    if (this.isPost) for (const norm of this.norms.slice(0, 2 * depth)) x = this.applyNorm(norm, x);
+    return x;
+  }
+
+  /** The most likely tokens after distinct token i alone. */
+  bigrams(i) {
+    const id = this.distinct[i];
+    return this.once(`bigrams ${id}`, () => {
+      const direct = softmax(this.toLogits(this.silentStream(id, this.L)));
+      const {logits} = this.engine.run([id], {}); // with hooks: the text before is not forgotten
+      const whole = softmax(this.withoutPadding(logits, 1));
+      const arrays = {};
+      for (const [name, p] of Object.entries({whole, direct})) {
+        const best = largest(p, TOP);
+        arrays[`bigram_${name}_ids`] = Uint32Array.from(best);
+        arrays[`bigram_${name}_p`] = take(p, best);
+      }
+      return arrays;
+    });
+  }
+
+  /** QK and OV circuits of a head among circuitIds, as interpret.token_circuits: (N, N) each. */
+  circuits(l, head) {
+    const {C, HS, H, KV} = this;
+    const ids = this.circuitIds;
+    const N = ids.length;
+    const group = Math.floor((head * KV) / H);
+    const qs = new Float32Array(N * HS);
+    const ks = new Float32Array(N * HS);
+    const out = new Float32Array(N * C);
+    const place = this.attentionPlace(l);
+    ids.forEach((id, i) => {
+      const stream = this.silentStream(id, l);
+      const x = this.isPost ? stream : this.applyNorm(this.norm(`h.${l}.ln_1`), stream);
+      qs.set(this.headInput(l, 'q', head, x), i * HS);
+      ks.set(this.headInput(l, 'k', H + group, x), i * HS);
+      const v = this.headInput(l, 'v', H + KV + group, x);
+      out.set(this.carry(this.throughHead(l, head, v, 0), place), i * C);
+    });
+    const U = new Float32Array(N * C);
+    ids.forEach((id, i) => U.set(rowOf(this.unembedding, id, C), i * C));
+    const scale = this.later[place].reduce((a, b) => a + b, 0) / this.trace.T;
+    const mean = timesTransposed(out, this.meanUnembedding(), C); // (N, 1)
+    const ov = timesTransposed(out, U, C).map((x, i) => scale * (x - mean[Math.floor(i / N)]));
+    return {qk: timesTransposed(qs, ks, HS).map(x => x / Math.sqrt(HS)), ov};
+  }
+
+  meanUnembedding() {
+    return this.once('mean', () => {
+      const mean = new Float64Array(this.C);
+      this.unembedding.forEach((x, i) => (mean[i % this.C] += x / this.V));
+      return Float32Array.from(mean);
+    });
+  }
+
+  /** Query, key or value of x, without RoPE; head: among all those of c_attn. (hs) */
+  headInput(l, kind, head, x) {
+    const {C, HS} = this;
+    const W = this.layerWeight(l, 'attn.c_attn.weight');
+    const bias = this.layerWeight(l, 'attn.c_attn.bias');
+    const y = new Float32Array(HS);
+    for (let d = 0; d < HS; d++) {
+      const i = head * HS + d;
+      y[d] = dotAt(W, i * C, x, 0, C) + (bias ? bias[i] : 0);
+    }
+    if (kind === 'v' || !this.config.qk_norm) return y;
+    const scale = 1 / Math.sqrt(vectorDot(y, y) / HS + this.config.norm_eps);
+    const gain = this.layerWeight(l, `attn.${kind}_norm.weight`);
+    return y.map((value, d) => value * scale * (gain ? gain[d] : 1));
+  }
+}
+
+/** Pre-activations and activations of explain.py's collect_neurons, over the range of those shown. */
+function activationCurve(shown, activate) {
+  let [low, high] = [-3, 3];
+  for (const x of shown) {
+    low = Math.min(low, x);
+    high = Math.max(high, x);
+  }
+  const points = [];
+  for (let i = 0; i <= 80; i++) {
+    points.push(-4 + i / 10, 1.05 * (low + ((high - low) * i) / 80));
+  }
+  const grid = Float32Array.from(points).sort();
+  return [...grid, ...grid.map(activate)];
+}
