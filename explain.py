@@ -5,6 +5,7 @@ The page opens from disk and loads nothing from the network.
     python explain.py --out_dir=out-quickstart --start="def main("
     python explain.py --out_dir=out-quickstart --start=FILE:prompt.txt --checkpoints=all
     python explain.py --out_dir=out-quickstart --start="def main(" --serve
+    python explain.py --out_dir=out-quickstart --start="def main(" --compare=out-other
     python explain.py --out_dir=out-scan --start="jump twice<|endoftext|>JUMP JUMP"
 """
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Config:
     out_dir: FilePath = 'out'  # folder of a run; the page is its explain.html
     checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
     checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training
+    compare: FilePath = ''  # show another one too: a run's folder, a file, ...; empty: none
     # text
     start: Text = ''  # the text, or FILE:path; only its last min(256, block_size) tokens are used
     # system
@@ -56,8 +58,13 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
+from interpret.causal import collect_ablations
+from interpret.compare import collect_comparison, collect_other, load_other
+from interpret.graph import collect_graphs
+from interpret.snippets import collect_snippets
+from interpret.step import collect_step
 from lib.files import find, printable, write_text
-from lib.page import DATA, compress, join_streams, nan_to_none, page_template
+from lib.page import DATA, compress, join_streams, nan_to_none, page_template, to_half
 from lib.page_weights import logit_difference, weights_for_page
 from lib.run import read_log
 from lib.serve import serve
@@ -65,11 +72,12 @@ from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 
 MAX_TOKENS = 256  # of the text
 MAX_PAGE_BYTES = 20_000_000  # a larger page drops arrays in the order of DROPPABLE
-MAX_PAGE_WITH_WEIGHTS = 25_000_000
+MAX_DATA_WITH_WEIGHTS = 1_500_000  # if the page has the weights: it computes what is dropped
 CODE_BYTES = 500_000  # upper bound for style and scripts
 DROPPABLE = {
     'by_source': 'head contributions by source token',
     'q': 'attention scores term by term',
+    'snippet_ids': 'snippets from the validation data',
     'embeddings': 'embedding vectors',
     'compositions': 'head composition',
     'promoted': 'tokens promoted by each head',
@@ -79,6 +87,7 @@ DROPPABLE = {
 DROPPED_TOGETHER = {
     'promoted': ('promoted_by',),
     'q': ('k',),
+    'snippet_ids': ('neuron_best', 'neuron_places', 'head_best', 'head_places'),
     'neurons': ('neuron_pre', 'neuron_post', 'neuron_tokens', 'neuron_gates', 'curve'),
 }
 # histogram of the logits outside the top 512: counts by distance from the largest logit
@@ -122,10 +131,12 @@ def collect_weights(model, tokenizer):
     return facts, arrays
 
 
-def collect_text(model, tokenizer, ids):
+def collect_text(model, tokenizer, ids, means=None, checkpoint=None, other=None):
     """(facts, arrays) of a forward pass over ids, a list of T token ids.
 
-    Raises UserError if the logits are not finite.
+    means: of heads and neurons, for ablations; None: those over the text. checkpoint: where model
+    is from, for a training step by its optimizer. other: a model to compare. Raises UserError if
+    the logits are not finite.
     """
     vocab_size = tokenizer.vocab_size
     idx = torch.tensor([ids])
@@ -157,6 +168,10 @@ def collect_text(model, tokenizer, ids):
         collect_heads(model, trace, target, vocab_size),
         collect_neurons(model, trace, vocab_size),
         collect_circuits(model, trace, distinct, vocab_size),
+        collect_ablations(model, trace, target, vocab_size, means),
+        collect_graphs(model, trace, target),
+        collect_comparison(other, ids, logits, target),
+        collect_step(model, ids, target, vocab_size, checkpoint),
     ):
         facts |= more_facts
         arrays |= more_arrays
@@ -177,7 +192,7 @@ def collect_next_token(logits, next_tokens):
         'loss': F.cross_entropy(logits[:-1], next_tokens, reduction='none'),
         'rank': 1 + (logits[:-1] > next_logits).sum(dim=1),
     }
-    if T * vocab_size <= 2**18:
+    if T * vocab_size <= 2**17:
         arrays['logits'] = logits
         return facts, arrays
     facts['bins_per_nat'] = BINS_PER_NAT
@@ -210,7 +225,7 @@ def collect_attribution(model, trace, logits, target):
     T, vocab_size = logits.shape
     config = model.config
     n_parts = config.n_layer * (config.n_head + 1) + 5
-    n_rivals = min(vocab_size - 1, max(2, min(24, 75_000 // (T * n_parts))))
+    n_rivals = min(vocab_size - 1, max(2, min(24, 50_000 // (T * n_parts))))
     rivals = logits.scatter(1, target[:, None], float('-inf')).topk(n_rivals).indices
     tokens = torch.cat((target[:, None], rivals), dim=1)  # (T, K)
     names, parts = interpret.attribute(model, trace, tokens)
@@ -307,11 +322,6 @@ def collect_circuits(model, trace, distinct, vocab_size):
     return {'circuit_ids': circuit_ids}, arrays
 
 
-def to_half(x):
-    """x in fp16, about three significant digits; values out of range are clamped."""
-    return x.clamp(-65504, 65504).half()
-
-
 def root_in_8_bits(probs):
     """Probabilities as 255 * sqrt(p) in uint8: the root keeps small ones apart."""
     return (probs.sqrt() * 255).round().byte()
@@ -393,6 +403,8 @@ def pack(facts, arrays, room):
     room -= CODE_BYTES + len(json.dumps(facts))
     dropped = []
     for name, description in DROPPABLE.items():
+        if facts.get('engine') and name not in facts['of_text']['arrays']:
+            continue  # the page could not compute it
         size = sum(len(data) for _, _, data in streams.values()) * 4 / 3  # in base64
         if size < room:
             break
@@ -415,14 +427,15 @@ def build_page(facts, arrays, weights=b''):
 
     weights: of lib/page_weights.py, which facts['engine'] describes.
     """
-    page, _ = page_template('page.html')
+    page, _ = page_template('page.html', computes=bool(weights))
     weights = base64.b64encode(weights).decode()
-    room = min(MAX_PAGE_BYTES, MAX_PAGE_WITH_WEIGHTS - len(weights))
+    room = MAX_DATA_WITH_WEIGHTS if weights else MAX_PAGE_BYTES
     facts_json, blob = pack(facts, arrays, room)
     facts_json = facts_json.replace('<', '\\u003c')  # no </script> inside a script
     data = (f'<script type="application/json" id="facts">{facts_json}</script>\n'
-            f'<script type="text/plain" id="arrays">{blob}</script>\n'
-            f'<script type="text/plain" id="weights">{weights}</script>\n')
+            f'<script type="text/plain" id="arrays">{blob}</script>\n')
+    if weights:
+        data += f'<script type="text/plain" id="weights">{weights}</script>\n'
     return page.replace(DATA, data)
 
 
@@ -438,6 +451,10 @@ def main(config):
     model = checkpoint.build_model(dropout=0.0).eval()
     model.requires_grad_(False)
     max_tokens = min(MAX_TOKENS, model.config.block_size)
+    other = None
+    if config.compare:
+        other_checkpoint, other = load_other(config.compare, tokenizer, checkpoint.path)
+        max_tokens = min(max_tokens, other.config.block_size)
 
     def encode(text):
         if model.config.turns:  # sources and targets, with <|endoftext|> between them
@@ -459,6 +476,13 @@ def main(config):
     facts, arrays = collect_weights(model, tokenizer)
     facts['run'] = run_facts(checkpoint, source)
     facts['live'] = config.serve
+    snippet_facts, snippet_arrays, means = collect_snippets(checkpoint, model, tokenizer)
+    facts |= snippet_facts
+    arrays |= snippet_arrays
+    if other:
+        other_facts, other_arrays = collect_other(other_checkpoint, other, tokenizer.vocab_size)
+        facts |= other_facts
+        arrays |= other_arrays
     if config.checkpoints == 'all':
         history = collect_history(config.out_dir, ids[-max_tokens:], tokenizer.vocab_size)
         facts['history'] = history[0]
@@ -467,7 +491,8 @@ def main(config):
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
-        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:])
+        text_facts, text_arrays = collect_text(model, tokenizer, ids[-max_tokens:], means,
+                                               checkpoint, other)
         text_facts['left_out'] = max(0, len(ids) - max_tokens)
         if rounded:
             difference = logit_difference(model, rounded, torch.tensor([ids[-max_tokens:]]))
@@ -487,7 +512,7 @@ def main(config):
 
     if config.serve:
         try:
-            serve(answer, config.port, page_template('page.html')[1])
+            serve(answer, config.port, page_template('page.html', computes=bool(weights))[1])
         except KeyboardInterrupt:
             ckpt.warn('stopped')
             os._exit(130)  # a pass may be running: torch threads can crash a normal exit

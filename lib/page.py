@@ -28,26 +28,27 @@ def may_replace(path, mark):
 
 
 @functools.cache
-def page_template(name, connects=False):
+def page_template(name, connects=False, computes=False):
     """(web/<name> with style and scripts inlined and DATA for its data, Content-Security-Policy)
 
-    connects: whether its scripts may ask the server that the page comes from.
+    connects: whether its scripts may ask the server that the page comes from. computes: whether it
+    has weights and the Worker that computes with them.
     """
     web = ROOT / 'web'
     page = (web / name).read_text(encoding='utf-8')
     code, page = join_modules(page, r'<script type="module" src="(.+)"></script>\n', CODE)
     worker, page = join_modules(page, r'<script type="text/plain" src="(.+)"></script>\n', WORKER)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    scripts = f"'sha256-{digest}'"
-    if worker:  # a blob of the page's own text, with the page's policy; see web/matmul.js
-        scripts += " blob: 'wasm-unsafe-eval'"
-        worker = f'<script type="text/plain" id="worker">{worker}</script>\n'
+    webassembly = " 'wasm-unsafe-eval'" if computes else ''  # what web/matmul.js assembles
     # charts set style attributes; saving a picture as PNG draws a data: image
-    policy = (f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; "
-              f"img-src data:; base-uri 'none'; form-action 'none'")
+    policy = (f"default-src 'none'; script-src 'sha256-{digest}'{webassembly}; "
+              f"style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'")
     if connects:
         policy += "; connect-src 'self'"
-    page = page.replace(WORKER, worker)
+    if computes:  # the Worker is made of the page's own text and inherits this policy
+        policy += '; worker-src blob:'
+        worker = f'<script type="text/plain" id="worker">{worker}</script>\n'
+    page = page.replace(WORKER, worker if computes else '')
     page = page.replace(CODE, f'{DATA}<script type="module">{code}</script>\n')
     links = r'<link rel="stylesheet" href="(.+)">\n'
     style = ''.join((web / path).read_text(encoding='utf-8') for path in re.findall(links, page))
@@ -104,3 +105,8 @@ def nan_to_none(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def to_half(x):
+    """x in fp16, about three significant digits; values out of range are clamped."""
+    return x.clamp(-65504, 65504).half()

@@ -8,12 +8,12 @@ import torch
 import explain
 
 NO_RUN = {'run': {'path': 'x', 'step': 0, 'val_loss': None, 'curves': {}}, 'live': False}
-PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'circuits',
-          'bigrams', 'training')
+PANELS = ('next', 'flow', 'embedding', 'heads', 'head', 'mlp', 'lens', 'why', 'ablation',
+          'graph', 'circuits', 'bigrams', 'step', 'training', 'compare')
 
 
-def write_page(path, facts, arrays):
-    path.write_text(explain.build_page(NO_RUN | facts, arrays), encoding='utf-8')
+def write_page(path, facts, arrays, weights=b''):
+    path.write_text(explain.build_page(NO_RUN | facts, arrays, weights), encoding='utf-8')
     return path
 
 

@@ -2,6 +2,7 @@
 import base64
 import random
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 import architectures
 import interpret
-from helpers import ARCHITECTURES, POST, TEXT, awake, char_tokenizer, tokens
+from browser import opened, write_page
+from helpers import ARCHITECTURES, POST, TEXT, awake, char_tokenizer, collect, tokens
+from lib import page_weights
 from lib.bpe import train_bpe
 from lib.errors import UserError
 from lib.page import page_template
@@ -33,7 +36,7 @@ MODELS = [*ARCHITECTURES, POST, POST | {'norm': 'rmsnorm', 'n_kv_head': 2}, PAIR
 @pytest.fixture(scope='module')
 def tab(chromium):
     """A tab that has the classes of the Worker."""
-    page, _ = page_template('page.html')
+    page, _ = page_template('page.html', computes=True)
     code = re.search('<script type="text/plain" id="worker">(.+?)</script>', page, re.S)[1]
     tab = chromium.new_page()
     tab.add_script_tag(content=code + '''
@@ -229,6 +232,44 @@ def test_heads_neurons_and_attention_can_be_changed(tab):
     compare('{attention: (layer, x) => {'
             f'  if (!layer) x.forEach((p, i) => (x[i] = i % {T} === 0 ? 1 : 0));'
             '}}', to_the_first_token)
+    compare('{scores: (layer, x) => {'  # the same before the softmax
+            f'  if (!layer) x.forEach((p, i) => (x[i] = i % {T} === 0 ? 0 : -Infinity));'
+            '}}', to_the_first_token)
+
+
+@pytest.mark.parametrize('options', [{}, POST | {'ngram': 2}], ids=architectures.describe)
+def test_activation_is_patched_from_a_second_text(tab, options):
+    model = awake(**options)
+    load(tab, model)
+    ids, others = text_of(model), tokens(13, seed=2).tolist()
+    there = interpret.run(model, torch.tensor([others])).residual[1, 0, 4]
+
+    def patched(x):
+        x = x.clone()
+        x[0, 4] = there
+        return x
+
+    expected = hooked_logits(model, ids, {'transformer.h.0': patched})
+    shown = tab.evaluate('''([ids, others]) => {
+        const C = engine.C;
+        const there = engine.run(others).residual[1].slice(4 * C, 5 * C);
+        return logits(ids, {residual: (layer, x) => { if (layer === 1) x.set(there, 4 * C); }});
+    }''', [ids, others])
+    torch.testing.assert_close(torch.tensor(shown).view_as(expected), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('options', [
+    {'position': 'rope', 'head_size': 6},
+    pytest.param({'position': 'sinusoidal', 'ngram': 2}, marks=pytest.mark.slow),
+], ids=architectures.describe)
+def test_logits_of_long_texts(tab, options):
+    model = awake(block_size=600, n_layer=1, **options)
+    load(tab, model)
+    ids = tokens(600).tolist()
+    assert_logits(tab, model, ids, 2e-4)  # angles of up to 600 rad in float32
+    assert_logits(tab, model, ids[:300], 2e-4)
+    refused = tab.evaluate('ids => attempt(() => engine.run([...ids, 1]))', ids)
+    assert refused == 'Give 1 to 600 tokens, not 601.'
 
 
 # Tokenizers ---------------------------------------------------------------------------------------
@@ -241,12 +282,26 @@ ALPHABET = [
 
 
 def random_texts(n, seed=0):
+    """Of telling pieces and of any characters that Unicode had assigned before this Python."""
     rng = random.Random(seed)
-    return [''.join(rng.choices(ALPHABET, k=rng.randrange(12))) for _ in range(n)]
+    characters = [chr(rng.randrange(0x30000)) for _ in range(n)]
+    others = [c for c in characters if unicodedata.category(c) not in ('Cn', 'Cs')]
+    pieces = ALPHABET + rng.sample(others, len(ALPHABET))
+    return [''.join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(n)]
+
+
+def gapped_bpe():
+    """Ids as in a Hugging Face model: not in the order of merges, unused ones, gaps."""
+    plain = bpe_tokenizer()
+    ids = [2 * (i // 2) + 1 - i % 2 for i in range(400)]
+    return BPETokenizer('bpe', GPT2_PATTERN, plain.tokens, ids, {'<|endoftext|>': 450},
+                        {'[unused]': 430})
 
 
 def bpe_tokenizer(**options):
-    corpus = TEXT * 3 + ''.join(random_texts(500, seed=1)).replace('<|endoftext|>', '')
+    # ' undefined' is a token, as GPT-2's: JavaScript's ' ' + undefined
+    corpus = TEXT * 3 + ' undefined' * 500
+    corpus += ''.join(random_texts(500, seed=1)).replace('<|endoftext|>', '')
     tokens = train_bpe([corpus], 401).tokens[:400]
     return BPETokenizer('bpe', options.pop('pattern', GPT2_PATTERN), tokens, **options)
 
@@ -255,19 +310,25 @@ TOKENIZERS = {
     'byte': lambda: ByteTokenizer(),
     'byte with an end': lambda: ByteTokenizer(end_of_text=True),
     'bpe': bpe_tokenizer,
+    'bpe with gaps': gapped_bpe,
     'bpe of digits': lambda: bpe_tokenizer(pattern=DIGITS_PATTERN),
     'bpe like GPT-4': lambda: bpe_tokenizer(pattern=GPT4_PATTERN, normalizer='NFC'),
     'other specials': lambda: bpe_tokenizer(special={'<|endoftext|>': 400, '<|': 401}),
 }
 
 
-@pytest.mark.parametrize('name', TOKENIZERS)
+@pytest.mark.parametrize('name', [
+    name if name in ('byte with an end', 'bpe with gaps', 'bpe like GPT-4')
+    else pytest.param(name, marks=pytest.mark.slow) for name in TOKENIZERS
+])
 def test_tokenizers_give_the_same_ids_and_texts(tab, name):
     tokenizer = TOKENIZERS[name]()
-    texts = random_texts(2000)
+    texts = random_texts(1000)
     tab.evaluate('saved => tokenize(saved) && null', tokenizer.to_dict())
     ids = tab.evaluate('texts => texts.map(text => tokenizer.encode(text))', texts)
     assert ids == [tokenizer.encode(text) for text in texts]
+    long = 'ab' * 20_000  # one word
+    assert tab.evaluate('text => tokenizer.encode(text)', long) == tokenizer.encode(long)
     pieces = [list(np.random.default_rng(i).integers(0, tokenizer.vocab_size, 5).tolist())
               for i in range(500)]
     decoded = tab.evaluate('all => all.map(ids => tokenizer.decode(ids))', ids + pieces)
@@ -285,6 +346,8 @@ def test_characters_and_ids_are_tokenized_or_refused(tab):
     text = 'é🙂a<|endoftext|>b\n'
     assert tab.evaluate(encode, text) == tokenizer.encode(text)
     assert tab.evaluate(encode, 'abc') == 'This model does not know the character "c".'
+    unknown = 'This model does not know the characters "y", "z".'
+    assert tab.evaluate(encode, 'ay\nzby') == unknown
     assert 'UTF-8' in tab.evaluate('() => attempt(() => tokenizer.encode("a\\ud83d"))')
     with pytest.raises(UserError):
         tokenizer.encode('abc')
@@ -295,12 +358,35 @@ def test_characters_and_ids_are_tokenized_or_refused(tab):
     assert tab.evaluate('ids => tokenizer.decode(ids)', [0, 1, 2]) == tokenizer.decode([0, 1, 2])
 
 
-def test_only_models_that_fit_travel_in_the_page():
+def test_only_models_that_fit_travel_in_the_page(monkeypatch):
+    for name in ('MAX_FP32_BYTES', 'MAX_FP16_BYTES', 'MAX_BYTES'):
+        monkeypatch.setattr(page_weights, name, getattr(page_weights, name) // 10)
     model = awake()
     facts, data, rounded = weights_for_page(model, char_tokenizer(48, 40))
     assert facts['format'] == 'float32' and rounded.lm_head.weight.equal(model.lm_head.weight)
-    for n, format in ((2_000_000, 'float16'), (6_000_000, 'int8'), (30_000_000, None)):
+    for n, format in ((200_000, 'float16'), (600_000, 'int8'), (3_000_000, None)):
         with torch.no_grad():
             model.lm_head.weight = torch.nn.Parameter(torch.randn(n // 32, 32))
         packed = weights_for_page(model, char_tokenizer(48, 40))
         assert (packed and packed[0]['format']) == format
+
+
+def test_page_with_weights_starts_the_model_and_states_their_rounding(chromium, tmp_path):
+    model, names = awake(), char_tokenizer(48, 40)
+    facts, arrays = collect(model, names, text_of(model))
+    path = tmp_path / 'page.html'
+    engine, weights, _ = pack_weights(model, names, 'int8')
+    facts['engine'] = engine | {'difference': 0.0123}
+    with opened(chromium, write_page(path, dict(facts), arrays, weights)) as tab:
+        tab.wait_for_selector('html[data-engine]')  # its policy lets the Worker start
+        assert ('int8, with a scale for each row: this changes the logits of this text by up to '
+                '0.012.') in tab.locator('#accuracy').text_content()
+        assert tab.evaluate('''() => new Promise(resolve => {
+            const check = '; self.postMessage(new Matmul(64, 8, 8).kernel !== null);';
+            const code = document.getElementById('worker').textContent + check;
+            const worker = new Worker(URL.createObjectURL(new Blob([code])));
+            worker.onmessage = ({data}) => resolve(data);
+        })''')  # not the slower plain JavaScript: the policy allows WebAssembly
+    del facts['engine']
+    page = write_page(path, facts, arrays).read_text(encoding='utf-8')
+    assert 'worker-src' not in page and 'wasm-unsafe-eval' not in page and 'id="worker"' not in page

@@ -90,7 +90,7 @@ def test_evaluate_scores_endings_like_lm_evaluation_harness(gpt2, batch_size):
         (words * 20 + ' ', [' a', words]),
         (words, [' a', words * 2]),
     ]
-    for context in ('the loss', 'return', words * 20):
+    for context in ('the loss', 'return', 'import torch', 'def main', 'x = 1', words * 20):
         context = tok.decode(tok.encode(context).ids[-40:])
         items.append((context, [greedy_ending(theirs, tok, context, n) for n in (1, 2, 3)]))
     examples = [evaluate.Example('here', context, endings) for context, endings in items]

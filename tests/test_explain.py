@@ -64,6 +64,8 @@ def test_explain_page_matches_model(run, trained):
         assert arrays['rank'][t] == 1 + (probs[t] > probs[t, next_token]).sum()
     assert json.loads(bytes(arrays['vocabulary'])) == list(chars.characters)
     assert facts['run']['curves']['loss'][-1][0] == 19
+    assert facts['snippets']['path'].endswith('val.bin') and facts['ablation_mean'] == 'validation'
+    assert arrays['snippet_ids'].shape[1] == 32
     assert facts['history']['steps'] == [10, 20]
     assert facts['history']['losses'][-1] == pytest.approx(loss.item(), abs=1e-4)
 
@@ -137,13 +139,14 @@ def test_explain_page_large_vocabulary_keeps_top_logits_and_histogram(gpt2):
 def test_explain_page_too_large_drops_arrays(gpt2, monkeypatch):
     _, facts, arrays = gpt2
     whole = explain.build_page(facts, arrays)
-    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', len(whole) + explain.CODE_BYTES - 200_000)
+    monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', len(whole) + explain.CODE_BYTES - 450_000)
     smaller, stored = unpack(explain.build_page(facts, arrays))
     assert smaller['dropped']
     assert 'by_source' not in stored and 'logits' not in stored and 'parts' in stored
     monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', 0)
     smallest, _ = unpack(explain.build_page(facts, arrays))
-    assert smallest['dropped'] == list(explain.DROPPABLE.values())
+    assert smallest['dropped'] == [description for name, description in explain.DROPPABLE.items()
+                                   if name in arrays]
 
 
 def test_explain_rejects_bad_arguments(refused, trained, tmp_path):
@@ -266,7 +269,9 @@ def test_serve_sends_security_headers_with_every_answer(clone, trained):
                               for part in answer.headers['Content-Security-Policy'].split('; '))
                 assert policy['default-src'] == "'none'"
                 assert policy['frame-ancestors'] == "'none'"
-                assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy['script-src'])
+                scripts = re.fullmatch(r"'sha256-[\w+/]{43}=' 'wasm-unsafe-eval'",
+                                       policy['script-src'])
+                assert scripts and policy['worker-src'] == 'blob:'
                 assert answer.headers['X-Frame-Options'] == 'DENY'
                 assert answer.headers['X-Content-Type-Options'] == 'nosniff'
                 assert answer.headers['Referrer-Policy'] == 'no-referrer'

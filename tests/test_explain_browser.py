@@ -12,14 +12,15 @@ import torch
 import interpret
 from browser import PANELS, assert_close, columns, opened, table, wait_until_drawn, write_page
 from checkpoint import load_model
-from helpers import TEXT, awake, char_tokenizer, collect, served, tiny, tokens
+from helpers import TEXT, TINY, awake, char_tokenizer, collect, served, tiny, tokens
 from lib.generation import filter_logits, sample_next_token
 
 
 @pytest.fixture(scope='module')
 def page(run, trained):
     """Path of the page of a tiny run with two checkpoints."""
-    run('explain.py', f'--out_dir={trained}', f'--start={TEXT}', '--checkpoints=all')
+    run('explain.py', f'--out_dir={trained}', f'--start={TEXT}', '--checkpoints=all',
+        f'--compare={trained / "ckpt_00000010.pt"}')
     return trained / 'explain.html'
 
 
@@ -291,7 +292,8 @@ def test_explain_page_filters_large_vocabulary(chromium, large_vocabulary, t, k,
 # Controls -----------------------------------------------------------------------------------------
 
 def test_explain_page_panels_follow_selected_token(chromium, page):
-    contents = ', '.join(f'.picture {x}' for x in ('svg', 'canvas', 'table', '.thumbs', '.note'))
+    kinds = ('svg', 'canvas', 'table', '.thumbs', '.note', 'ol')
+    contents = ', '.join(f'.picture {x}' for x in kinds)
     with opened(chromium, page) as tab:
         for name in PANELS:
             figures = tab.locator(f'#{name} figure')
@@ -471,8 +473,10 @@ def test_explain_page_saves_figures(chromium, page, tmp_path):
 
 
 @pytest.mark.slow
-def test_served_page_takes_new_texts_and_saves_figures(chromium, clone, trained):
-    with served(clone, f'--out_dir={trained}', '--start=def') as (_, url), \
+def test_served_page_of_large_model_takes_new_texts(chromium, clone, run, char_data, tmp_path):
+    run('train.py', f'--dataset={char_data}', f'--out_dir={tmp_path}', *TINY, '--max_iters=1',
+        '--ngram=2', '--ngram_rows=900_000')  # 29 million parameters: too many for a page
+    with served(clone, f'--out_dir={tmp_path}', '--start=def') as (_, url), \
             opened(chromium, url, accept_downloads=True) as tab:
         tab.locator('#live-text').fill('return ' * 6)
         tab.get_by_role('button', name='Run').click()

@@ -1,207 +1,35 @@
-// What explain.py's collect_text computes, from a trace of the engine: facts and arrays of one text.
+// What explain.py's collect_text computes, from a trace of the engine: facts and arrays of a text.
 //
 // What a panel shows for one selection only (a head, a position, a token) is computed when it is
-// asked for: see LAZY in model.js. Post-norm: see interpret/__init__.py, which names the same steps.
+// asked for: see LAZY in model.js. Post-norm: interpret/__init__.py names the same steps.
 
 import {activation} from './engine.js';
 import {softmax} from './sampling.js';
+import {
+  dotAt,
+  largest,
+  lengths,
+  mostAndLeast,
+  rowOf,
+  take,
+  timesTransposed,
+  vectorDot
+} from './vectors.js';
+import {Weights} from './weights.js';
 
 const TOP = 8; // neurons, neighbors, bigrams
 
-// Vectors and matrices, row by row in a Float32Array -----------------------------------------------
-
-/** a (n, C) times the transpose of b (m, C). (n, m) */
-function timesTransposed(a, b, C) {
-  const n = a.length / C;
-  const m = b.length / C;
-  const out = new Float32Array(n * m);
-  for (let i = 0; i < n; i++) {
-    for (let j = 0; j < m; j++) out[i * m + j] = dotAt(a, i * C, b, j * C, C);
-  }
-  return out;
-}
-
-function dotAt(a, i, b, j, n) {
-  let [s0, s1, s2, s3] = [0, 0, 0, 0];
-  let d = 0;
-  for (; d + 4 <= n; d += 4) {
-    s0 += a[i + d] * b[j + d];
-    s1 += a[i + d + 1] * b[j + d + 1];
-    s2 += a[i + d + 2] * b[j + d + 2];
-    s3 += a[i + d + 3] * b[j + d + 3];
-  }
-  for (; d < n; d++) s0 += a[i + d] * b[j + d];
-  return s0 + s1 + s2 + s3;
-}
-
-const vectorDot = (a, b) => dotAt(a, 0, b, 0, a.length);
-
-/** Row i of a matrix with C columns. */
-const rowOf = (matrix, i, C) => matrix.subarray(i * C, (i + 1) * C);
-
-/** The norms of n vectors of C numbers. */
-function lengths(vectors, C) {
-  const n = vectors.length / C;
-  return Float32Array.from({length: n}, (_, i) => {
-    const x = rowOf(vectors, i, C);
-    return Math.sqrt(vectorDot(x, x));
-  });
-}
-
-/** The indices of the n largest numbers, largest first; of equal ones the first. */
-export function largest(values, n) {
-  const best = [];
-  const size = Math.min(n, values.length);
-  for (let i = 0; i < values.length; i++) {
-    const x = values[i];
-    if (best.length === size && x <= values[best[size - 1]]) continue;
-    let place = Math.min(best.length, size - 1);
-    while (place > 0 && values[best[place - 1]] < x) {
-      best[place] = best[place - 1];
-      place--;
-    }
-    best[place] = i;
-  }
-  return best;
-}
-
-/** The n largest, then the n smallest, both ends with the most extreme first. */
-function mostAndLeast(values, n) {
-  return [...largest(values, n), ...largest(values.map(x => -x), n)];
-}
-
-const take = (values, indices) => Float32Array.from(indices, i => values[i]);
-
-function centered(x) {
-  const mean = x.reduce((a, b) => a + b, 0) / x.length;
-  return x.map(value => value - mean);
-}
-
-// The analysis -------------------------------------------------------------------------------------
-
-/** engine: has config, weights and run(ids); vocabSize: without the padding of the vocabulary. */
-export class Analysis {
+/** Of an engine (see Weights); one text at a time. */
+export class Analysis extends Weights {
   constructor(engine, vocabSize) {
-    const {config, weights} = engine;
-    this.engine = engine;
-    this.config = config;
-    this.V = vocabSize;
-    this.L = engine.L;
-    this.H = engine.H;
-    this.HS = engine.hs;
-    this.KV = engine.KV;
-    this.C = engine.C;
-    this.F = engine.neurons;
-    this.isPost = engine.isPost;
-    this.isGated = config.activation === 'swiglu';
-    this.weight = name => weights['transformer.' + name]?.data;
-    this.layerWeight = (l, name) => this.weight(`h.${l}.${name}`);
-    this.wte = this.weight('wte.weight');
-    this.unembedding = weights[engine.head].data.subarray(0, this.V * this.C);
-    // the norms that a vector in the stream passes on its way to the logits
-    const inLayer = l => ['ln_1', 'ln_2'].map(name => this.norm(`h.${l}.${name}`));
-    const layers = Array.from({length: this.L}, (_, l) => inLayer(l));
-    this.norms = this.isPost ? layers.flat() : [this.norm('ln_f')];
-    this.writes = Array.from({length: this.L}, (_, l) => this.outputNorms(l));
-    this.unembeddingBias = this.biasOfLogits();
-    this.ofToken = new Map(); // what depends on one token and the weights only
+    super(engine, vocabSize);
     this.lens = []; // [depth]: {ids, values}, rows of the texts before
     this.trace = null;
     this.changes = null;
+    this.scratch = new Float32Array(this.F);
   }
 
-  norm(name) {
-    return {gain: this.weight(name + '.weight'), bias: this.weight(name + '.bias')};
-  }
-
-  /** The norm of each neuron's output weights. (F) */
-  outputNorms(l) {
-    const W = this.layerWeight(l, 'mlp.c_proj.weight');
-    const squares = new Float64Array(this.F);
-    for (let i = 0; i < W.length; i++) squares[i % this.F] += W[i] * W[i];
-    return squares.map(Math.sqrt);
-  }
-
-  /** W_U times the bias of the final norm. (V) */
-  biasOfLogits() {
-    const {bias} = this.isPost ? {} : this.norms[0];
-    return bias ? this.unembed(bias) : new Float32Array(this.V);
-  }
-
-  get isCentering() {
-    return this.config.norm === 'layernorm';
-  }
-
-  /** 1 / the divisor of a norm at x. */
-  scaleOf(x) {
-    const y = this.isCentering ? centered(x) : x;
-    return 1 / Math.sqrt(vectorDot(y, y) / this.C + this.config.norm_eps);
-  }
-
-  /** x after the linear part, centering and gain, of the norms from `place` to `end`. */
-  carry(x, place, end = this.norms.length) {
-    let y = x;
-    for (const {gain} of this.norms.slice(place, end)) {
-      const z = this.isCentering ? centered(y) : y;
-      y = z.map((value, c) => value * gain[c]);
-    }
-    return y;
-  }
-
-  /** The transpose of carry: the direction at `place` that arrives as u at the end. */
-  carryBack(u, place) {
-    let y = u;
-    for (const {gain} of this.norms.slice(place).toReversed()) {
-      const z = y.map((value, c) => value * gain[c]);
-      y = this.isCentering ? centered(z) : z;
-    }
-    return y;
-  }
-
-  /** A norm as the model applies it. */
-  applyNorm({gain, bias}, x) {
-    const y = this.isCentering ? centered(x) : x;
-    const scale = this.scaleOf(x);
-    return y.map((value, c) => value * scale * gain[c] + (bias ? bias[c] : 0));
-  }
-
-  /** Where the output of the attention of layer l enters the stream: an index in norms. */
-  attentionPlace(l) {
-    return this.isPost ? 2 * l : 0;
-  }
-
-  mlpPlace(l) {
-    return this.isPost ? 2 * l + 1 : 0;
-  }
-
-  softcap(logits) {
-    const cap = this.config.logit_softcap;
-    return cap ? logits.map(x => cap * Math.tanh(x / cap)) : logits;
-  }
-
-  /** Logits of vectors (n, C) of the stream, as model.to_logits(ln_f(x)). (n, V) */
-  toLogits(vectors) {
-    let normed = vectors;
-    if (!this.isPost) {
-      normed = new Float32Array(vectors.length);
-      for (let i = 0; i < vectors.length; i += this.C) {
-        const x = vectors.subarray(i, i + this.C);
-        normed.set(this.applyNorm(this.norms[0], x), i);
-      }
-    }
-    return this.softcap(this.unembed(normed));
-  }
-
-  /** Vectors (n, C) times the unembedding. (n, V) */
-  unembed(vectors) {
-    const {engine, config, C} = this;
-    const n = vectors.length / C;
-    const logits = new Float32Array(n * config.vocab_size);
-    engine.matmul.multiply(vectors, engine.packed[engine.head], logits, n);
-    return this.withoutPadding(logits, n);
-  }
-
-  // A text -----------------------------------------------------------------------------------------
+  // A text ----------------------------------------------------------------------------------------
 
   /** (facts, arrays) of a text that all panels need; the rest comes from `more`. changes: the
    * Changes to the model, if any. */
@@ -229,6 +57,7 @@ export class Analysis {
       parts: this.partNames(),
       gated: this.isGated,
       forced: changes ? this.forcedHeads(changes) : [],
+      strongest: Math.min(TOP, this.F), // neurons shown
       neurons_in_a_layer: this.F
     };
     const entry = (data, ...shape) => ({data, shape});
@@ -239,8 +68,7 @@ export class Analysis {
       ...this.targets(logits, ids, facts.parts.length),
       ...this.stream(),
       ...this.embeddings(),
-      ...this.attention(),
-      ...this.neurons()
+      ...this.attention()
     };
     if (changes) {
       const logitsBefore = this.withoutPadding(before.logits, T);
@@ -253,15 +81,6 @@ export class Analysis {
   /** What a panel asks for: the arrays of LAZY in model.js with this group and key. */
   more(group, key) {
     return this[group](...key);
-  }
-
-  /** Logits (n, vocab_size of the model), without the padding of the vocabulary. (n, V) */
-  withoutPadding(logits, n) {
-    const width = logits.length / n;
-    if (width === this.V) return logits;
-    const out = new Float32Array(n * this.V);
-    for (let i = 0; i < n; i++) out.set(logits.subarray(i * width, i * width + this.V), i * this.V);
-    return out;
   }
 
   losses(logits, ids) {
@@ -288,7 +107,7 @@ export class Analysis {
   /** The target of each position, the next token or else the most likely one, and its rivals. */
   targets(logits, ids, nParts) {
     const T = ids.length;
-    const most = Math.max(2, Math.min(24, Math.floor(75000 / (T * nParts))));
+    const most = Math.max(2, Math.min(24, Math.floor(50000 / (T * nParts))));
     const K = 1 + Math.min(this.V - 1, most);
     const tokens = new Uint32Array(T * K);
     for (let t = 0; t < T; t++) {
@@ -385,38 +204,7 @@ export class Analysis {
     };
   }
 
-  neurons() {
-    const {trace, L, F} = this;
-    const {T} = trace;
-    const n = Math.min(TOP, F);
-    const shape = [L, T, n];
-    const ids = new Uint32Array(L * T * n);
-    const [pre, post, gates] = [0, 1, 2].map(() => new Float32Array(L * T * n));
-    const activate = activation(this.config.activation);
-    const curves = [];
-    for (let l = 0; l < L; l++) {
-      for (let t = 0; t < T; t++) {
-        const best = this.strongest(l, t);
-        const start = (l * T + t) * n;
-        ids.set(best, start);
-        post.set(take(rowOf(trace.post[l], t, F), best), start);
-        pre.set(take(rowOf(trace.pre[l], t, F), best), start);
-      }
-      const shown = pre.subarray(l * T * n, (l + 1) * T * n);
-      curves.push(...activationCurve(shown, activate));
-    }
-    pre.forEach((x, i) => (gates[i] = activate(x)));
-    const arrays = {
-      neurons: {data: ids, shape},
-      neuron_pre: {data: pre, shape},
-      neuron_post: {data: post, shape},
-      curve: {data: Float32Array.from(curves), shape: [L, 2, curves.length / L / 2]}
-    };
-    if (this.isGated) arrays.neuron_gates = {data: gates, shape};
-    return arrays;
-  }
-
-  // What is asked for ------------------------------------------------------------------------------
+  // What is asked for -----------------------------------------------------------------------------
 
   /** Rows of the logit lens that an earlier text shares stay: what is to the left decides them. */
   forgetLens({ids}, changes) {
@@ -512,30 +300,12 @@ export class Analysis {
     return this.throughHead(l, head, mixed, (head * this.trace.T + t) * HS);
   }
 
-  /** W_O of a head times the hs numbers of x from `start`. (C) */
-  throughHead(l, head, x, start) {
-    const W = this.layerWeight(l, 'attn.c_proj.weight');
-    const width = this.H * this.HS;
-    const out = new Float32Array(this.C);
-    for (let c = 0; c < this.C; c++) out[c] = dotAt(W, c * width + head * this.HS, x, start, this.HS);
-    return out;
-  }
-
-  /** The logits that a vector written at `place` adds, relative to their mean. (V) */
-  effectOnLogits(vector, place) {
-    return centered(this.unembed(this.carry(vector, place)));
-  }
-
   promoted(l, head, t) {
     const place = this.attentionPlace(l);
     const scale = this.later[place][t];
     const effect = this.effectOnLogits(this.headOutput(l, head, t), place);
     const ids = mostAndLeast(effect, this.ends);
     return {promoted: Uint32Array.from(ids), promoted_by: take(effect, ids).map(x => x * scale)};
-  }
-
-  get ends() {
-    return Math.min(5, Math.floor(this.V / 2));
   }
 
   /** The heads whose patterns their queries and keys do not give: ['layer.head', ...]. */
@@ -579,6 +349,29 @@ export class Analysis {
     return {by_source: take(effects, pairs)};
   }
 
+  /** The strongest neurons of a layer at each position, and the activation function. */
+  neurons(l) {
+    const {trace, F} = this;
+    const {T} = trace;
+    const n = Math.min(TOP, F);
+    const ids = new Uint32Array(T * n);
+    const [pre, post] = [0, 1].map(() => new Float32Array(T * n));
+    for (let t = 0; t < T; t++) {
+      const best = this.strongest(l, t);
+      ids.set(best, t * n);
+      post.set(take(rowOf(trace.post[l], t, F), best), t * n);
+      pre.set(take(rowOf(trace.pre[l], t, F), best), t * n);
+    }
+    const activate = activation(this.config.activation);
+    return {
+      neurons: ids,
+      neuron_pre: pre,
+      neuron_post: post,
+      neuron_gates: pre.map(activate),
+      curve: Float32Array.from(activationCurve(pre, activate))
+    };
+  }
+
   /** The tokens that the strongest neurons of a layer and position raise and lower: (n, 10). */
   neuronTokens(l, t) {
     const W = this.layerWeight(l, 'mlp.c_proj.weight');
@@ -593,14 +386,11 @@ export class Analysis {
 
   /** The neurons that write the longest vectors. */
   strongest(l, t) {
-    const active = rowOf(this.trace.post[l], t, this.F);
-    return largest(active.map((x, i) => Math.abs(x) * this.writes[l][i]), TOP);
-  }
-
-  /** compute(), remembered under a name: it depends on the weights only. */
-  once(name, compute) {
-    if (!this.ofToken.has(name)) this.ofToken.set(name, compute());
-    return this.ofToken.get(name);
+    const {F} = this;
+    const post = this.trace.post[l];
+    const norms = this.writes[l];
+    for (let i = 0; i < F; i++) this.scratch[i] = Math.abs(post[t * F + i]) * norms[i];
+    return largest(this.scratch, TOP);
   }
 
   /** The tokens whose embeddings are most similar to that of distinct token i. */
@@ -617,14 +407,6 @@ export class Analysis {
       const best = largest(cosines, Math.min(TOP, this.V - 1));
       return {near: Uint32Array.from(best), cosines: take(cosines, best)};
     });
-  }
-
-  /** The embedding of a token at each depth if no attention and no MLP adds to it. */
-  silentStream(id, depth) {
-    const size = this.config.position === 'sinusoidal' ? Math.sqrt(this.C) : 1;
-    let x = rowOf(this.wte, id, this.C).map(value => value * size);
-    if (this.isPost) for (const norm of this.norms.slice(0, 2 * depth)) x = this.applyNorm(norm, x);
-    return x;
   }
 
   /** The most likely tokens after distinct token i alone. */
@@ -669,33 +451,9 @@ export class Analysis {
     const ov = timesTransposed(out, U, C).map((x, i) => scale * (x - mean[Math.floor(i / N)]));
     return {qk: timesTransposed(qs, ks, HS).map(x => x / Math.sqrt(HS)), ov};
   }
-
-  meanUnembedding() {
-    return this.once('mean', () => {
-      const mean = new Float64Array(this.C);
-      this.unembedding.forEach((x, i) => (mean[i % this.C] += x / this.V));
-      return Float32Array.from(mean);
-    });
-  }
-
-  /** Query, key or value of x, without RoPE; head: among all those of c_attn. (hs) */
-  headInput(l, kind, head, x) {
-    const {C, HS} = this;
-    const W = this.layerWeight(l, 'attn.c_attn.weight');
-    const bias = this.layerWeight(l, 'attn.c_attn.bias');
-    const y = new Float32Array(HS);
-    for (let d = 0; d < HS; d++) {
-      const i = head * HS + d;
-      y[d] = dotAt(W, i * C, x, 0, C) + (bias ? bias[i] : 0);
-    }
-    if (kind === 'v' || !this.config.qk_norm) return y;
-    const scale = 1 / Math.sqrt(vectorDot(y, y) / HS + this.config.norm_eps);
-    const gain = this.layerWeight(l, `attn.${kind}_norm.weight`);
-    return y.map((value, d) => value * scale * (gain ? gain[d] : 1));
-  }
 }
 
-/** Pre-activations and activations of explain.py's collect_neurons, over the range of those shown. */
+/** Pre-activations and activations over the range of those shown, as in collect_neurons. */
 function activationCurve(shown, activate) {
   let [low, high] = [-3, 3];
   for (const x of shown) {

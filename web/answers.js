@@ -1,9 +1,20 @@
 // What the Worker answers to the page: a text and what follows from it, piece by piece.
 
 import {Changes, describeModel, parseChanges} from './changes.js';
+import {PatchMap} from './patch.js';
 import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
 import {END_OF_TEXT} from './tokenizer.js';
 
+/** What a panel asks for (LAZY_GROUPS in model.js): an answer that brings it saves a question. */
+const ASKED_BY = {
+  embedding: ['neighbors'],
+  heads: ['attribution'],
+  head: ['attribution', 'bySource', 'promoted'],
+  mlp: ['neurons', 'neuronTokens'],
+  why: ['attribution'],
+  circuits: ['circuits'],
+  bigrams: ['bigrams']
+};
 const SLICE = 25; // ms of computing for one answer, so that a new text never waits long
 
 /** Of an Analysis and a PageTokenizer. */
@@ -51,24 +62,53 @@ export class Answers {
     return this.tokenizer.encodePrompt(text);
   }
 
-  /** {facts, arrays, found}: `found` answers what the panels will ask for first. */
-  analyze(ids, leftOut, {layer, head}) {
+  /** {facts, arrays, found}: `found` answers what the visible panels will ask for. */
+  analyze(ids, leftOut, {layer, head, panels}) {
     this.ids = ids;
-    const {analysis} = this;
-    const {facts, arrays} = analysis.start(ids, this.changes);
+    const {facts, arrays} = this.analysis.start(ids, this.changes);
     const t = ids.length - 1;
     const distinct = facts.distinct.indexOf(ids[t]);
-    const wishes = [
-      ['attribution', [t]],
-      ['promoted', [layer, head, t]],
-      ['bySource', [layer, head]],
-      ['neuronTokens', [layer, t]],
-      ['neighbors', [distinct]],
-      ['bigrams', [distinct]],
-      ['circuits', [layer, head]]
-    ];
-    for (let depth = analysis.L; depth >= 0; depth--) wishes.push(['lensAt', [depth]]);
+    const depths = Array.from({length: this.analysis.L + 1}, (_, depth) => ['lensAt', [depth]]);
+    const keys = {
+      attribution: [t],
+      promoted: [layer, head, t],
+      bySource: [layer, head],
+      neurons: [layer],
+      neuronTokens: [layer, t],
+      neighbors: [distinct],
+      bigrams: [distinct],
+      circuits: [layer, head]
+    };
+    const wishesOf = panel =>
+      panel === 'lens' ? depths : (ASKED_BY[panel] ?? []).map(group => [group, keys[group]]);
+    const wishes = panels.flatMap(wishesOf);
+    if (panels.includes('flow')) wishes.push(depths.at(-1));
     return {facts, arrays, leftOut, found: this.answersTo(wishes)};
+  }
+
+  /** Begin a map of activation patching, see PatchMap, from one text into another: {problem: a
+   * sentence}, or what the panel says about it. */
+  patch({clean, corrupted, tokens, changes, frozen}) {
+    let texts;
+    try {
+      texts = [clean, corrupted].map(text => this.encode(text));
+      this.change(changes, frozen);
+    } catch (error) {
+      return {problem: error.message};
+    }
+    const [a, b] = texts.map(ids => ids.length);
+    if (a !== b) return {problem: `${a} and ${b} tokens: both texts need the same number.`};
+    if (a > this.maxTokens) return {problem: `Only ${this.maxTokens} tokens fit.`};
+    const {engine, V} = this.analysis;
+    const options = {clean: texts[0], corrupted: texts[1], hooks: this.changes, tokens};
+    this.map = new PatchMap(engine, V, options);
+    const {tokens: chosen, candidates, start, range: difference, size} = this.map;
+    return {ids: texts, tokens: chosen, candidates, start, range: difference, size};
+  }
+
+  /** The next answers of the map. */
+  patchMore() {
+    return this.map.more(SLICE);
   }
 
   more({wishes}) {
@@ -96,20 +136,31 @@ export class Answers {
 
   /** One more token, drawn as sample.py does; seed: of the first one. `isOver`: it was the
    * last. text: of the ids so far, when it begins. */
-  draw({seed, text, temperature, k, p, selection}) {
+  draw({seed, text, temperature, k, p, selection, ...changes}) {
     if (seed !== undefined) {
-      this.random = new MersenneTwister(seed);
-      this.prompt = this.config.turns ? text + END_OF_TEXT : text;
-      this.drawn = [];
+      const problem = this.begin(text, seed, changes);
+      if (problem) return {problem, isOver: true};
     }
+    const {vocab_size: width, turns, eot_token: eot} = this.config;
     const {V, trace} = this.analysis;
-    const start = (trace.T - 1) * this.config.vocab_size;
+    const start = (trace.T - 1) * width;
     const kept = filtered(trace.logits.subarray(start, start + V), temperature, k, p).p;
     const id = sampleIndex(kept, temperature === 0 ? 0 : this.random.uniform());
     const shown = this.analyze([...this.ids, id], 0, selection);
-    const isEnd = Boolean(this.config.turns) && id === this.config.eot_token;
+    const isEnd = Boolean(turns) && id === eot;
     if (!isEnd) this.drawn.push(id);
     const whole = this.prompt + this.tokenizer.decode(this.drawn);
     return {...shown, text: whole, isOver: isEnd || this.ids.length >= this.maxTokens};
+  }
+
+  /** Begin to continue a text; a sentence if it cannot be continued. */
+  begin(text, seed, changes) {
+    const shown = this.show({text, selection: {panels: []}, ...changes});
+    if (shown.problem) return shown.problem;
+    if (this.ids.length >= this.maxTokens) return `The text is full: ${this.maxTokens} tokens fit.`;
+    this.random = new MersenneTwister(seed);
+    this.prompt = this.config.turns ? text + END_OF_TEXT : text;
+    this.drawn = [];
+    return null;
   }
 }

@@ -11,7 +11,8 @@
 //                 of the query keep their proportions and add up to the rest
 // Biases of output projections stay.
 
-const CHANGE_NAME = /^(?:L(\d+)\.(?:H(\d+)(?:@(\d+)\.(\d+))?|n(\d+))|(attn|mlp)(\d+)|ngrams|positions|mask)$/;
+const CHANGE_NAME =
+  /^(?:L(\d+)\.(?:H(\d+)(?:@(\d+)\.(\d+))?|n(\d+))|(attn|mlp)(\d+)|ngrams|positions|mask)$/;
 const CHANGE_NUMBER = /^\d(\.\d+)?$/;
 
 /**

@@ -512,25 +512,29 @@ export function points(figure, all, label, xName, yName) {
   reachable(figure, svg, items);
 }
 
-/** A table of heads shaded by value(layer, head) in [-1, 1]; onPick(layer, head) on click. */
+/** A table of heads shaded by value(layer, head) in [-1, 1]; onPick(layer, head), if any, on
+ * click. */
 export function headGrid(figure, layers, heads, value, label, onPick) {
   const cell = (layer, head) => {
     const rgb = diverging(value(layer, head));
+    const number = fixed(value(layer, head), 2);
     return h(
       'td',
       {
-        class: 'head-cell',
+        class: onPick && 'head-cell',
         style: `background:${css(rgb)};color:${textOn(rgb)}`
       },
-      h(
-        'button',
-        {
-          type: 'button',
-          title: `head ${headName(layer, head)}`,
-          onclick: () => onPick(layer, head)
-        },
-        fixed(value(layer, head), 2)
-      )
+      onPick
+        ? h(
+            'button',
+            {
+              type: 'button',
+              title: `head ${headName(layer, head)}`,
+              onclick: () => onPick(layer, head)
+            },
+            number
+          )
+        : number
     );
   };
   const gridRow = layer =>

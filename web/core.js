@@ -38,6 +38,7 @@ const builders = []; // of panels
 let currentSection = null;
 let timer = 0;
 let held = 0; // see hold()
+let lastChange = -Infinity; // of the URL, in ms
 
 /** Call draw once, and again whenever one of the state keys changes. Visible panels come first. */
 export function watch(keys, draw) {
@@ -59,7 +60,7 @@ export function panel(id, build) {
   inSection(id, build);
 }
 
-/** Thrown where data is missing that is being computed: what needs it is drawn again after resume().
+/** Thrown where data is missing that is being computed: what needs it is drawn after resume().
  * In a listener it has no effect: a picture that has not been drawn yet has nothing to say. */
 export class Pending extends Error {}
 addEventListener('error', event => {
@@ -97,7 +98,7 @@ function buildAgain(builder) {
   const {section} = builder;
   const controls = () => [...section.querySelectorAll('button, select, input, [tabindex]')];
   const focused = controls().indexOf(document.activeElement);
-  section.style.minHeight = section.offsetHeight + 'px';
+  section.style.minHeight = builder.height + 'px';
   section.querySelector('.content').replaceChildren();
   watchers = watchers.filter(watcher => watcher.section !== section);
   currentSection = section;
@@ -115,14 +116,18 @@ function isVisible(section) {
   return top < innerHeight + 100 && bottom > -100;
 }
 
+const isPanel = section => builders.some(builder => builder.section === section);
 const isDue = watcher => watcher.due && !builders.some(x => x.due && x.section === watcher.section);
 
 function drawDue() {
+  // all places are read before anything is drawn: each change in between would cost a layout
+  const visible = new Set(builders.map(({section}) => section).filter(isVisible));
   for (const builder of builders) {
-    if (builder.due && isVisible(builder.section)) buildAgain(builder);
+    if (builder.due && visible.has(builder.section)) buildAgain(builder);
   }
+  const isSeen = ({section}) => !section || visible.has(section) || !isPanel(section);
   for (const watcher of watchers) {
-    if (isDue(watcher) && (!watcher.section || isVisible(watcher.section))) attempt(watcher);
+    if (isDue(watcher) && isSeen(watcher)) attempt(watcher);
   }
   document.documentElement.removeAttribute('data-settled');
   timer ||= setTimeout(drawRest);
@@ -138,10 +143,27 @@ function drawRest() {
     else attempt(next());
   }
   timer = next() ? setTimeout(drawRest) : 0;
-  const isSettled = !timer && !held && ![...builders, ...watchers].some(task => task.isWaiting);
-  if (isSettled) writeHash();
-  document.documentElement.toggleAttribute('data-settled', isSettled);
+  if (!timer) updateHints();
+  const isDone = !timer && !held && ![...builders, ...watchers].some(task => task.isWaiting);
+  document.documentElement.toggleAttribute('data-settled', isDone && writeHash());
 }
+
+const widths = new Map(); // of figures by their names: to read one costs a layout
+const unmeasured = new Set(); // figures whose hint to scroll may be wrong
+
+function updateHints() {
+  const isCut = element => element && element.scrollWidth > element.clientWidth + 2;
+  const places = [...unmeasured].map(({hint, picture}) => {
+    const isWide = isCut(picture) || isCut(picture.querySelector(':scope > div'));
+    return {hint, isWide};
+  });
+  for (const {hint, isWide} of places) hint.hidden = !isWide;
+  unmeasured.clear();
+}
+
+/** The ids of the panels on screen. */
+export const visiblePanels = () =>
+  builders.map(({section}) => section).filter(isVisible).map(({id}) => id);
 
 /** Whether all that is visible is drawn. */
 export const isDrawn = () =>
@@ -163,7 +185,10 @@ export function hold(change) {
 
 /** The text has changed: build all panels again. */
 export function rebuild() {
-  for (const builder of builders) builder.due = true;
+  for (const builder of builders) {
+    builder.due = true;
+    builder.height = builder.section.offsetHeight;
+  }
   redraw();
 }
 
@@ -181,13 +206,22 @@ export function redraw() {
   drawDue();
 }
 
-/** Store the state in the URL, once all is drawn: browsers limit how often it may change. */
+/** Store the state in the URL, once all is drawn: browsers limit how often it changes. Whether it
+ * is stored: if the last change was just now, it will be. */
 function writeHash() {
   const hash = new URLSearchParams();
   for (const [key, value] of Object.entries(state)) {
     if (value !== DEFAULTS[key]) hash.set(key, value);
   }
-  if (hash.toString() !== location.hash.slice(1)) history.replaceState(null, '', '#' + hash);
+  if (hash.toString() === location.hash.slice(1)) return true;
+  const wait = lastChange + 350 - performance.now(); // Safari: 100 changes in 30 s
+  if (wait > 0) {
+    timer = setTimeout(drawRest, wait);
+    return false;
+  }
+  lastChange = performance.now();
+  history.replaceState(null, '', '#' + hash);
+  return true;
 }
 
 /** The state in a URL hash; invalid values are ignored. */
@@ -204,14 +238,14 @@ export function readHash(hash = location.hash) {
 }
 
 /** Redraw when the page gets another width, and follow the URL. */
-export function followWindow(onResize) {
+export function followWindow() {
   const main = document.querySelector('main');
   let drawnWidth = main.clientWidth;
   new ResizeObserver(() => {
     if (main.clientWidth === drawnWidth) return;
     drawnWidth = main.clientWidth;
+    widths.clear();
     redraw();
-    onResize?.();
   }).observe(main);
   addEventListener('hashchange', () => {
     if (location.hash.includes('=')) set(readHash());
@@ -309,7 +343,8 @@ export function hideTip() {
 
 export function fixed(x, digits = 2) {
   if (!Number.isFinite(x)) return 'n/a';
-  return (x < 0 ? '−' : '') + Math.abs(x).toFixed(digits);
+  const text = Math.abs(x).toFixed(digits);
+  return (x < 0 && Number(text) > 0 ? '−' : '') + text;
 }
 
 export const signed = (x, digits = 2) => (x > 0 ? '+' : '') + fixed(x, digits);
@@ -436,10 +471,11 @@ export function figure(name, title, table, controls, drawn = true) {
     hidden: !openTables.has(name)
   });
   const hint = h('p', {class: 'hint', 'aria-hidden': 'true'}, 'Scroll sideways to see all →');
-  const isCut = element => element && element.scrollWidth > element.clientWidth + 2;
+  const place = {hint, picture};
   const refresh = () => {
     if (!dataTable.hidden) dataTable.replaceChildren(cappedTable(...table()));
-    hint.hidden = !isCut(picture) && !isCut(picture.querySelector(':scope > div'));
+    unmeasured.add(place);
+    timer ||= setTimeout(drawRest);
   };
   const toggle = h(
     'button',
@@ -482,7 +518,10 @@ export function figure(name, title, table, controls, drawn = true) {
     readout.hidden = false;
     readout.textContent = text;
   };
-  const width = () => Math.max(220, picture.clientWidth);
+  const width = () => {
+    if (!widths.has(name)) widths.set(name, Math.max(220, picture.clientWidth));
+    return widths.get(name);
+  };
   return Object.assign(element, {picture, readout, heading, width, refresh, setReadout});
 }
 

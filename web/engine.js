@@ -27,6 +27,17 @@ const ACTIVATIONS = {
   swiglu: x => x / (1 + Math.exp(-x)) // of the gate
 };
 
+/** position_angles of model.py, which rounds to float32: (T, dim / 2) in a row. */
+function positionAngles(T, dim, theta) {
+  const half = dim / 2;
+  const angles = new Float32Array(T * half);
+  for (let i = 0; i < half; i++) {
+    const frequency = Math.fround(theta ** -Math.fround((2 * i) / dim));
+    for (let t = 0; t < T; t++) angles[t * half + i] = t * frequency;
+  }
+  return angles;
+}
+
 /** The activation function by its name; for swiglu, what the value is multiplied by. */
 export const activation = name => ACTIVATIONS[name];
 
@@ -53,8 +64,8 @@ function sourceParts(ids, eot) {
   });
 }
 
-/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T) seesFuture: also keys that
- * come after the query. */
+/** 1 where a query (row) sees a key (column): model.attention_mask. (T, T)
+ * seesFuture: also keys that come after the query. */
 export function attentionMask(ids, config, seesFuture = false) {
   const {eot_token: eot, turns, prefix_lm: prefixLm} = config;
   const T = ids.length;
@@ -102,6 +113,7 @@ export class Engine {
       this.packed[name] = this.matmul.pack(data, ...shape);
     }
     this.neurons = weights['transformer.h.0.mlp.c_proj.weight'].shape[1];
+    this.run(new Array(Math.min(64, config.block_size)).fill(0)); // so that all is compiled
     this.last = null; // the previous trace, whose beginning is used again
   }
 
@@ -109,12 +121,19 @@ export class Engine {
    * The forward pass over ids, as a trace. hooks: functions that change activations in place before
    * they are used: mask(data, T), embedding(name, data), scores, attention, mixed, attnOut, post,
    * mlpOut and residual(layer, data). And seesFuture: see attentionMask; rotation: a factor of the
-   * angles of RoPE.
+   * angles of RoPE. known: [a trace, n]: the first n tokens give what they gave there.
    */
-  run(ids, hooks = null) {
+  run(ids, hooks = null, known = null) {
     const T = ids.length;
-    const same = hooks ? 0 : this.commonPrefix(ids);
-    const pass = {ids, T, from: same, hooks: hooks ?? {}, old: this.last};
+    const {block_size: longest, position, rope_theta: theta} = this.config;
+    if (!T || T > longest) throw new Error(`Give 1 to ${longest} tokens, not ${T}.`);
+    const [old, from] = known || [this.last, hooks ? 0 : this.commonPrefix(ids)];
+    const pass = {ids, T, from, old, hooks: hooks ?? {}};
+    if (position === 'rope') {
+      const factor = pass.hooks.rotation ?? 1;
+      const angles = positionAngles(T, this.hs, theta).map(angle => factor * angle);
+      pass.rotary = {cos: angles.map(Math.cos), sin: angles.map(Math.sin)};
+    }
     const rows = (name, layer, width, heads = 1) => this.rows(pass, name, layer, width, heads);
     const {L, C, H, KV, hs, neurons: F, V} = this;
     const layers = name => (width, heads) =>
@@ -199,15 +218,13 @@ export class Engine {
     if (config.position === 'learned') {
       parts.position = this.weight('transformer.wpe.weight').slice(0, T * C);
     } else if (config.position === 'sinusoidal') {
-      const scale = Math.fround(Math.sqrt(C));
+      const scale = Math.sqrt(C);
       for (const part of Object.values(parts)) part.forEach((x, i) => (part[i] = x * scale));
       parts.position = new Float32Array(T * C);
-      for (let t = 0; t < T; t++) {
-        for (let c = 0; c < C; c++) {
-          const angle = t * 10000 ** (-(c - (c % 2)) / C);
-          parts.position[t * C + c] = c % 2 ? Math.cos(angle) : Math.sin(angle);
-        }
-      }
+      positionAngles(T, C, 10000).forEach((angle, i) => {
+        parts.position[2 * i] = Math.sin(angle);
+        parts.position[2 * i + 1] = Math.cos(angle);
+      });
     }
     for (const [name, part] of Object.entries(parts)) hooks.embedding?.(name, part);
     return parts;
@@ -239,19 +256,18 @@ export class Engine {
     });
   }
 
-  addUp({embeddings, residual}, {T, from, hooks}) {
+  addUp({embeddings, residual}, {from, hooks}) {
     const x = residual[0];
-    for (let i = from * this.C; i < T * this.C; i++) {
-      x[i] = 0;
-      for (const part of Object.values(embeddings)) x[i] += part[i];
-    }
+    const start = from * this.C;
+    x.fill(0, start);
+    for (const part of Object.values(embeddings)) add(x, x, part, start);
     hooks.residual?.(0, x);
   }
 
   // Blocks
 
   block(trace, layer, pass, x) {
-    const {T, from, hooks} = pass;
+    const {from, hooks} = pass;
     const {C, isPost} = this;
     const name = `transformer.h.${layer}`;
     const stream = trace.residual[layer];
@@ -312,13 +328,14 @@ export class Engine {
   }
 
   /** attention = softmax(q k^T / sqrt(hs)) over the mask; mixed = attention v */
-  attend({q, k, v, mask, attention, mixed}, layer, {T, from, hooks, old}) {
+  attend(trace, layer, {T, from, hooks, old}) {
     const {H, KV, hs} = this;
-    const weights = attention[layer];
-    const out = mixed[layer];
+    const {mask} = trace;
+    const [q, k, v] = [trace.q[layer], trace.k[layer], trace.v[layer]];
+    const weights = trace.attention[layer];
     const scale = 1 / Math.sqrt(hs);
+    const keysOf = head => Math.floor((head * KV) / H) * T * hs; // grouped queries share them
     for (let head = 0; head < H; head++) {
-      const shared = Math.floor((head * KV) / H) * T * hs; // grouped queries share a key
       for (let t = 0; t < from; t++) {
         const before = (head * old.T + t) * old.T;
         const row = old.attention[layer].subarray(before, before + Math.min(T, old.T));
@@ -328,33 +345,28 @@ export class Engine {
         const query = (head * T + t) * hs;
         const row = (head * T + t) * T;
         for (let s = 0; s < T; s++) {
-          let score = -Infinity;
-          if (mask[t * T + s]) {
-            score = 0;
-            const key = shared + s * hs;
-            for (let d = 0; d < hs; d++) score += q[layer][query + d] * k[layer][key + d];
-            score *= scale;
-          }
-          weights[row + s] = score;
+          const key = keysOf(head) + s * hs;
+          weights[row + s] = mask[t * T + s] ? dot(q, query, k, key, hs) * scale : -Infinity;
         }
       }
     }
     hooks.scores?.(layer, weights);
     for (let row = 0; row < H * T; row++) {
-      if (row % T >= from) softmaxInPlace(weights.subarray(row * T, (row + 1) * T));
+      if (row % T >= from) softmaxInPlace(weights, row * T, (row + 1) * T);
     }
     hooks.attention?.(layer, weights);
+    const sums = new Float64Array(hs);
     for (let head = 0; head < H; head++) {
-      const shared = Math.floor((head * KV) / H) * T * hs;
       for (let t = from; t < T; t++) {
+        sums.fill(0);
         const row = (head * T + t) * T;
-        const to = (head * T + t) * hs;
         for (let s = 0; s < T; s++) {
           const weight = weights[row + s];
           if (weight === 0) continue;
-          const value = shared + s * hs;
-          for (let d = 0; d < hs; d++) out[to + d] += weight * v[layer][value + d];
+          const value = keysOf(head) + s * hs;
+          for (let d = 0; d < hs; d++) sums[d] += weight * v[value + d];
         }
+        trace.mixed[layer].set(sums, (head * T + t) * hs);
       }
     }
   }
@@ -432,17 +444,17 @@ export class Engine {
   }
 
   /** RoPE: apply_rotary of model.py. */
-  rotate(x, heads, {T, from, hooks}) {
+  rotate(x, heads, {T, from, rotary}) {
     const {hs} = this;
     const half = hs / 2;
     for (let t = from; t < T; t++) {
       for (let i = 0; i < half; i++) {
-        const frequency = Math.fround(this.config.rope_theta ** ((-2 * i) / hs));
-        const angle = Math.fround(t * frequency) * (hooks.rotation ?? 1);
-        const [cos, sin] = [Math.cos(angle), Math.sin(angle)];
+        const cos = rotary.cos[t * half + i];
+        const sin = rotary.sin[t * half + i];
         for (let head = 0; head < heads; head++) {
           const at = (head * T + t) * hs + i;
-          const [a, b] = [x[at], x[at + half]];
+          const a = x[at];
+          const b = x[at + half];
           x[at] = a * cos - b * sin;
           x[at + half] = a * sin + b * cos;
         }
@@ -453,7 +465,8 @@ export class Engine {
   softcap(logits, {from}) {
     const cap = this.config.logit_softcap;
     if (!cap) return;
-    for (let i = from * this.V; i < logits.length; i++) logits[i] = cap * Math.tanh(logits[i] / cap);
+    const start = from * this.V;
+    for (let i = start; i < logits.length; i++) logits[i] = cap * Math.tanh(logits[i] / cap);
   }
 }
 
@@ -461,13 +474,24 @@ function add(sum, a, b, start) {
   for (let i = start; i < sum.length; i++) sum[i] = a[i] + b[i];
 }
 
-function softmaxInPlace(row) {
-  let max = -Infinity;
-  for (const x of row) max = Math.max(max, x);
-  let total = 0;
-  for (let i = 0; i < row.length; i++) {
-    row[i] = Math.exp(row[i] - max);
-    total += row[i];
+/** The dot product of n numbers of a from i on and of b from j on. */
+function dot(a, i, b, j, n) {
+  let even = 0; // two sums, so that an addition need not wait for the one before
+  let odd = 0;
+  for (let d = 0; d < n - 1; d += 2) {
+    even += a[i + d] * b[j + d];
+    odd += a[i + d + 1] * b[j + d + 1];
   }
-  for (let i = 0; i < row.length; i++) row[i] /= total;
+  return even + odd + (n % 2 ? a[i + n - 1] * b[j + n - 1] : 0);
+}
+
+function softmaxInPlace(x, start, end) {
+  let max = -Infinity;
+  for (let i = start; i < end; i++) max = Math.max(max, x[i]);
+  let total = 0;
+  for (let i = start; i < end; i++) {
+    x[i] = Math.exp(x[i] - max);
+    total += x[i];
+  }
+  for (let i = start; i < end; i++) x[i] /= total;
 }

@@ -42,6 +42,7 @@ import {
 } from './model.js';
 import {hasModel} from './live-model.js';
 import {softmax} from './sampling.js';
+import {headSnippets} from './snippets.js';
 import {freezeButton, lookButton, offButton} from './switches.js';
 
 /** Scores of a head: key of the state -> name. */
@@ -254,6 +255,7 @@ export function buildHead() {
   } else box.append(missing());
   if (arrays.q) box.append(scoresFigure(), termsFigure());
   else box.append(missing());
+  box.append(headSnippets());
 }
 
 function headSelect(key, n, label) {

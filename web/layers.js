@@ -44,15 +44,16 @@ import {
   tokenQuoted,
   tokenText
 } from './model.js';
+import {neuronSnippets} from './snippets.js';
 
 // MLP ---------------------------------------------------------------------------------------------
 
 const preName = facts.gated ? 'gate' : 'pre';
 
 /** The tokens that the i-th strongest neuron of a layer and position raises, then those it lowers.
- * In the page's own text, rows are grouped by layer. */
+ * As explain.py stores them, rows are grouped by layer. */
 function tokensOfNeuron(layer, t, i) {
-  if (!isOriginal()) return row('neuron_tokens', layer, t, i);
+  if (arrays.neuron_tokens.rows) return row('neuron_tokens', layer, t, i);
   const id = row('neurons', layer, t)[i];
   const start = sum(facts.neuron_ids.slice(0, layer).map(ids => ids.length));
   return row('neuron_tokens', start + facts.neuron_ids[layer].indexOf(id));
@@ -106,7 +107,7 @@ export function buildMlp() {
   ]);
   const gates = facts.gated ? ' at value 1' : '';
   plot.heading.textContent = `${facts.model.activation}${gates}, with these neurons`;
-  box.append(h('div', {class: 'columns wide-left'}, list, plot));
+  box.append(h('div', {class: 'columns wide-left'}, list, plot), neuronSnippets());
   watch(['t', 'layer', 'theme'], () => {
     const neurons = strongestNeurons();
     drawNeuronList(list, neurons);
@@ -194,7 +195,7 @@ function drawActivation(plot, neurons) {
 // Logit lens --------------------------------------------------------------------------------------
 
 /** The name of a depth: 0 is the embedding, l + 1 the stream after layer l. */
-function depthName(depth) {
+export function depthName(depth) {
   if (depth === 0) return 'embedding';
   return depth === L ? 'final' : 'layer ' + (depth - 1);
 }
@@ -288,7 +289,8 @@ function lensFigure() {
     const cell = cells[state.lens][state.t];
     selected?.classList.remove('chosen');
     cell.classList.add('chosen');
-    if (selected && cell !== selected) scrollLensTo(scroller, cell); // at first: the beginning
+    // at first: the beginning; of a text that was typed, its end
+    if (selected ? cell !== selected : !isOriginal()) scrollLensTo(scroller, cell);
     selected = cell;
     chart.refresh();
   });

@@ -10,19 +10,22 @@ import {
   rebuild,
   resume,
   state,
+  visiblePanels,
   watch
 } from './core.js';
 import {ask} from './live-model.js';
-import {T, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
+import {T, completeText, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
 
 const box = document.getElementById('live-text');
 const generateButton = document.getElementById('generate');
+const background = [];
 const live = {
   next: null, // the text to show next: {text, hash, since, stays}; a later one replaces it
   text: facts.text, // the last one asked for
   changes: '', // that were asked for with it
   frozen: '',
   isGenerating: false,
+  first: null, // {seed} until the first token is drawn
   isWorking: false
 };
 
@@ -35,32 +38,54 @@ export function showNotice(text = '') {
   if (text) box.setAttribute('aria-describedby', 'notice');
 }
 
+/** Say how many tokens did not fit, if any. */
+export function showLeftOut(n = 0) {
+  const tokens = `${integer(n)} token${n > 1 ? 's' : ''}`;
+  showNotice(n && `The text is too long: its first ${tokens} are left out. ${T} fit.`);
+}
+
 export function buildLive() {
   document.getElementById('live').hidden = false;
   document.getElementById('run').hidden = true;
   box.value = facts.text;
   box.addEventListener('input', event => {
-    live.isGenerating = false;
+    stop();
     show({text: box.value, since: event.timeStamp});
   });
   document.getElementById('live').addEventListener('submit', event => event.preventDefault());
   generateButton.hidden = false;
   generateButton.addEventListener('click', () => {
-    live.isGenerating = !live.isGenerating;
-    drawButton();
-    if (live.isGenerating) work({seed: state.seed});
+    if (live.isGenerating) return stop();
+    live.isGenerating = true;
+    generateButton.textContent = 'Stop';
+    hold(1);
+    work({seed: state.seed});
   });
   if (facts.model.turns) addTurnButton();
   whenAsked(() => work());
-  watch(['text'], () => {
-    if (state.text === live.text) return;
-    box.value = state.text;
-    show({text: state.text, hash: location.hash});
-  });
   watch(['changes', 'frozen'], () => {
     if (state.changes === live.changes && state.frozen === live.frozen) return;
     show({...(live.next ?? {text: live.text, stays: true})});
   });
+}
+
+/** Compute what the page left out of its own text. */
+export async function completeOwnText() {
+  if (!facts.dropped.length) return;
+  const request = {text: facts.text, selection: selection(), changes: '', frozen: ''};
+  completeText(await ask('show', request));
+  rebuild();
+}
+
+/** Show the text in the URL, now and whenever the URL changes. */
+export function followUrl() {
+  const follow = () => {
+    if (state.text === live.text) return;
+    box.value = state.text;
+    show({text: state.text, hash: location.hash});
+  };
+  addEventListener('hashchange', follow);
+  follow();
 }
 
 /** Models of sources and targets: the separator is nothing that anybody likes to type. */
@@ -73,8 +98,12 @@ function addTurnButton() {
   generateButton.before(h('button', {type: 'button', onclick}, label));
 }
 
-function drawButton() {
-  generateButton.textContent = live.isGenerating ? 'Stop' : 'Generate';
+/** End the generation. */
+function stop() {
+  if (!live.isGenerating) return;
+  live.isGenerating = false;
+  generateButton.textContent = 'Generate';
+  hold(-1);
 }
 
 function show(job) {
@@ -85,36 +114,58 @@ function show(job) {
   work();
 }
 
+/** job(): asks the Worker for more, and returns a Promise, or null when there is nothing to do. It
+ * is called when nothing else is asked for. */
+export const inBackground = job => background.push(job);
+
+/** There is something to do for a job in the background. */
+export const wake = () => work();
+
 /** Answer what is asked for, one request at a time: a new text first, then what panels wait for,
- * then the next token. */
+ * then the next token, then what can wait. first: {seed} for the first token. */
 async function work(first = null) {
+  if (first) live.first = first;
   if (live.isWorking) return;
   live.isWorking = true;
-  let draw = first;
   await null; // let the caller go on
-  for (;;) {
-    if (live.next) await answerText();
-    else if (nextWishes().length) await answerWishes();
-    else if (live.isGenerating) {
-      await generateOne(draw);
-      draw = null;
-    } else break;
+  try {
+    for (;;) {
+      if (live.next) await answerText();
+      else if (nextWishes().length) await answerWishes();
+      else if (live.isGenerating) await generateOne();
+      else if (!(await nextInBackground())) break;
+    }
+  } catch (error) {
+    showNotice(`This cannot be computed: ${error.message}`);
+    if (live.next) hold(-1);
+    live.next = null;
+    stop();
   }
   live.isWorking = false;
 }
 
+/** Whether a job had something to do. */
+async function nextInBackground() {
+  const asked = background.map(job => job()).find(Boolean);
+  await asked;
+  return Boolean(asked);
+}
+
+const selection = () => ({layer: state.layer, head: state.head, panels: visiblePanels()});
+
 async function answerText() {
   const job = live.next;
-  const {layer, head, changes, frozen} = state;
+  const {changes, frozen} = state;
   const isOwn = job.text === DEFAULTS.text && !changes && !frozen;
-  const request = {text: job.text, selection: {layer, head}, changes, frozen};
-  const reply = isOwn ? {} : await ask('show', request);
+  const isComplete = isOwn && !facts.dropped.length;
+  const request = {text: job.text, selection: selection(), changes, frozen};
+  const answer = isComplete ? {} : await ask('show', request);
+  const reply = isOwn ? {} : answer;
   if (live.next === job) live.next = null;
   if (reply.problem) showNotice(reply.problem);
   else if (!live.next) {
-    const n = `${integer(reply.leftOut)} token${reply.leftOut > 1 ? 's' : ''}`;
-    showNotice(reply.leftOut ? `The text is too long: its first ${n} are left out.` : '');
     display(reply, job);
+    showLeftOut(reply.leftOut);
   }
   if (!live.next) hold(-1);
 }
@@ -141,19 +192,21 @@ function display({facts: newFacts, arrays, found = []}, {text, hash, since, stay
   measure();
 }
 
-/** Draw one more token with the sliders' settings; first: {seed} at the beginning. */
-async function generateOne(first) {
-  const since = performance.now();
-  const {temperature, k, p, layer, head} = state;
-  const selection = {layer, head};
-  const request = {text: state.text, temperature, k, p, selection, ...first};
+/** Draw one more token with the settings of the sliders. */
+async function generateOne() {
+  const {temperature, k, p, changes, frozen} = state;
+  const settings = {temperature, k, p, changes, frozen};
+  const request = {text: box.value, ...settings, selection: selection(), ...live.first};
+  live.first = null;
   const reply = await ask('draw', request);
   if (live.next || !live.isGenerating) return;
-  box.value = reply.text;
-  box.scrollTop = box.scrollHeight;
-  display(reply, {text: reply.text, since});
-  if (reply.isOver) live.isGenerating = false;
-  drawButton();
+  if (reply.problem) showNotice(reply.problem);
+  else {
+    box.value = reply.text;
+    box.scrollTop = box.scrollHeight;
+    display(reply, {text: reply.text});
+  }
+  if (reply.isOver) stop();
   await new Promise(requestAnimationFrame); // so that each token is seen
 }
 

@@ -17,14 +17,19 @@ import {
 } from './core.js';
 import {H, L, T, facts, isOriginal, isPostNorm, loadArrays, row} from './model.js';
 import {hasModel, startModel} from './live-model.js';
-import {buildLive, drawClock, showNotice} from './live.js';
+import {buildLive, completeOwnText, drawClock, followUrl, showLeftOut, showNotice} from './live.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
 import {buildHead, buildHeads} from './heads.js';
 import {buildLens, buildMlp, buildWhy} from './layers.js';
+import {buildAblation} from './ablation.js';
+import {buildGraph} from './graph.js';
+import {buildPatching} from './patching.js';
 import {buildBigrams, buildCircuits} from './circuits.js';
 import {buildChanges} from './switches.js';
 import {buildTraining} from './training.js';
+import {buildStep} from './step.js';
+import {buildCompare} from './compare.js';
 import {buildTour} from './tour.js';
 
 function buildHeader() {
@@ -45,9 +50,7 @@ function buildHeader() {
   document.getElementById('contents').append(...sections.map(sectionLink));
   if (hasModel) buildLive();
   else if (facts.live) buildTextForm();
-  if (!facts.left_out) return;
-  const n = `${integer(facts.left_out)} token${facts.left_out > 1 ? 's' : ''}`;
-  showNotice(`The text is too long: its first ${n} are left out. ${T} fit.`);
+  if (facts.left_out) showLeftOut(facts.left_out);
 }
 
 function modelFacts() {
@@ -72,8 +75,8 @@ function modelFacts() {
 function accuracyNote() {
   if (!isOriginal()) {
     return (
-      'The numbers of this text were computed in this page, by the model’s weights in ' +
-      `${facts.engine.format}. For the text that the page was written with, PyTorch computed them.`
+      'All numbers of this text were computed in this page, with the weights in ' +
+      `${facts.engine.format}. Those of the text that the page was written with are PyTorch’s.`
     );
   }
   const {difference, largest, dropped} = facts;
@@ -84,11 +87,26 @@ function accuracyNote() {
     `Largest difference from the logits of model(idx): ${error}, ` +
       `with logits of up to ${fixed(largest, 1)}.`
   ];
+  if (facts.engine) notes.push(weightsNote(facts.engine));
   if (dropped.length) {
     const names = dropped.join(', ');
-    notes.push(`Left out to keep the page below ${facts.largest_page}: ${names}.`);
+    notes.push(
+      facts.engine
+        ? `Computed in this page, by those weights: ${names}.`
+        : `Left out to keep the page below ${facts.largest_page}: ${names}.`
+    );
   }
   return notes.join(' ');
+}
+
+/** How precise the weights in the page are. */
+function weightsNote({format, difference}) {
+  if (format === 'float32') return 'The page holds the weights in float32, as the model has them.';
+  const kind = format === 'int8' ? 'int8, with a scale for each row' : format;
+  return (
+    `The page holds the weights in ${kind}: this changes the logits of this text by up to ` +
+    `${difference.toPrecision(2)}.`
+  );
 }
 
 function sectionLink(section) {
@@ -141,9 +159,14 @@ const sections = {
   mlp: buildMlp,
   lens: buildLens,
   why: buildWhy,
+  ablation: buildAblation,
+  graph: buildGraph,
+  patching: buildPatching,
   circuits: buildCircuits,
   bigrams: buildBigrams,
-  training: buildTraining
+  step: buildStep,
+  training: buildTraining,
+  compare: buildCompare
 };
 
 try {
@@ -153,19 +176,24 @@ try {
   throw error;
 }
 buildTheme();
+if (!hasModel) document.getElementById('patching').remove();
 inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
 buildChanges();
-for (const [id, build] of Object.entries(sections)) panel(id, build);
+for (const [id, build] of Object.entries(sections)) {
+  if (document.getElementById(id)) panel(id, build);
+}
 inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
-setScrollPadding();
-followWindow(setScrollPadding);
+followWindow();
+new ResizeObserver(setScrollPadding).observe(document.getElementById('strip'));
 document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {
   await startModel();
+  await completeOwnText();
+  followUrl();
   document.documentElement.dataset.engine = Math.round(performance.now());
 }

@@ -48,6 +48,10 @@ const LAZY_GROUPS = {
   promoted: {key: [0, 3], names: ['promoted', 'promoted_by']},
   bySource: {key: [0, 2], names: ['by_source']},
   pattern: {key: [0, 2], names: ['pattern']},
+  neurons: {
+    key: [0, 1],
+    names: ['neurons', 'neuron_pre', 'neuron_post', 'neuron_gates', 'curve']
+  },
   neuronTokens: {key: [0, 2], names: ['neuron_tokens']},
   neighbors: {key: [0, 1], names: ['near', 'cosines']},
   bigrams: {
@@ -79,6 +83,19 @@ export const onlyWhenWritten = () =>
 function rememberOriginal() {
   for (const name of facts.of_text.facts) original.facts[name] = facts[name];
   for (const name of facts.of_text.arrays) original.arrays[name] = arrays[name];
+}
+
+/** Add what the page left out of its own text, as the Worker has computed it; what panels ask for
+ * one by one is lazy, as in typed texts. */
+export function completeText({facts: newFacts, arrays: newArrays}) {
+  const isLeftOut = name => facts.of_text.arrays.includes(name) && !arrays[name];
+  for (const {names} of Object.values(LAZY_GROUPS)) {
+    if (!names.some(isLeftOut)) continue;
+    for (const name of names) arrays[name] = {rows: new Map()};
+  }
+  for (const name of facts.of_text.arrays) arrays[name] ??= newArrays[name];
+  facts.strongest = newFacts.strongest;
+  rememberOriginal();
 }
 
 /** Show another text: its facts and arrays, or none for the text that the page was written with. */
@@ -117,9 +134,8 @@ function lazyRow(name, index) {
 
 /** Where the numbers at the leading indices `rest` of a lazy array's row are. */
 function span(length, name, [i]) {
-  const counts = {lens: T, lens_ids: T, parts: facts.parts.length};
-  const count = counts[name] ?? row('neurons', 0, 0).length; // of neuron_tokens
-  const size = length / count;
+  const counts = {parts: facts.parts.length, curve: 2, neuron_tokens: facts.strongest};
+  const size = length / (counts[name] ?? T);
   return [i * size, (i + 1) * size];
 }
 
@@ -166,8 +182,12 @@ export const whyHidden = (t, s) =>
   s > t ? 'the key comes after the query' : 'the key is in another document';
 
 /** Stands in for a figure whose data was dropped to keep the page small. */
-export const missing = () =>
-  h('p', {class: 'note'}, 'Left out to keep the page small. Try a shorter text.');
+export function missing() {
+  const text = facts.engine
+    ? 'This is being computed.' // see completeText
+    : 'Left out to keep the page small. Try a shorter text.';
+  return h('p', {class: 'note'}, text);
+}
 
 // State -------------------------------------------------------------------------------------------
 
@@ -207,7 +227,7 @@ Object.assign(LIMITS, {
 });
 
 TEXTS.text = /^[^]{1,20000}$/;
-if (facts.engine) Object.assign(TEXTS, {changes: /^[\w.@,=]{1,4000}$/, frozen: TEXTS.text});
+if (facts.engine) Object.assign(TEXTS, {changes: TEXTS.text, frozen: TEXTS.text});
 
 /** Select a head and scroll to its panel. */
 export function openHead(layer, head) {

@@ -98,7 +98,7 @@ export function buildChanges() {
   const reset = h(
     'button',
     {type: 'button', onclick: () => set({changes: '', frozen: ''})},
-    'Reset all'
+    'Reset'
   );
   bar.append(h('div', {class: 'head'}, losses, reset), list);
   inSection('changes', () =>
@@ -113,9 +113,9 @@ export function buildChanges() {
 }
 
 function describeLosses() {
-  if (!arrays.loss_before?.data.length) return 'The model is changed.';
+  if (!arrays.loss_before?.data.length) return 'Changed.';
   const mean = name => fixed(sum(row(name)) / row(name).length);
-  return `The model is changed. Mean loss: ${mean('loss_before')} → ${mean('loss')} nats`;
+  return `Changed. Mean loss ${mean('loss_before')} → ${mean('loss')} nats`;
 }
 
 /** Elements stay as long as their change: the hand on a slider should not lose it. */

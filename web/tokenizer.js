@@ -32,14 +32,15 @@ export class PageTokenizer {
   constructor(saved) {
     this.kind = saved.kind;
     this.tokens = []; // id -> bytes
-    if (saved.kind === 'char') this.tokens = [...saved.characters].map(toUtf8);
-    else if (saved.kind === 'byte') {
+    if (saved.kind === 'char') {
+      this.tokens = [...saved.characters].map(toUtf8);
+      this.idOf = new Map([...saved.characters].map((character, id) => [character, id]));
+    } else if (saved.kind === 'byte') {
       this.tokens = Array.from({length: 256}, (_, byte) => String.fromCharCode(byte));
     } else if (saved.kind === 'ids') {
       this.tokens = saved.names.map((name, i) => toUtf8(name ?? ` ${i}`));
     } else this.readBpe(saved);
     this.readSpecial(saved);
-    this.idOf = new Map(this.tokens.map((token, id) => [token, id])); // not used by BPE
   }
 
   readBpe({pattern, tokens, ids, unused, normalizer}) {
@@ -87,7 +88,7 @@ export class PageTokenizer {
   }
 
   encodeOrdinary(text) {
-    if (!text.isWellFormed()) throw new Error('This is not UTF-8 text.');
+    if (/\p{Surrogate}/u.test(text)) throw new Error('This is not UTF-8 text.');
     if (this.kind === 'char') return this.encodeCharacters(text);
     if (this.kind === 'byte') return [...utf8.encode(text)];
     if (this.kind === 'ids') return this.encodeIds(text);
@@ -96,11 +97,14 @@ export class PageTokenizer {
   }
 
   encodeCharacters(text) {
-    return [...text].map(character => {
-      const id = this.idOf.get(toUtf8(character));
-      if (id !== undefined && id !== this.eot) return id;
-      throw new Error(`This model does not know the character ${JSON.stringify(character)}.`);
-    });
+    const characters = [...text];
+    const unknown = new Set(characters.filter(character => !this.idOf.has(character)));
+    if (unknown.size) {
+      const list = Array.from(unknown, character => JSON.stringify(character)).join(', ');
+      const noun = unknown.size > 1 ? 'characters' : 'character';
+      throw new Error(`This model does not know the ${noun} ${list}.`);
+    }
+    return characters.map(character => this.idOf.get(character));
   }
 
   encodeIds(text) {
@@ -119,11 +123,14 @@ export class PageTokenizer {
     if (known) return known;
     const parts = [...toUtf8(word)];
     const rankAt = i => this.ranks.get(parts[i] + parts[i + 1]) ?? Infinity;
-    while (parts.length > 1) {
+    const ranks = parts.slice(1).map((_, i) => rankAt(i)); // of each pair
+    for (;;) {
       let best = 0;
-      for (let i = 1; i < parts.length - 1; i++) if (rankAt(i) < rankAt(best)) best = i;
-      if (rankAt(best) === Infinity) break;
+      for (let i = 1; i < ranks.length; i++) if (ranks[i] < ranks[best]) best = i;
+      if (!(ranks[best] < Infinity)) break; // also: one part is left
       parts.splice(best, 2, parts[best] + parts[best + 1]);
+      ranks.splice(best, 1);
+      for (const i of [best - 1, best]) if (i in ranks) ranks[i] = rankAt(i);
     }
     const ids = parts.map(part => this.ids[this.ranks.get(part)]);
     if (this.words.size < 10_000) this.words.set(word, ids);

@@ -2,7 +2,7 @@
 
 import {headGrid, lines} from './charts.js';
 import {content, figure, fixed, h, integer, range, set, watch} from './core.js';
-import {H, L, facts, headName, row} from './model.js';
+import {H, L, facts, headName, isOriginal, row} from './model.js';
 import {SCORES} from './heads.js';
 
 /** A figure of curves over training steps; series as in lines(), tableName for the data table. */
@@ -63,12 +63,12 @@ const historyCurve = values =>
   values.map((value, i) => [facts.history.steps[i], value]).filter(point => point[1] !== null);
 
 // served pages keep the history of the text they started with
-const historyText = facts.live ? 'the initial text' : 'this text';
+const historyText = () => (facts.live || !isOriginal() ? 'the initial text' : 'this text');
 
 function buildHistory(box) {
   const {losses, val_losses, first_half, second_half} = facts.history;
   const textLosses = [
-    {name: historyText, points: historyCurve(losses), tone: 'muted'},
+    {name: historyText(), points: historyCurve(losses), tone: 'muted'},
     {name: 'val', points: historyCurve(val_losses), tone: 'accent'}
   ];
   const repeatLosses = [
@@ -173,7 +173,7 @@ function buildComparison(box) {
       const select = (layer, head) => set({layer, head, source: -1});
       headGrid(chart, L, H, value, label, select);
       chart.setReadout(
-        `Loss on ${historyText} ${fixed(losses[i], 3)}; ` +
+        `Loss on ${historyText()} ${fixed(losses[i], 3)}; ` +
           `on repeated tokens ${fixed(first_half[i])} in the first half, ` +
           `${fixed(second_half[i])} in the second.`
       );

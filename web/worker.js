@@ -46,7 +46,9 @@ const ANSWERS = {
   run: ({ids}) => engine.run(ids),
   show: request => answers.show(request),
   more: request => answers.more(request),
-  draw: request => answers.draw(request)
+  draw: request => answers.draw(request),
+  patch: request => answers.patch(request),
+  patchMore: () => answers.patchMore()
 };
 
 let queue = Promise.resolve();
