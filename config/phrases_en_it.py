@@ -11,7 +11,7 @@ dataset = 'phrases'  # prepared if it is missing
 batch_size = 32
 block_size = 64
 gradient_accumulation_steps = 1
-max_iters = 600
+max_iters = 400
 
 prefix_lm = True  # the source is read in both directions
 n_head = 4
