@@ -25,7 +25,7 @@ from lib.tokenizer import CharTokenizer, IdTokenizer, Tokenizer, gpt2
 FORMAT = 1
 AGAIN = 'prepare the data set again'
 DATA = Path(__file__).parents[1] / 'data'
-SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan')
+SMALL_DATASETS = ('python_stdlib', 'shakespeare_char', 'shakespeare', 'scan', 'phrases')
 LLM_C = {20240520: 'GPT-2', 20240801: 'Llama 3'}  # the first number of a header: the tokenizer
 LLM_C_HEADER = 1024  # bytes
 

@@ -443,7 +443,7 @@ def test_explain_page_keyboard_reads_matrix(chromium, page):
 @pytest.mark.slow
 def test_explain_page_tour_runs_to_the_end(chromium, page):
     with opened(chromium, page) as tab:
-        tab.get_by_role('button', name='Take the tour').click()
+        tab.get_by_role('button', name='Take the course').click()
         titles = set()
         for step in range(1, 14):
             assert tab.locator('#tour .bar span').text_content() == f'{step} of 13'

@@ -40,7 +40,7 @@ const columnOf = k => (k === H ? 'MLP' : `H${k}`);
 const partAt = (l, k) => (k === H ? `the MLP of L${l}` : headName(l, k));
 
 /** Positions whose next token is a prediction: attention does not see it. */
-const predicted = () => range(T, t => t).filter(t => hasNext(t) && !sees(t, t + 1));
+export const predicted = () => range(T, t => t).filter(t => hasNext(t) && !sees(t, t + 1));
 
 /** Effect of an ablation of part k of layer l: on this token's loss or logit, or on the mean. */
 function ablationEffect(kind, effect, l, k) {

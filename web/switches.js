@@ -15,10 +15,10 @@ const changeable = hasModel
   : null;
 const listed = new Map(); // name -> its element in the bar
 
-const activeChanges = () => parseChanges(state.changes, changeable);
+export const activeChanges = () => parseChanges(state.changes, changeable);
 
 /** Change a part of the model, see changes.js; number undefined: as it was trained. */
-function setChange(name, number) {
+export function setChange(name, number) {
   const changes = activeChanges();
   if (number === undefined) changes.delete(name);
   else changes.set(name, number);
