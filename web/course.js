@@ -12,6 +12,7 @@ import {
   hasNext,
   headName,
   isPostNorm,
+  isPredicted,
   row,
   sees,
   tokenQuoted,
@@ -155,11 +156,8 @@ function logitsExample() {
   );
 }
 
-/** Positions whose next token is predicted, by the mask of the model as it was trained. */
-export function measured() {
-  const sourceEnd = isPrefix ? facts.ids.indexOf(facts.model.eot_token, 1) : 0;
-  return range(T - 1, t => t).filter(t => sourceEnd >= 0 && t >= sourceEnd);
-}
+/** Positions whose next token is predicted. */
+export const measured = () => range(T - 1, t => t).filter(t => isPredicted(t + 1));
 
 function lossExample() {
   const places = measured();
