@@ -9,7 +9,6 @@ import {
   T,
   arrays,
   facts,
-  hasNext,
   headName,
   isPostNorm,
   isPredicted,
@@ -96,7 +95,8 @@ function maskExample() {
     return `${here()} is at position ${state.t}: it can attend to ${count(state.t)}.`;
   }
   const last = visibleKeys[t].at(-1);
-  const answer = range(T, i => i).findLast(i => !hasNext(i) || !sees(i, i + 1));
+  const {eot_token: eot} = facts.model;
+  const answer = range(T, i => i).findLast(i => i > last && facts.ids[i] !== eot) ?? T - 1;
   return (
     `${tokenAndPlace(t)} is in the source: it can attend to ${count(t)}, also to later ones, ` +
     `up to ${tokenAndPlace(last)}. ${tokenAndPlace(answer)} can attend to ${count(answer)}, ` +
@@ -382,7 +382,7 @@ export const STOPS = [
       'V<sub>i</sub>',
     shapes: () => `${L} layer${L > 1 ? 's' : ''} × ${H} heads, ${HS} dimensions each`,
     example: () => `For example, ${typicalHead()}. Click a head to see it in full.`,
-    question: 'Why several heads per layer? Name one of this model and what it does.',
+    question: 'Why are there several heads per layer, and what does one of this model do?',
     answer: () => `Each can look for something else. For example, ${typicalHead()}.`
   },
   {
