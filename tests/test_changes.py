@@ -232,7 +232,7 @@ def test_changes_by_keyboard_alone(chromium, tmp_path):
         assert table(tab, 'next-token') != original
         press('Reset')
         assert tab.locator('#changes').is_hidden() and table(tab, 'next-token') == original
-        assert tab.url.split('#')[1] == 'layer=1&head=2'
+        assert 'changes' not in tab.url.split('#')[1] and 'frozen' not in tab.url
 
 
 INVALID = ['L9.H0=0', 'L0.H4=0', 'mlp0=3', 'mlp0=-1', 'L0.n128=0', 'ngrams=0', 'mask=1', 'x=0',
@@ -294,18 +294,24 @@ def patched_answers(model, clean, corrupted, pair):
     return answers, ends
 
 
+def answers_of(model, clean, corrupted):
+    """The most likely token after each text; if both are one, those whose probability changes most,
+    among the ten most likely after each."""
+    p, q = (logits_of(model, ids)[-1].softmax(dim=-1) for ids in (clean, corrupted))
+    if p.argmax() != q.argmax():
+        return p.argmax().item(), q.argmax().item()
+    ids = torch.cat((p.topk(10).indices, q.topk(10).indices))
+    change = (p - q)[ids]
+    return ids[change.argmax()].item(), ids[change.argmin()].item()
+
+
 @pytest.mark.parametrize('options', [
     GROUPED, *(pytest.param(x, marks=pytest.mark.slow) for x in (
         {}, {'norm_position': 'post', 'position': 'sinusoidal'}))], ids=str)
 def test_patching_map_equals_that_of_pytorch(chromium, tmp_path, options):
     model = awake(**options)
     page = write_live_page(tmp_path / 'page.html', model, IDS)
-    best = [logits_of(model, IDS)[-1].argmax().item(), None]
-    for t, id_ in ((t, id_) for t in range(3, 9) for id_ in range(40)):  # until the answer differs
-        second = [*IDS[:t], id_, *IDS[t + 1:]]
-        best[1] = logits_of(model, second)[-1].argmax().item()
-        if best[0] != best[1]:
-            break
+    second = [*IDS[:3], 11, *IDS[4:]]
     texts = [IDS, second]
     size = (model.config.n_layer + 1) * len(IDS)
     with opened(chromium, page) as tab:
@@ -313,7 +319,7 @@ def test_patching_map_equals_that_of_pytorch(chromium, tmp_path, options):
         for into, (clean, corrupted) in (('second', (0, 1)), ('this', (1, 0))):
             tab.locator(f'#patching button[data-value={into}]').click()
             tab.wait_for_selector(f'#figure-patching[data-cells="{size}"][data-into={into}]')
-            pair = best[clean], best[corrupted]
+            pair = answers_of(model, texts[clean], texts[corrupted])
             answers, ends = patched_answers(model, texts[clean], texts[corrupted], pair)
             rows = table(tab, 'patching')
             assert len(rows) == size

@@ -250,3 +250,20 @@ def test_live_page_says_how_fast_it_is_and_is_accessible(chromium, tmp_path):
         serious = [x['id'] for x in Axe().run(tab).response['violations']
                    if x['impact'] in ('serious', 'critical')]
         assert not serious
+
+
+@pytest.mark.parametrize('cause', [
+    "window.Worker = class { constructor() { throw new Error('blocked'); } };",
+    'const Whole = Blob; window.Blob = class extends Whole { constructor(parts, options) {'
+    "super(options?.type === 'text/javascript' ? ['throw new Error(0)'] : parts, options); } };",
+], ids=['no worker', 'worker fails'])
+def test_page_says_that_the_model_cannot_run(chromium, tmp_path, cause):
+    path = write_live_page(tmp_path / 'page.html', awake(), [5, 6, 7])
+    tab = chromium.new_page()
+    tab.add_init_script(cause)
+    tab.goto(f'file://{path}')
+    notice = tab.locator('#notice')
+    notice.wait_for()
+    assert notice.text_content().startswith('This browser cannot run the model: ')
+    assert table(tab, 'next-token')  # of the page's own text
+    tab.close()

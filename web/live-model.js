@@ -10,7 +10,7 @@ const waiting = new Map(); // id -> {resolve, reject}
 export const hasModel = Boolean(facts.engine);
 
 /** Start the Worker and give it the weights; resolves when it can answer. */
-export function startModel() {
+export async function startModel() {
   const code = document.getElementById('worker').textContent;
   const url = URL.createObjectURL(new Blob([code], {type: 'text/javascript'}));
   worker = new Worker(url);
@@ -19,6 +19,10 @@ export function startModel() {
     waiting.delete(id);
     if (error === undefined) resolve(result);
     else reject(new Error(error));
+  };
+  worker.onerror = ({message}) => {
+    for (const {reject} of waiting.values()) reject(new Error(message));
+    waiting.clear();
   };
   const bytes = takeBytes('weights');
   const message = {facts: facts.engine, vocabSize: facts.vocab_size, bytes};

@@ -34,7 +34,7 @@ export function showNotice(text = '') {
   const notice = document.getElementById('notice');
   notice.hidden = !text;
   notice.textContent = text;
-  box.toggleAttribute('aria-invalid', Boolean(text));
+  box.setAttribute('aria-invalid', Boolean(text));
   if (text) box.setAttribute('aria-describedby', 'notice');
 }
 
@@ -63,10 +63,6 @@ export function buildLive() {
   });
   if (facts.model.turns) addTurnButton();
   whenAsked(() => work());
-  watch(['changes', 'frozen'], () => {
-    if (state.changes === live.changes && state.frozen === live.frozen) return;
-    show({...(live.next ?? {text: live.text, stays: true})});
-  });
 }
 
 /** Compute what the page left out of its own text. */
@@ -77,15 +73,21 @@ export async function completeOwnText() {
   rebuild();
 }
 
-/** Show the text in the URL, now and whenever the URL changes. */
+/** Show the text in the URL, now and whenever the URL changes, and what is changed in the model. */
 export function followUrl() {
   const follow = () => {
     if (state.text === live.text) return;
     box.value = state.text;
     show({text: state.text, hash: location.hash});
   };
+  const change = () => {
+    if (state.changes === live.changes && state.frozen === live.frozen) return;
+    show({...(live.next ?? {text: live.text, stays: true})});
+  };
   addEventListener('hashchange', follow);
   follow();
+  watch(['changes', 'frozen'], change);
+  change();
 }
 
 /** Models of sources and targets: the separator is nothing that anybody likes to type. */

@@ -6,6 +6,7 @@ import {
   fixed,
   followWindow,
   h,
+  hold,
   inSection,
   integer,
   panel,
@@ -192,8 +193,14 @@ new ResizeObserver(setScrollPadding).observe(document.getElementById('strip'));
 document.documentElement.dataset.ready = Math.round(performance.now());
 drawClock();
 if (hasModel) {
-  await startModel();
-  await completeOwnText();
-  followUrl();
-  document.documentElement.dataset.engine = Math.round(performance.now());
+  hold(1); // the URL may ask for another text, or for changes
+  try {
+    await startModel();
+    await completeOwnText();
+    followUrl();
+    document.documentElement.dataset.engine = Math.round(performance.now());
+  } catch (error) {
+    showNotice(`This browser cannot run the model: ${error.message}`);
+  }
+  hold(-1);
 }

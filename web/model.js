@@ -96,6 +96,7 @@ export function completeText({facts: newFacts, arrays: newArrays}) {
   for (const name of facts.of_text.arrays) arrays[name] ??= newArrays[name];
   facts.strongest = newFacts.strongest;
   rememberOriginal();
+  original.facts.strongest = newFacts.strongest;
 }
 
 /** Show another text: its facts and arrays, or none for the text that the page was written with. */
