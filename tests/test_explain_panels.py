@@ -28,7 +28,7 @@ def test_explain_page_works_without_dropped_arrays(chromium, tmp_path, monkeypat
     facts |= NO_RUN | {'live': True, 'error': hostile}
     path = write_page(tmp_path / 'page.html', facts, arrays)
     with opened(chromium, path, '#tour=1') as tab:
-        for _ in range(13):
+        for _ in range(16):
             tab.locator('#tour .bar button').nth(1).click()
             wait_until_drawn(tab)
         assert tab.locator('#tour').is_hidden()
@@ -277,7 +277,7 @@ def test_explain_page_panel_that_fails_leaves_others_alone(chromium, tmp_path, k
         tab.wait_for_function("document.querySelector('#figure-flow h3, #figure-next-token')")
         wait_until_drawn(tab)
         tab.locator('#tour-start').click()
-        for _ in range(13):
+        for _ in range(16):
             tab.locator('#tour .bar button').nth(1).click()
         assert tab.locator('#tour').is_hidden()
 

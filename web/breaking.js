@@ -2,7 +2,7 @@
 
 import {DEFAULTS, argmax, fixed, percent, range, set, signed, state, sum} from './core.js';
 import {T, arrays, facts, headName, row, targetAt, tokenQuoted} from './model.js';
-import {NGRAMS, here, samplingExample} from './course.js';
+import {NGRAMS, here, measured, topAt} from './course.js';
 import {hasModel} from './live-model.js';
 import {softmax} from './sampling.js';
 import {activeChanges, setChange} from './switches.js';
@@ -30,13 +30,6 @@ function damage() {
     (places.length ? `Mean loss: ${means} nats. ` : '') +
     `Most likely after ${here()}: ${said(before)} → ${said(now)}.`
   );
-}
-
-/** Positions whose next token is predicted, by the mask of the model as it was trained. */
-function measured() {
-  const {prefix_lm: isPrefix, eot_token: eot} = facts.model;
-  const sourceEnd = isPrefix ? facts.ids.indexOf(eot, 1) : 0;
-  return range(T - 1, t => t).filter(t => sourceEnd >= 0 && t >= sourceEnd);
 }
 
 /** The head that adds most to the logit of the next token, or the one that is switched off. */
@@ -70,8 +63,8 @@ const MODEL_STOPS = [
         (NGRAMS ? ' The n-grams stay: they still know neighbors.' : ''),
       question: 'Does the model still work? Which predictions suffer most?',
       answer:
-        'The loss rises: those tokens suffer that depend on what stood where, such as the next ' +
-        'word of a phrase seen before. Tokens that are common everywhere suffer less.'
+        'Usually the loss rises. Those tokens suffer that depend on what stood where. Words that ' +
+        'make sense in one order only may survive.'
     }),
   breakStop(() => 'mask', {
     title: 'Break it: no mask',
@@ -79,10 +72,11 @@ const MODEL_STOPS = [
     text:
       'This lets every token look at later ones. The patterns of the heads now fill the upper ' +
       'right half too. Look at the loss before and after.',
-    question: 'Every token can see the answer now. Why is the loss not 0?',
+    question: 'Every token can see the answer now. Does the loss fall?',
     answer:
-      'The model was trained without seeing later tokens, so it never learned to use them: ' +
-      'they mostly disturb it. A model trained this way would copy the answer, and could not write.'
+      'Hardly: this model predicted without them in training. It has not learned to use them, so ' +
+      'they mostly disturb it. A model trained this way would copy the answer, and could not ' +
+      'write.'
   }),
   breakStop(strongestHead, {
     title: 'Break it: one head',
@@ -111,10 +105,14 @@ const TEMPERATURE_STOP = {
   target: ['#next .card'],
   text:
     'Set the temperature to 0, then to 2. Look at the ten samples: each is a possible next ' +
-    'token. For 2, also let top-k keep all tokens.',
+    'token. The button for 2 also lets top-k keep all tokens.',
   formula: '',
   shapes: () => '',
-  example: samplingExample,
+  example: () => {
+    const {temperature} = state;
+    const share = `the most likely token has a chance of ${topAt(temperature)}`;
+    return `Now, at temperature ${temperature.toFixed(2)}, ${share}.`;
+  },
   tries: [
     ['Temperature 0', () => set({temperature: 0})],
     ['Temperature 2', () => set({temperature: 2, k: facts.vocab_size})]

@@ -9,17 +9,18 @@ import {
   T,
   arrays,
   facts,
-  hasNext,
   headName,
   isPostNorm,
+  isPredicted,
   row,
   sees,
   tokenQuoted,
   visibleKeys
 } from './model.js';
-import {predicted} from './ablation.js';
+
 import {attentionRow, queryKeyDots, score} from './heads.js';
 import {logitsAt} from './next.js';
+import {hasModel} from './live-model.js';
 import {filtered} from './sampling.js';
 
 const C = facts.model.n_embd;
@@ -63,7 +64,10 @@ function positionExample() {
     );
   }
   if (positions === 'rope') {
-    return 'The plot shows the cosines: the first pairs rotate fast, the last hardly at all.';
+    return (
+      'The plot shows the cosine of the angle of each pair of numbers: the first pairs rotate ' +
+      'fast, the last hardly at all.'
+    );
   }
   return 'Compare with a model that has positions.';
 }
@@ -91,7 +95,8 @@ function maskExample() {
     return `${here()} is at position ${state.t}: it can attend to ${count(state.t)}.`;
   }
   const last = visibleKeys[t].at(-1);
-  const answer = range(T, i => i).findLast(i => !hasNext(i) || !sees(i, i + 1));
+  const {eot_token: eot} = facts.model;
+  const answer = range(T, i => i).findLast(i => i > last && facts.ids[i] !== eot) ?? T - 1;
   return (
     `${tokenAndPlace(t)} is in the source: it can attend to ${count(t)}, also to later ones, ` +
     `up to ${tokenAndPlace(last)}. ${tokenAndPlace(answer)} can attend to ${count(answer)}, ` +
@@ -100,25 +105,27 @@ function maskExample() {
 }
 
 const HABITS = {
-  previous: 'looks at the token just before',
-  duplicate: 'looks at earlier copies of the same token',
+  previous: 'the token just before',
+  duplicate: 'earlier copies of the same token',
   induction:
-    'looks for an earlier copy of the token, and at what came after it: so it can continue ' +
-    'what it has seen before'
+    'what came after an earlier copy of the token: so it can continue what it has seen before'
 };
 
-/** [the head with the highest score of a kind, that score, the kind] */
+/** What one head does: its habit on random tokens if it is clear, otherwise what it does here. */
 function typicalHead() {
   const heads = range(L * H, n => [Math.floor(n / H), n % H]);
   const found = Object.keys(HABITS).flatMap(kind =>
     heads.map(([l, k]) => [headName(l, k), score(kind, l, k) || 0, kind])
   );
-  return found.reduce((best, x) => (x[1] > best[1] ? x : best));
-}
-
-function headsExample() {
-  const [name, value, kind] = typicalHead();
-  return `Head ${name} ${HABITS[kind]}: ${percent(value)} of its attention on random tokens.`;
+  const [name, value, kind] = found.reduce((best, x) => (x[1] > best[1] ? x : best));
+  if (value >= 0.2) {
+    const share = `${percent(value)} of its attention`;
+    return `on random tokens ${name} puts ${share} on ${HABITS[kind]}`;
+  }
+  if (!arrays.attention) return `${name} writes what the figure “Tokens raised and lowered” shows`;
+  const {name: key, p} = topKey();
+  const chosen = headName(state.layer, state.head);
+  return `${chosen} looks from ${here()} mostly at ${key} (${percent(p)})`;
 }
 
 function streamExample() {
@@ -145,12 +152,15 @@ function logitsExample() {
   const p = percent(row('lens', L, state.t)[0]);
   return (
     `After ${here()}, ${best} is the most likely token (${p}). ` +
-    'Read a column upwards to see in which layer the prediction emerges.'
+    'The figure does the same after each layer: read a column upwards.'
   );
 }
 
+/** Positions whose next token is predicted. */
+export const measured = () => range(T - 1, t => t).filter(t => isPredicted(t + 1));
+
 function lossExample() {
-  const places = predicted();
+  const places = measured();
   if (!places.length) return 'This text is too short: nothing in it is predicted.';
   const t = places.includes(state.t) ? state.t : places.at(-1);
   const loss = row('loss')[t];
@@ -162,8 +172,8 @@ function lossExample() {
   );
 }
 
-/** The probability of the most likely token at a temperature. */
-function topAt(temperature) {
+/** The chance of the most likely token at a temperature. */
+export function topAt(temperature) {
   const {logits, tail} = logitsAt(state.t);
   return percent(Math.max(...filtered(logits, temperature, V, 1, tail).p));
 }
@@ -211,6 +221,11 @@ export const NGRAMS = facts.embeddings.includes('n-grams')
   ? ' This model also adds a learned vector for each group of neighboring tokens (n-grams).'
   : '';
 
+const HINTS = [
+  !isPrefix && 'the mask, which hides later tokens,',
+  NGRAMS && 'the n-grams, which know direct neighbors,'
+].filter(Boolean);
+
 const WITHOUT_POSITIONS =
   positions === 'none'
     ? 'From how many tokens each one may look at; it gets no positions.'
@@ -219,9 +234,10 @@ const WITHOUT_POSITIONS =
         sinusoidal: 'A vector of the position is added to each token.',
         rope: 'Queries and keys are rotated by an angle that grows with the position.'
       }[positions] +
-      ' Without that, attention would treat “dog bites man” like “man bites dog”' +
-      (NGRAMS ? ', but for what the n-grams know about neighbors' : '') +
-      '. Whether a token comes earlier or later would still matter, since later ones are hidden.';
+      ' Without that, the tokens that a token looks at would be a heap without order: “dog bites ' +
+      'man” like “man bites dog”. ' +
+      (HINTS.length ? `Only ${HINTS.join(' and ')} would give a hint. ` : '') +
+      (hasModel ? 'At the end of the course you can try it.' : '');
 
 const GROUPS =
   facts.n_kv_head === H
@@ -230,13 +246,14 @@ const GROUPS =
 
 const MASK_TEXT =
   'The model learns by predicting each next token. If a token could look at later ones, it would ' +
-  'simply read the answer there. So these pairs are hidden: their scores are set to −∞.' +
+  'simply read the answer there. So these pairs are hidden: their scores are set to −∞, which ' +
+  'gives them no share at the next stop.' +
   (isPrefix
-    ? ' The source, the part before the separator <|endoftext|>, is given: nothing in it is ' +
-      'predicted. So its tokens look in both directions (prefix LM, Raffel et al. 2020). Only ' +
+    ? ' The source, the part before the separator &lt;|endoftext|&gt;, is given: nothing in it ' +
+      'is predicted. So its tokens look in both directions (prefix LM, Raffel et al. 2020). Only ' +
       'the target, the answer to it, is written from left to right.'
     : turns
-      ? ' This also holds in the source, the part before the separator <|endoftext|>.'
+      ? ' This also holds in the source, the part before the separator &lt;|endoftext|&gt;.'
       : '');
 
 /** Of one stop: title; target: selectors of what to highlight, the first that exists; text: static
@@ -291,10 +308,9 @@ export const STOPS = [
     target: ['#figure-terms', '#head'],
     text:
       `The model has ${L} <b>layer${L > 1 ? 's' : ''}</b>. Each has two parts, attention and an ` +
-      'MLP. ' +
-      '<b>Attention</b> lets tokens fetch information from other tokens. For this, three new ' +
-      'vectors are made of the vector of each token: what it looks for (<b>query</b>), what it ' +
-      'offers to be found by (<b>key</b>), and what it passes on (<b>value</b>). Each is a ' +
+      'MLP. <b>Attention</b> lets tokens fetch information from other tokens. For this, three ' +
+      'new vectors are made of the vector of each token: what it looks for (<b>query</b>), what ' +
+      'it offers to be found by (<b>key</b>), and what it passes on (<b>value</b>). Each is a ' +
       'product ' +
       'with a matrix of weights. ' + GROUPS,
     formula: 'q = x W<sub>Q</sub>,  k = x W<sub>K</sub>,  v = x W<sub>V</sub>',
@@ -362,15 +378,12 @@ export const STOPS = [
       'several times at once, with other weights: these are its <b>heads</b>. L0·H2 is head 2 of ' +
       'layer 0; we count from 0.',
     formula:
-      'head<sub>i</sub> = ' +
-      'softmax(Q<sub>i</sub> K<sub>i</sub><sup>T</sup> / √d<sub>h</sub>) V<sub>i</sub>',
+      'head<sub>i</sub> = softmax(Q<sub>i</sub> K<sub>i</sub><sup>T</sup> / √d<sub>h</sub>) ' +
+      'V<sub>i</sub>',
     shapes: () => `${L} layer${L > 1 ? 's' : ''} × ${H} heads, ${HS} dimensions each`,
-    example: headsExample,
-    question: 'Why several heads per layer? Name one of this model and what it does.',
-    answer: () => {
-      const [name, , kind] = typicalHead();
-      return `Each can look for something else. Head ${name}, for example, ${HABITS[kind]}.`;
-    }
+    example: () => `For example, ${typicalHead()}. Click a head to see it in full.`,
+    question: 'Why are there several heads per layer, and what does one of this model do?',
+    answer: () => `Each can look for something else. For example, ${typicalHead()}.`
   },
   {
     title: 'What a head writes',
@@ -425,7 +438,7 @@ export const STOPS = [
     question: 'What would happen without norms?',
     answer:
       'What is added would get larger and larger, or vanish, from layer to layer. Training with ' +
-      'many layers would fail.'
+      'many layers would often fail.'
   },
   {
     title: 'MLP',
@@ -434,9 +447,8 @@ export const STOPS = [
       'Attention moves information between tokens. The <b>MLP</b> works on each token by itself. ' +
       'It ' +
       `has ${integer(facts.neurons_in_a_layer)} <b>neurons</b> in each layer. ` +
-      'A neuron measures how ' +
-      'much a pattern is in the vector. If it is (the function act decides), the neuron adds its ' +
-      'own vector to the stream. Much of what a model knows is stored here.',
+      'A neuron measures how much a pattern is in the vector. If it is there (the function act ' +
+      'decides), it adds its own vector to the stream. Much of what a model knows is stored here.',
     formula: facts.gated
       ? 'MLP(x) = (act(x W<sub>G</sub>) · x W<sub>1</sub>) W<sub>2</sub>'
       : 'MLP(x) = act(x W<sub>1</sub>) W<sub>2</sub>',
@@ -470,9 +482,10 @@ export const STOPS = [
     target: ['#strip'],
     text:
       'How good is a prediction? Take the probability p that the model gave to the token that ' +
-      'did come next. Its <b>loss</b> is −ln p, in units called nats: 0 if p was 100%, and 1 ' +
-      'more each time p is divided by 2.72. Training changes the weights, step by step, so that ' +
-      'the mean loss falls. The deeper the orange of a token in the strip, the larger its loss.',
+      'did come next. Its <b>loss</b> is −ln p (ln: natural logarithm), in units called nats: 0 ' +
+      'if p was 100%, and 1 more each time p is divided by 2.72. Training changes the weights, ' +
+      'step by step, so that the mean loss falls. The deeper the orange of a token in the strip, ' +
+      'the larger its loss.',
     formula: 'loss = −ln p(next token)',
     shapes: () => `one loss for each token but the first; guessing blindly: ln ${integer(V)}`,
     example: lossExample,

@@ -185,7 +185,7 @@ async function answerWishes() {
 function display({facts: newFacts, arrays, found = []}, {text, hash, since, stays}) {
   setText(newFacts && {...newFacts, text}, arrays);
   for (const [wish, more] of found) fulfil(wish, more);
-  const end = stays ? {} : {t: T - 1, source: -1};
+  const end = stays ? {} : {t: DEFAULTS.t, source: -1};
   const {changes, frozen} = live;
   Object.assign(state, hash ? readHash(hash) : end, {text, changes, frozen});
   live.text = text;

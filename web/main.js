@@ -182,10 +182,10 @@ inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
 buildChanges();
+inSection('tour', buildTour); // before the panels: they are narrower beside it
 for (const [id, build] of Object.entries(sections)) {
   if (document.getElementById(id)) panel(id, build);
 }
-inSection('tour', buildTour);
 Object.assign(state, readHash()); // after the panels have registered their valid values
 redraw();
 followWindow();

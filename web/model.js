@@ -113,7 +113,7 @@ export function setText(newFacts, newArrays) {
   T = facts.ids.length;
   visibleKeys.length = rowStarts.length = 0;
   readMask();
-  DEFAULTS.t = T - 1;
+  DEFAULTS.t = startAt();
   LIMITS.t = [0, T - 1];
   LIMITS.source = [-1, T - 1];
 }
@@ -193,7 +193,7 @@ export function missing() {
 // State -------------------------------------------------------------------------------------------
 
 Object.assign(DEFAULTS, {
-  t: T - 1, // selected position
+  t: startAt(), // selected position
   layer: 0,
   head: 0,
   temperature: 0.8,
@@ -274,6 +274,21 @@ export function tokenName(id) {
 
 export const tokenChip = id =>
   h('span', {class: 'token', title: JSON.stringify(facts.vocabulary[id])}, tokenText(id));
+
+/** Whether the token at t is predicted from those before it: not if it is in a source that attention
+ * reads in both directions. */
+export function isPredicted(t) {
+  const {prefix_lm: isPrefix, eot_token: eot} = facts.model;
+  const sourceEnd = isPrefix ? facts.ids.indexOf(eot, 1) : 0;
+  return t > 0 && sourceEnd >= 0 && t > sourceEnd;
+}
+
+/** The position to begin with: the last one, but not behind a target that has ended. */
+function startAt() {
+  const {turns, eot_token: eot} = facts.model;
+  const isOver = turns && facts.ids.filter(id => id === eot).length % 2 === 1;
+  return Math.max(0, T - 1 - isOver);
+}
 
 /** Whether the text has a token after position t. */
 export const hasNext = t => t < T - 1;

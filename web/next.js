@@ -23,6 +23,7 @@ import {
   arrays,
   facts,
   hasNext,
+  isPredicted,
   row,
   sees,
   targetAt,
@@ -81,7 +82,7 @@ export function buildStrip() {
       strip.replaceChildren(...buttons);
     }
     buttons.forEach((button, t) => {
-      const rgb = mix('soft', 'warm', t ? Math.min(1, lossOf(t) / 8) : 0);
+      const rgb = mix('soft', 'warm', isPredicted(t) ? Math.min(1, lossOf(t) / 8) : 0);
       button.style.background = css(rgb);
       button.style.color = textOn(rgb);
       button.setAttribute('aria-pressed', t === state.t);

@@ -12,7 +12,7 @@ export function buildTour() {
   LIMITS.tour = [0, COURSE.length];
   const title = h('h2', {id: 'tour-title'});
   const text = h('p');
-  const formula = h('p', {class: 'formula', tabindex: 0, 'aria-label': 'Formula'});
+  const formula = h('p', {class: 'formula'});
   const shapes = h('p', {class: 'shapes'});
   const example = h('p', {class: 'look', 'aria-live': 'polite'});
   const tries = h('div', {class: 'tries'});
