@@ -1,4 +1,4 @@
-"""The course of explain.py's page (web/course.js, web/breaking.js), and the phrases at its end."""
+"""The course of explain.py's page (web/course.js, web/breaking.js) and its example."""
 import math
 import re
 

@@ -407,6 +407,7 @@ def test_explain_page_tour_covers_nothing(chromium, page, width):
             tab.locator('#tour .bar button').nth(1).click()
             tab.wait_for_timeout(200)
             wait_until_drawn(tab)
+            tab.wait_for_timeout(300)  # it scrolls once all is drawn
             (left, top, right, bottom), (box_left, box_top), room = tab.evaluate('''() => {
                 const shown = document.querySelector('.visited').getBoundingClientRect();
                 const box = document.getElementById('tour').getBoundingClientRect();

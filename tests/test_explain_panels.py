@@ -91,7 +91,7 @@ def test_explain_page_shows_bidirectional_attention(chromium, run, translator):
         assert 'not a prediction' in tab.locator('#where').text_content()
         assert 'causal' in tab.locator('#heads .content > .note').text_content()
         tab.locator('#tour-start').click()
-        for _ in range(4):
+        for _ in range(5):
             tab.locator('#tour .bar button').nth(1).click()
         assert tab.locator('#tour-title').text_content() == 'Attention mask'
         assert f'attend to 11 of {T}' in tab.locator('#tour .look').text_content()
