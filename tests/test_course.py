@@ -1,4 +1,4 @@
-"""The course of explain.py's page (web/course.js, web/breaking.js) and its example."""
+"""The course of explain.py's page (web/course.js, web/breaking.js), and the phrases at its end."""
 import math
 import re
 

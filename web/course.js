@@ -217,7 +217,7 @@ const POSITION_STOP = {
   }
 }[positions];
 
-export const NGRAMS = facts.embeddings.includes('n-grams')
+export const NGRAMS = facts.tables
   ? ' This model also adds a learned vector for each group of neighboring tokens (n-grams).'
   : '';
 

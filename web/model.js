@@ -275,8 +275,8 @@ export function tokenName(id) {
 export const tokenChip = id =>
   h('span', {class: 'token', title: JSON.stringify(facts.vocabulary[id])}, tokenText(id));
 
-/** Whether the token at t is predicted from those before it: not if it is in a source that attention
- * reads in both directions. */
+/** Whether the token at t is predicted: not the first one, nor a source that is read in both
+ * directions. */
 export function isPredicted(t) {
   const {prefix_lm: isPrefix, eot_token: eot} = facts.model;
   const sourceEnd = isPrefix ? facts.ids.indexOf(eot, 1) : 0;
