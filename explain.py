@@ -192,7 +192,7 @@ def collect_next_token(logits, next_tokens):
         'loss': F.cross_entropy(logits[:-1], next_tokens, reduction='none'),
         'rank': 1 + (logits[:-1] > next_logits).sum(dim=1),
     }
-    if T * vocab_size <= 2**17:
+    if T * vocab_size <= 2**16:
         arrays['logits'] = logits
         return facts, arrays
     facts['bins_per_nat'] = BINS_PER_NAT

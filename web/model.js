@@ -227,7 +227,7 @@ Object.assign(LIMITS, {
   threshold: [0, 1]
 });
 
-TEXTS.text = /^[^]{1,20000}$/;
+TEXTS.text = /^[^]{0,20000}$/;
 if (facts.engine) Object.assign(TEXTS, {changes: TEXTS.text, frozen: TEXTS.text});
 
 /** Select a head and scroll to its panel. */

@@ -23,6 +23,7 @@ import {
   arrays,
   facts,
   hasNext,
+  isOriginal,
   isPredicted,
   row,
   sees,
@@ -342,6 +343,7 @@ function histogramNote({p}) {
 }
 
 function reproduceNote() {
+  if (!isOriginal()) return ['Ten samples of these probabilities.'];
   const {turns, eot_token: eot} = facts.model;
   if (turns && state.t !== facts.ids.indexOf(eot, 1)) {
     return ['Ten samples. sample.py can draw them at the end of the first source only.'];
