@@ -439,6 +439,24 @@ def build_page(facts, arrays, weights=b''):
     return page.replace(DATA, data)
 
 
+def serve_pages(page, render, start, port, policy):
+    """Serve page, and render(text) for /?start=text, until Ctrl-C; start: the text of page."""
+    def answer(path, query):
+        text = query.get('start')
+        if path != '/':
+            return None
+        try:
+            return 200, 'text/html', page if text is None else render(text)
+        except UserError as error:
+            return 400, 'text/html', render(start, text=text, error=str(error))
+
+    try:
+        serve(answer, port, policy)
+    except KeyboardInterrupt:
+        ckpt.warn('stopped')
+        os._exit(130)  # a pass may be running: torch threads can crash a normal exit
+
+
 def main(config):
     if config.init_from == 'resume':
         config.out_dir = str(find(config.out_dir))
@@ -501,21 +519,9 @@ def main(config):
 
     page = render(start)
 
-    def answer(path, query):
-        text = query.get('start')
-        if path != '/':
-            return None
-        try:
-            return 200, 'text/html', page if text is None else render(text)
-        except UserError as error:
-            return 400, 'text/html', render(start, text=text, error=str(error))
-
     if config.serve:
-        try:
-            serve(answer, config.port, page_template('page.html', computes=bool(weights))[1])
-        except KeyboardInterrupt:
-            ckpt.warn('stopped')
-            os._exit(130)  # a pass may be running: torch threads can crash a normal exit
+        policy = page_template('page.html', computes=bool(weights))[1]
+        serve_pages(page, render, start, config.port, policy)
         return
     replaced = ', replacing the previous page' if path.exists() else ''
     with os_errors(f'{path}: cannot write'):

@@ -182,7 +182,7 @@ inSection('why', selectBestHead);
 inSection('run-facts', buildHeader);
 inSection('tokens', buildStrip);
 buildChanges();
-inSection('tour', buildTour); // before the panels: they are narrower beside it
+inSection('tour', buildTour); // before the panels: they are narrower next to it
 for (const [id, build] of Object.entries(sections)) {
   if (document.getElementById(id)) panel(id, build);
 }

@@ -283,7 +283,7 @@ export function isPredicted(t) {
   return t > 0 && sourceEnd >= 0 && t > sourceEnd;
 }
 
-/** The position to begin with: the last one, but not behind a target that has ended. */
+/** The position to begin with: the last one, but not after the end of a target. */
 function startAt() {
   const {turns, eot_token: eot} = facts.model;
   const isOver = turns && facts.ids.filter(id => id === eot).length % 2 === 1;

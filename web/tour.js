@@ -1,4 +1,4 @@
-// The course as a box beside the page: it walks through the stops of course.js and breaking.js.
+// The course as a box next to the page: it walks through the stops of course.js and breaking.js.
 
 import {LIMITS, Pending, h, set, state, watch} from './core.js';
 import {BREAK_STOPS} from './breaking.js';
