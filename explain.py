@@ -9,12 +9,10 @@ The page opens from disk and loads nothing from the network.
     python explain.py --out_dir=out-scan --start="jump twice<|endoftext|>JUMP JUMP"
 """
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from configurator import Bound, FilePath, Text, Which, configure
+from configurator import FilePath, Port, Text, Which, configure
 from lib.errors import UserError, os_errors, plural, require, user_errors
-
-Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 
 
 @dataclass
@@ -22,7 +20,7 @@ class Config:
     # model
     init_from: FilePath = 'resume'  # resume (out_dir), gpt2, ..., gpt2-xl, or a path to weights
     out_dir: FilePath = 'out'  # folder of a run; the page is its explain.html
-    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
+    checkpoint: Which = 'auto'  # last, best (by val loss) or a step; auto: docs/sampling.md
     checkpoints: Literal['last', 'all'] = 'last'  # all: also plot head scores over training
     compare: FilePath = ''  # show another one too: a run's folder, a file, ...; empty: none
     # text
@@ -58,19 +56,30 @@ from torch.nn import functional as F
 
 import checkpoint as ckpt
 import interpret
+from interpret.answers import Answers, circuit_tokens, curve_around, explained_tokens
 from interpret.causal import collect_ablations
 from interpret.compare import collect_comparison, collect_other, load_other
 from interpret.graph import collect_graphs
 from interpret.snippets import collect_snippets
 from interpret.step import collect_step
 from lib.files import find, printable, write_text
-from lib.page import DATA, compress, join_streams, nan_to_none, page_template, to_half
+from lib.page import (
+    DATA,
+    compress,
+    join_streams,
+    nan_to_none,
+    pack_answer,
+    page_template,
+    root_in_8_bits,
+    to_half,
+)
 from lib.page_weights import logit_difference, weights_for_page
 from lib.run import read_log
-from lib.serve import serve
+from lib.serve import Server, serve
 from lib.tokenizer import END_OF_TEXT, encode_prompt, encode_turns, read_prompt
 
 MAX_TOKENS = 256  # of the text
+MAX_PAGES = 4  # served pages that can be answered: each keeps the activations of its text
 MAX_PAGE_BYTES = 20_000_000  # a larger page drops arrays in the order of DROPPABLE
 MAX_DATA_WITH_WEIGHTS = 1_500_000  # if the page has the weights: it computes what is dropped
 CODE_BYTES = 500_000  # upper bound for style and scripts
@@ -94,7 +103,8 @@ DROPPED_TOGETHER = {
 TAIL_BINS = 2048
 BINS_PER_NAT = 32
 MODEL_KEYS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'position', 'norm', 'norm_position',
-              'activation', 'qk_norm', 'logit_softcap', 'bias', 'eot_token', 'turns', 'prefix_lm')
+              'activation', 'qk_norm', 'logit_softcap', 'bias', 'eot_token', 'turns', 'prefix_lm',
+              'ngram')
 
 
 # Data for the page --------------------------------------------------------------------------------
@@ -222,12 +232,9 @@ def collect_stream(model, trace, vocab_size):
 
 def collect_attribution(model, trace, logits, target):
     """Direct effect of each part on the logits of the target and of its strongest rivals."""
-    T, vocab_size = logits.shape
     config = model.config
     n_parts = config.n_layer * (config.n_head + 1) + 5
-    n_rivals = min(vocab_size - 1, max(2, min(24, 50_000 // (T * n_parts))))
-    rivals = logits.scatter(1, target[:, None], float('-inf')).topk(n_rivals).indices
-    tokens = torch.cat((target[:, None], rivals), dim=1)  # (T, K)
+    tokens = explained_tokens(logits, target, n_parts)  # (T, K)
     names, parts = interpret.attribute(model, trace, tokens)
     facts = {'parts': names}
     arrays = {
@@ -281,12 +288,7 @@ def collect_neurons(model, trace, vocab_size):
     tokens = [interpret.neuron_tokens(model, layer, torch.tensor(ids), n_tokens, vocab_size)
               for layer, ids in enumerate(neuron_ids)]
     pre = trace.pre[:, 0].gather(2, neurons)  # (L, T, 8)
-    curves = []
-    for layer, x in enumerate(pre):
-        low = 1.05 * x.min().clamp(max=-3).item()
-        high = 1.05 * x.max().clamp(min=3).item()
-        grid = torch.cat((torch.linspace(-4, 4, 81), torch.linspace(low, high, 81))).sort().values
-        curves.append(torch.stack((grid, interpret.activation_curve(model, layer, grid))))
+    curves = [curve_around(model, layer, x) for layer, x in enumerate(pre)]
     facts = {
         'gated': interpret.is_gated(model),
         'neurons_in_a_layer': trace.post.size(-1),
@@ -308,9 +310,7 @@ def collect_neurons(model, trace, vocab_size):
 
 def collect_circuits(model, trace, distinct, vocab_size):
     """QK and OV circuits among the first distinct tokens, and bigrams of all of them."""
-    n_heads = model.config.n_layer * model.config.n_head
-    limit = max(4, min(32, int(math.sqrt(40_000 / n_heads))))
-    circuit_ids = distinct[:limit]
+    circuit_ids = circuit_tokens(distinct, model.config)
     scale = trace.later_scale[:-1:2].mean(dim=(1, 2))  # (L,)
     qk, ov = interpret.token_circuits(model, torch.tensor(circuit_ids), scale, vocab_size)
     arrays = {'qk': to_half(qk), 'ov': to_half(ov)}  # (L, nh, N, N)
@@ -320,11 +320,6 @@ def collect_circuits(model, trace, distinct, vocab_size):
         arrays[f'bigram_{name}_ids'] = top.indices  # (N, 8)
         arrays[f'bigram_{name}_p'] = to_half(top.values)
     return {'circuit_ids': circuit_ids}, arrays
-
-
-def root_in_8_bits(probs):
-    """Probabilities as 255 * sqrt(p) in uint8: the root keeps small ones apart."""
-    return (probs.sqrt() * 255).round().byte()
 
 
 def token_text(token):
@@ -403,7 +398,8 @@ def pack(facts, arrays, room):
     room -= CODE_BYTES + len(json.dumps(facts))
     dropped = []
     for name, description in DROPPABLE.items():
-        if facts.get('engine') and name not in facts['of_text']['arrays']:
+        computes = facts.get('engine') or facts.get('server')
+        if computes and name not in facts['of_text']['arrays']:
             continue  # the page could not compute it
         size = sum(len(data) for _, _, data in streams.values()) * 4 / 3  # in base64
         if size < room:
@@ -427,7 +423,7 @@ def build_page(facts, arrays, weights=b''):
 
     weights: of lib/page_weights.py, which facts['engine'] describes.
     """
-    page, _ = page_template('page.html', computes=bool(weights))
+    page, _ = page_template('page.html', facts.get('server', False), bool(weights))
     weights = base64.b64encode(weights).decode()
     room = MAX_DATA_WITH_WEIGHTS if weights else MAX_PAGE_BYTES
     facts_json, blob = pack(facts, arrays, room)
@@ -439,19 +435,35 @@ def build_page(facts, arrays, weights=b''):
     return page.replace(DATA, data)
 
 
-def serve_pages(page, render, start, port, policy):
-    """Serve page, and render(text) for /?start=text, until Ctrl-C; start: the text of page."""
+def serve_pages(server, page, render, start, policy, make_answers):
+    """Serve page, and render(text) for /?start=text, until Ctrl-C; start: the text of page.
+
+    make_answers(): Answers, which each page has for itself.
+    """
+    pages = {}  # by the name that a page gives itself
+
     def answer(path, query):
         text = query.get('start')
         if path != '/':
             return None
         try:
-            return 200, 'text/html', page if text is None else render(text)
+            return 200, 'text/html', (page if text is None else render(text)).encode()
         except UserError as error:
-            return 400, 'text/html', render(start, text=text, error=str(error))
+            return 400, 'text/html', render(start, text=text, error=str(error)).encode()
+
+    def answer_message(path, body):
+        if path != '/ask':
+            return None
+        message = json.loads(body)
+        name, kind = message.pop('page'), message.pop('kind')
+        if name not in pages:
+            pages[name] = make_answers()
+        while len(pages) > MAX_PAGES:
+            del pages[next(iter(pages))]
+        return 200, 'application/octet-stream', pack_answer(pages[name].answer(kind, message))
 
     try:
-        serve(answer, port, policy)
+        serve(server, answer, policy, answer_message)
     except KeyboardInterrupt:
         ckpt.warn('stopped')
         os._exit(130)  # a pass may be running: torch threads can crash a normal exit
@@ -463,6 +475,7 @@ def main(config):
     path = Path(config.out_dir) / 'explain.html'
     require(not path.is_dir(), f'{path} is a folder: move it, or choose another --out_dir')
     start = read_prompt(config.start)
+    server = Server(config.port) if config.serve else None  # before the work, not after it
     source = config.out_dir if config.init_from == 'resume' else config.init_from
     checkpoint = ckpt.load(source, config.checkpoint, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
@@ -506,6 +519,7 @@ def main(config):
         facts['history'] = history[0]
         arrays |= history[1]
     engine_facts, weights, rounded = weights_for_page(model, tokenizer) or (None, b'', None)
+    facts['server'] = config.serve and not weights  # PyTorch answers what the page asks
 
     def render(prompt, **more_facts):
         ids = encode(prompt)
@@ -520,8 +534,9 @@ def main(config):
     page = render(start)
 
     if config.serve:
-        policy = page_template('page.html', computes=bool(weights))[1]
-        serve_pages(page, render, start, config.port, policy)
+        policy = page_template('page.html', facts['server'], bool(weights))[1]
+        serve_pages(server, page, render, start, policy,
+                    lambda: Answers(model, tokenizer, encode, max_tokens))
         return
     replaced = ', replacing the previous page' if path.exists() else ''
     with os_errors(f'{path}: cannot write'):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from interpret.changes import Attention
 from lib.errors import plural, require
 
 
@@ -45,7 +46,8 @@ class Trace:
     v: torch.Tensor  # (L, B, nkv, T, hs)
     mask: torch.Tensor  # (B, T, S) True where a query sees a key
     attention: torch.Tensor  # (L, B, nh, T, S) softmax(q k^T / sqrt(hs)) over mask; rows sum to 1
-    mixed: torch.Tensor  # (L, B, nh, T, hs) attention @ v, before the output projection
+    head_factors: torch.Tensor  # (L, nh, 1, 1) 1, unless interpret.changes scales heads
+    mixed: torch.Tensor  # (L, B, nh, T, hs) factor * attention @ v, before the output projection
     attn_out: torch.Tensor  # (L, B, T, C)
     pre: torch.Tensor  # (L, B, T, F) before the activation; for SwiGLU, the gate
     post: torch.Tensor  # (L, B, T, F) after the activation
@@ -85,9 +87,9 @@ def run(model, idx):
     scales = []
     for block in model.transformer.h:
         q, k, v = block.attn.project(x if block.post_norm else block.ln_1(x), rotary)
-        scores = q @ per_head(model, k).transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, S)
-        attention = scores.masked_fill(~mask, float('-inf')).softmax(dim=-1)
-        mixed = attention @ per_head(model, v)  # (B, nh, T, hs)
+        attend = block.attn.attend if isinstance(block.attn.attend, Attention) else Attention()
+        attention = attend.weights(q, k, mask)  # (B, nh, T, S)
+        mixed = attend.mix(attention, v)  # (B, nh, T, hs)
         attn_out = block.attn.c_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
         middle = x + attn_out
         if block.post_norm:
@@ -105,11 +107,11 @@ def run(model, idx):
         layers.append({
             'q': q, 'k': k, 'v': v, 'attention': attention, 'mixed': mixed, 'attn_out': attn_out,
             'middle': middle, 'pre': pre[..., :post.size(-1)], 'post': post, 'mlp_out': mlp_out,
+            'head_factors': attend.factors * q.new_ones(q.size(1), 1, 1),
         })
-    activations = {}
-    for name in list(layers[0]):
-        # popped so that only one name at a time is in memory twice
-        activations[name] = torch.stack([layer.pop(name) for layer in layers])
+    # popped so that only one name at a time is in memory twice
+    activations = {name: torch.stack([layer.pop(name) for layer in layers])
+                   for name in list(layers[0])}
     final_scale = norm_scale(model.transformer.ln_f, x)
     later = [final_scale]
     for scale in reversed(scales or [torch.ones_like(final_scale)] * (2 * len(layers))):
@@ -303,6 +305,7 @@ def effect_by_source(model, trace, tokens, b=0):
         read = U[tokens] * trace.later_scale[2 * layer, b][:, None]  # (T, C)
         read_head = torch.einsum('tc,hcd->htd', read, output_matrices(model, layer))  # (nh, T, hs)
         v = per_head(model, trace.v[layer, b])  # (nh, S, hs)
+        v = v * trace.head_factors[layer]
         effects.append(trace.attention[layer, b] * (read_head @ v.transpose(-2, -1)))
     return torch.stack(effects)
 
@@ -366,7 +369,7 @@ def activation_curve(model, layer, x):
     pre = x[:, None, None].expand(-1, 1, mlp.c_proj.weight.size(1))  # (N, 1, F)
     if is_gated(model):
         pre = torch.cat((pre, torch.ones_like(pre)), dim=-1)
-    return mlp.activate(pre)[:, 0, 0]
+    return type(mlp).activate(mlp, pre)[:, 0, 0]  # without changes of neurons
 
 
 def is_gated(model):

@@ -34,11 +34,21 @@ def ablate(model, trace, target, means=None, b=0, vocab_size=None):
     heads and the MLP. losses is the increase of -log p(target) in nats, logits the change of its
     logit.
     """
+    n_parts = model.config.n_head + 1
+    parts = [(kind, part) for kind in KINDS for part in range(n_parts)]
+    found = [ablate_parts(model, trace, target, layer, parts, means, b, vocab_size)
+             for layer in range(model.config.n_layer)]
+    losses, logits = (torch.stack(x).unflatten(1, (2, n_parts)) for x in zip(*found))
+    return losses.transpose(0, 1), logits.transpose(0, 1)
+
+
+@torch.no_grad()
+def ablate_parts(model, trace, target, layer, parts, means=None, b=0, vocab_size=None):
+    """The same for some parts of one layer, [(one of KINDS, head, or nh for the MLP)]. Returns
+    (losses, logits), each (parts, T)."""
     if means is None:
         means = (trace.mixed[:, b].mean(dim=2), trace.post[:, b].mean(dim=1))
-    T = target.size(0)
-    position = torch.arange(T, device=target.device)
-    rotary = model.rotary(position)
+    rotary = model.rotary(torch.arange(target.size(0), device=target.device))
     mask = trace.mask[b][None, None]  # (1, 1, T, T)
 
     def measure(logits):
@@ -48,48 +58,47 @@ def ablate(model, trace, target, means=None, b=0, vocab_size=None):
         return loss, logits.gather(1, target[:, None])[:, 0]
 
     loss, logit = measure(trace.logits[b])
-    losses = []
-    logits = []
-    for layer, block in enumerate(model.transformer.h):
-        swap = Replacement(model, means[0][layer], means[1][layer])
-        x = trace.residual[layer, b].expand(swap.rows, -1, -1)
-        handles = [block.attn.c_proj.register_forward_pre_hook(swap.heads),
-                   block.mlp.c_proj.register_forward_pre_hook(swap.mlp)]
-        try:
-            x = block(x, rotary, mask)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for later in model.transformer.h[layer + 1:]:
-            x = later(x, rotary, mask)
-        # not all of (rows, T, V) at once
-        rows = [measure(model.to_logits(model.transformer.ln_f(row))) for row in x]
-        losses.append(torch.stack([row[0] - loss for row in rows]).unflatten(0, (2, -1)))
-        logits.append(torch.stack([row[1] - logit for row in rows]).unflatten(0, (2, -1)))
-    return torch.stack(losses, dim=1), torch.stack(logits, dim=1)
+    swap = Replacement(model, parts, means[0][layer], means[1][layer])
+    x = trace.residual[layer, b].expand(len(parts), -1, -1)
+    block, *later_blocks = model.transformer.h[layer:]
+    handles = [block.attn.c_proj.register_forward_pre_hook(swap.heads),
+               block.mlp.c_proj.register_forward_pre_hook(swap.mlp)]
+    try:
+        x = block(x, rotary, mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for later in later_blocks:
+        x = later(x, rotary, mask)
+    # not all of (parts, T, V) at once
+    rows = [measure(model.to_logits(model.transformer.ln_f(row))) for row in x]
+    return (torch.stack([row[0] - loss for row in rows]),
+            torch.stack([row[1] - logit for row in rows]))
 
 
 class Replacement:
     """Hooks on the output projections of a block over a batch with one part replaced in each row:
-    head 0, 1, ... and the MLP by zeros, then the same by their means."""
+    parts as in `ablate_parts`."""
 
-    def __init__(self, model, head_means, mlp_mean):
+    def __init__(self, model, parts, head_means, mlp_mean):
         """head_means: (nh, hs); mlp_mean: (F,)."""
         self.n_head = model.config.n_head
-        self.rows = len(KINDS) * (self.n_head + 1)
-        self.by_head = torch.stack((torch.zeros_like(head_means), head_means))  # (2, nh, hs)
-        self.by_mlp = torch.stack((torch.zeros_like(mlp_mean), mlp_mean))  # (2, F)
+        self.parts = parts
+        self.head_means, self.mlp_mean = head_means, mlp_mean
 
     def heads(self, module, args):
-        mixed = args[0].unflatten(0, (2, -1)).unflatten(-1, (self.n_head, -1)).clone()
-        for head in range(self.n_head):
-            mixed[:, head, :, head] = self.by_head[:, None, head]  # (2, T, hs)
-        return mixed.flatten(-2).flatten(0, 1)
+        mixed = args[0].unflatten(-1, (self.n_head, -1)).clone()
+        for row, (kind, part) in enumerate(self.parts):
+            if part < self.n_head:
+                mixed[row, :, part] = 0 if kind == 'zero' else self.head_means[part]
+        return mixed.flatten(-2)
 
     def mlp(self, module, args):
-        post = args[0].unflatten(0, (2, -1)).clone()
-        post[:, -1] = self.by_mlp[:, None]
-        return post.flatten(0, 1)
+        post = args[0].clone()
+        for row, (kind, part) in enumerate(self.parts):
+            if part == self.n_head:
+                post[row] = 0 if kind == 'zero' else self.mlp_mean
+        return post
 
 
 def collect_ablations(model, trace, target, vocab_size, means=None):

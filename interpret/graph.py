@@ -59,7 +59,8 @@ class Frozen:
                 self.read.append(fold(norm, weight) if pre_norm else weight)
                 scale = norm_scale(norm, x) if pre_norm else torch.ones_like(x[:, 0])
                 self.read_scale.append(scale)  # (T,)
-            self.write.append(block.attn.c_proj.weight.T.unflatten(0, (n_q, -1)))  # (nh, hs, C)
+            W_O = block.attn.c_proj.weight.T.unflatten(0, (n_q, -1))  # (nh, hs, C)
+            self.write.append(W_O * trace.head_factors[layer])
             self.write.append(block.mlp.c_proj.weight.T)  # (F, C)
             self.slope.append(self.slopes(block.mlp, layer))
         sizes = [(len(self.embeddings) + 1) * self.T]

@@ -2,6 +2,7 @@
 import base64
 import functools
 import hashlib
+import json
 import math
 import re
 import zlib
@@ -71,8 +72,8 @@ def join_modules(page, scripts, mark):
     return code, re.sub(f'({scripts})+', lambda match: mark, page)
 
 
-def compress(tensor):
-    """(dtype, shape, a deflate stream) of a tensor.
+def compress(tensor, level=6):
+    """(dtype, shape, a deflate stream) of a tensor; level: of compression, 0 to 9.
 
     Multi-byte numbers are split into byte planes (all first bytes, then all second bytes, ...),
     which compress better. Integers get the smallest dtype that holds the largest.
@@ -82,7 +83,7 @@ def compress(tensor):
         array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
     as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     planes = as_bytes.reshape(-1, array.dtype.itemsize).T
-    return str(array.dtype), array.shape, zlib.compress(planes.tobytes(), 6)
+    return str(array.dtype), array.shape, zlib.compress(planes.tobytes(), level)
 
 
 def join_streams(streams):
@@ -96,6 +97,26 @@ def join_streams(streams):
     return index, b''.join(data for _, _, data in streams.values())
 
 
+def pack_answer(value):
+    """JSON with tensors in it as bytes, for web/live-model.js: a line with the places of all
+    tensors, a line of JSON, in which {"array": i} stands for the i-th, and the tensors."""
+    streams = {}
+
+    def without_tensors(value):
+        if isinstance(value, dict):
+            return {key: without_tensors(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [without_tensors(item) for item in value]
+        if not hasattr(value, 'numpy'):
+            return value
+        streams[len(streams)] = compress(value, level=0)  # it does not travel far
+        return {'array': len(streams) - 1}
+
+    text = json.dumps(nan_to_none(without_tensors(value)))
+    index, data = join_streams(streams)
+    return f'{json.dumps(list(index.values()))}\n{text}\n'.encode() + data
+
+
 def nan_to_none(value):
     """value with every NaN and infinity replaced by None: JSON has neither."""
     if isinstance(value, dict):
@@ -105,6 +126,11 @@ def nan_to_none(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def root_in_8_bits(probs):
+    """Probabilities as 255 * sqrt(p) in uint8: the root keeps small ones apart."""
+    return (probs.sqrt() * 255).round().byte()
 
 
 def to_half(x):

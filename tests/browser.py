@@ -40,7 +40,7 @@ def opened(chromium, path, state='', width=1280, **options):
 
 
 def wait_until_drawn(tab):
-    tab.wait_for_selector('html[data-ready][data-settled]', timeout=30_000)
+    tab.wait_for_selector('html[data-ready][data-settled]', timeout=60_000)
 
 
 def table(tab, name):

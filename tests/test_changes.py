@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import interpret
 from browser import assert_close, opened, table, wait_until_drawn, write_page
 from helpers import awake, collect, tokens
+from interpret import causal
 from test_live import CHARACTERS, write_live_page
 
 GROUPED = {'position': 'rope', 'norm': 'rmsnorm', 'activation': 'relu2', 'qk_norm': True,
@@ -171,6 +173,28 @@ def test_changes_are_those_of_pytorch_hooks(chromium, tmp_path, options):
             assert_close([stated.replace('−', '-')], before[t, target][None])
 
 
+def test_ablations_of_a_changed_model_equal_those_of_pytorch(chromium, tmp_path):
+    model = awake(**GROUPED)
+    page = write_live_page(tmp_path / 'page.html', model, IDS)
+    with opened(chromium, page, '#ablation=mean&effect=mean&t=4') as tab:
+        visit(tab, changes='L1.H2=0,mlp0=0', ablation='mean', effect='mean', t=4)
+        tab.locator('#ablation').scroll_into_view_if_needed()
+        tab.wait_for_selector('#figure-ablation canvas')
+        rows = table(tab, 'ablation')
+        readout = tab.locator('#figure-ablation .readout').text_content()
+    with torch.no_grad():  # the same function, by other weights
+        model.transformer.h[1].attn.c_proj.weight[:, 16:24] = 0
+        model.transformer.h[0].mlp.c_proj.weight.zero_()
+    trace = interpret.run(model, idx(IDS))
+    target = torch.tensor([*IDS[1:], trace.logits[0, -1].argmax()])
+    losses, logits = causal.ablate(model, trace, target)
+    for row, loss, logit in zip(rows, losses.flatten(1, 2).unbind(1),
+                                logits.flatten(1, 2).unbind(1), strict=True):
+        expected = [[loss[kind, 4], logit[kind, 4], loss[kind, :-1].mean()] for kind in range(2)]
+        assert_close(row[1:], torch.tensor(expected).flatten())
+    assert 'Means are over this text' in readout
+
+
 @pytest.mark.slow
 def test_attention_panel_shows_what_was_set(chromium, tmp_path):
     model = awake(**GROUPED)
@@ -214,7 +238,8 @@ def test_changes_by_keyboard_alone(chromium, tmp_path):
         press('Switch off positions')
         press('Freeze attention', 'Space')
         assert [item[0] for item in listed()] == [
-            'L1·H2', 'MLP 1', 'positions', f'attention as in “{TEXT}”']
+            'L1·H2', 'MLP 1', 'positions',
+            f'attention weights as in “{TEXT}”, whatever mask and scores say']
         assert 'changes=L1.H2%3D0%2Cmlp1%3D0%2Cpositions%3D0' in tab.url
         tab.locator('#changes input').first.focus()
         tab.keyboard.press('ArrowRight')
@@ -233,6 +258,8 @@ def test_changes_by_keyboard_alone(chromium, tmp_path):
         press('Reset')
         assert tab.locator('#changes').is_hidden() and table(tab, 'next-token') == original
         assert 'changes' not in tab.url.split('#')[1] and 'frozen' not in tab.url
+        visit(tab, changes='L0.H0@2.4=1')
+        assert listed()[0][0].endswith(' (4), which it does not see')
 
 
 INVALID = ['L9.H0=0', 'L0.H4=0', 'mlp0=3', 'mlp0=-1', 'L0.n128=0', 'ngrams=0', 'mask=1', 'x=0',

@@ -320,7 +320,7 @@ def test_page_compares_models_of_other_shapes(chromium, tmp_path, T):
         wait_until_drawn(tab)
         for panel in ('step', 'compare'):
             text = tab.locator(f'#{panel}').text_content()
-            assert 'Computed when the page is written' in text
+            assert 'computed when the page is written' in text
         assert not tab.locator('#figure-compare-loss').count()
         assert len(table(tab, 'compare-scores-other')) == 6  # of the weights
 

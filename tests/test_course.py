@@ -1,4 +1,5 @@
 """The course of explain.py's page (web/course.js, web/breaking.js), and the phrases at its end."""
+import itertools
 import math
 import re
 
@@ -6,10 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import interpret
 from browser import opened, wait_until_drawn, write_page
 from data.phrases.prepare import phrases
 from helpers import awake, char_tokenizer, collect, tokens
-from test_changes import GROUPED, changed, scaled_positions
+from test_changes import GROUPED, changed, scaled_positions, visit
 from test_live import SOURCES, write_live_page
 
 IDS = tokens(9).tolist()
@@ -32,6 +34,16 @@ def open_stop(tab, stop):
                           f'document.querySelector("#tour .bar span").textContent'
                           f'.startsWith("{stop} ")')
     wait_until_drawn(tab)
+
+
+def assert_shown(tab, name):
+    """A figure is highlighted, and nothing covers its top."""
+    tab.wait_for_selector(f'#{name}.visited')
+    tab.wait_for_function("""name => {
+        const top = document.getElementById(name).getBoundingClientRect().top;
+        return top >= document.getElementById('strip').getBoundingClientRect().bottom
+            && top < innerHeight / 2;
+    }""", arg=name)
 
 
 def number(text, before, after=''):
@@ -94,6 +106,7 @@ def test_course_examples_equal_pytorch(chromium, tmp_path):
         tab.wait_for_function('document.querySelector("#tour .look").textContent.includes("→")')
         wait_until_drawn(tab)
         assert 'changes=positions%3D0' in tab.url
+        assert_shown(tab, 'figure-next-token')
         with changed(model, lambda model: scaled_positions(model, 0)):
             after = losses().mean().item()
         text = example.text_content()
@@ -102,6 +115,7 @@ def test_course_examples_equal_pytorch(chromium, tmp_path):
         tab.locator('#tour .bar button').nth(1).click()  # the next stop begins with a whole model
         wait_until_drawn(tab)
         assert 'changes' not in tab.url
+        assert_shown(tab, 'figure-heads')
         open_stop(tab, 19)
         for name, state in (('Temperature 0', 'temperature=0'), ('Temperature 2', 'temperature=2')):
             tab.get_by_role('button', name=name).click()
@@ -112,13 +126,32 @@ def test_course_examples_equal_pytorch(chromium, tmp_path):
         assert 'temperature' not in tab.url
 
 
+@pytest.mark.slow
+def test_course_names_what_a_neuron_raises(chromium, tmp_path):
+    model = awake(activation='swiglu')  # whose activations may be negative
+    path = write_live_page(tmp_path / 'page.html', model, IDS)
+    trace = interpret.run(model, torch.tensor([IDS]))
+    signs = set()
+    with opened(chromium, path, '#tour=12') as tab:
+        for layer, t in itertools.product(range(2), range(9)):
+            neuron = interpret.strongest_neurons(model, trace, 1)[layer, t, 0]
+            post = trace.post[layer, 0, t, neuron]
+            written = post * model.transformer.h[layer].mlp.c_proj.weight[:, neuron]
+            raised = (interpret.against_mean(model, 40) @ written).topk(3).indices
+            visit(tab, tour=12, layer=layer, t=t)
+            shown = re.search(r'it makes (.*) more likely', tab.locator('.look').text_content())[1]
+            assert shown == ', '.join(f'“{chr(48 + i)}”' for i in raised)
+            signs.add(post.item() < 0)
+    assert signs == {True, False}
+
+
 def test_course_by_keyboard(chromium, tmp_path):
     path = write_live_page(tmp_path / 'page.html', awake(**SOURCES), SENTENCE,
                            char_tokenizer(48, 41))
     with opened(chromium, path, '#t=2') as tab:
         tab.locator('#tour-start').focus()
         tab.keyboard.press('Enter')
-        for _ in range(5):
+        for _ in range(4):
             tab.keyboard.press('Enter')  # Next has the focus
         assert tab.locator('#tour h2').text_content() == 'Attention mask'
         # position 1 of the source sees all of it: tokens 0 to 3; the last of the target sees 0 to 6
@@ -139,7 +172,7 @@ def test_pairs_begin_at_the_end_of_the_target(chromium, tmp_path):
     path = write_live_page(tmp_path / 'page.html', awake(**SOURCES), SENTENCE,
                            char_tokenizer(48, 41))
     with opened(chromium, path) as tab:
-        assert tab.locator('#where').text_content().startswith('Position 6 of 7')
+        assert tab.locator('#where').text_content().startswith('Position 6 (0 to 7)')
         colors = tab.locator('#tokens button').evaluate_all(
             'all => all.map(x => x.style.background)')
         assert len(set(colors[:5])) == 1  # the source is not predicted: no loss

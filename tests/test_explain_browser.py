@@ -309,7 +309,7 @@ def test_explain_page_panels_follow_selected_token(chromium, page):
         before = {name: tab.locator(f'#{name}').inner_html() for name in following}
         token.click()
         wait_until_drawn(tab)
-        assert where.text_content().startswith('Position 4 of 31: ')
+        assert where.text_content().startswith('Position 4 (0 to 31): ')
         assert token.get_attribute('aria-pressed') == 'true'
         for name, html in before.items():
             assert tab.locator(f'#{name}').inner_html() != html, name
@@ -373,7 +373,8 @@ def test_explain_page_keyboard_reaches_parts_of_drawings(chromium, page):
             tab.keyboard.press('ArrowRight')
         writer, reader, excess = table(tab, 'composition')[0]
         text = tab.locator('#tip').text_content()
-        assert text.startswith(f'{reader} reads {writer}: {float(excess):.4f}'.replace('-', '−'))
+        line = f'{reader} reads {writer}: {float(excess):.4f}'
+        assert text.startswith(line if float(excess) > 0 else 'head L1·H1')  # no excess, no line
         tab.locator('#figure-eigenvalues circle[tabindex="0"]').focus()
         assert re.search(r'\d [+−] \d.*i$', tab.locator('#tip').text_content())
 
@@ -467,17 +468,24 @@ def test_served_page_of_large_model_takes_new_texts(chromium, clone, run, char_d
     with served(clone, f'--out_dir={tmp_path}', '--start=def') as (_, url), \
             opened(chromium, url, accept_downloads=True) as tab:
         tab.locator('#live-text').fill('return ' * 6)
-        tab.get_by_role('button', name='Run').click()
-        tab.wait_for_url('**/?start=return*')
         wait_until_drawn(tab)
         notice = tab.locator('#notice')
         assert 'first 10 tokens are left out. 32 fit' in notice.text_content()
         assert notice.is_visible()
+        assert 'press Run' in tab.locator('#graph').text_content()
         tab.locator('#live-text').fill('return')
-        tab.get_by_role('button', name='Run').click()
-        tab.wait_for_url('**/?start=return')
         wait_until_drawn(tab)
-        assert tab.locator('#tokens button').count() == 6
+        assert notice.is_hidden() and tab.locator('#tokens button').count() == 6
+        tab.get_by_role('button', name=re.compile('Switch off all heads of layer')).click()
+        tab.wait_for_selector('#changes li')
+        wait_until_drawn(tab)
+        tab.get_by_role('button', name='Run').click()  # a page with all that is computed for it
+        tab.wait_for_url('**/?start=return#changes=*')
+        wait_until_drawn(tab)
+        assert tab.locator('#changes li').count() == 1
+        tab.get_by_role('button', name='Reset').click()
+        wait_until_drawn(tab)
+        assert tab.locator('#tokens button').count() == 6 and tab.locator('#figure-graph').count()
         for name, kind in (('flow', 'PNG'), ('attention', 'SVG'), ('why', 'CSV')):
             with tab.expect_download():
                 tab.locator(f'#figure-{name}').get_by_role('button', name=f'save {kind}').click()

@@ -25,7 +25,7 @@ def test_explain_page_works_without_dropped_arrays(chromium, tmp_path, monkeypat
     monkeypatch.setattr(explain, 'MAX_PAGE_BYTES', 0)
     facts, arrays = collect(tiny(), char_tokenizer(48, 40), tokens(9).tolist())
     hostile = '</script><script>document.title = "x"</script><!--'
-    facts |= NO_RUN | {'live': True, 'error': hostile}
+    facts |= {'run': NO_RUN['run'] | {'path': hostile}}
     path = write_page(tmp_path / 'page.html', facts, arrays)
     with opened(chromium, path, '#tour=1') as tab:
         for _ in range(16):
@@ -33,19 +33,16 @@ def test_explain_page_works_without_dropped_arrays(chromium, tmp_path, monkeypat
             wait_until_drawn(tab)
         assert tab.locator('#tour').is_hidden()
         assert tab.locator('#heads .thumbs button').count() == 8
-        notice = tab.locator('#strip #notice')  # next to the text box
-        assert notice.text_content() == hostile and notice.is_visible()
-        assert tab.locator('#live-text').get_attribute('aria-invalid') == 'true'
+        assert tab.locator('#run-name').text_content() == hostile
         assert 'Left out' in tab.locator('#accuracy').text_content()
 
 
 def test_explain_page_single_token_single_layer(chromium, tmp_path):
     config = GPTConfig(block_size=2, vocab_size=40, n_layer=1, n_head=1, n_embd=8, position='none')
     facts, arrays = collect(GPT(config).eval(), char_tokenizer(48, 40), [5])
-    path = write_page(tmp_path / 'page.html', facts | NO_RUN | {'live': True}, arrays)
+    path = write_page(tmp_path / 'page.html', facts | NO_RUN, arrays)
     with opened(chromium, path) as tab:
-        assert tab.locator('#where').text_content().startswith('Position 0 of 0: ')
-        assert tab.locator('#live-text').input_value() == '5'
+        assert tab.locator('#where').text_content().startswith('Position 0 (0 to 0): ')
         assert tab.locator('#figure-why .picture svg').count() == 1
 
 

@@ -5,6 +5,7 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import explain
 import interpret
@@ -51,6 +52,7 @@ def reference(chromium, tmp_path_factory):
     ids = tokens(9).tolist()
     path = write_live_page(tmp_path_factory.mktemp('live') / 'page.html', model, [5] * 12)
     with opened(chromium, path, '#layer=2&head=3&lens=1') as tab:
+        type_text(tab, CHARACTERS.decode(ids[:8]))  # its numbers are used again
         type_text(tab, CHARACTERS.decode(ids))
         tab.locator('#tokens button').nth(5).click()
         wait_until_drawn(tab)
@@ -68,6 +70,16 @@ def reference(chromium, tmp_path_factory):
                                   'circuit'])
 def test_tables_of_typed_text_match_model(reference, name):
     getattr(explain_browser, f'test_explain_page_{name}_tables_match_model')(reference)
+
+
+def test_losses_and_ranks_of_typed_text_match_model(reference):
+    logits = reference.trace.logits[0, :-1]
+    targets = torch.tensor(reference.ids[1:])
+    losses = F.cross_entropy(logits, targets, reduction='none').tolist()
+    ranks = 1 + (logits > logits.gather(1, targets[:, None])).sum(dim=1)
+    titles = reference.tab.locator('#tokens button').evaluate_all('all => all.map(x => x.title)')
+    assert titles[1:] == [f'loss {loss:.2f} nats, rank {rank} of 40'
+                          for loss, rank in zip(losses, ranks, strict=True)]
 
 
 def tables(tab):
@@ -115,12 +127,14 @@ def test_typed_text_shows_what_its_own_page_shows(chromium, tmp_path, options):
     with opened(chromium, typed, '#' + urlencode(selection | {'text': text})) as tab:
         assert tab.locator('#live-text').input_value() == text
         assert tab.locator('#where').text_content() == places  # the address keeps the selection
+        tab.locator('#ablation').scroll_into_view_if_needed()
+        tab.wait_for_selector('#figure-ablation canvas')
         shown = tables(tab)
         only_when_written = expected.keys() - shown.keys()
         assert only_when_written == {
             f'figure-{name}' for name in (
-                'ablation', 'graph', 'graph-nodes', 'gradients', 'head-gradients', 'step-loss',
-                'step-before', 'step-after')}
+                'graph', 'graph-nodes', 'gradients', 'head-gradients', 'step-loss', 'step-before',
+                'step-after')}
         assert_same(shown, {name: rows for name, rows in expected.items()
                             if name not in only_when_written})
 
@@ -152,12 +166,14 @@ def test_panels_keep_tables_and_selection_while_typing(chromium, tmp_path):
         tab.keyboard.type('8@')
         wait_until_drawn(tab)
         assert shown_text(tab) == ['5', '6', '7', '8', '@']
-        assert tab.locator('#where').text_content().startswith('Position 4 of 4')
+        assert tab.locator('#where').text_content().startswith('Position 4 (0 to 4)')
         after = table(tab, 'logit-lens')  # still open
         assert len(after) == 3 * 5 and len(before) == 3 * 3
         assert tab.locator('#head select').nth(1).input_value() == '2'
         assert 'text=5678%40' in tab.url and 't=' not in tab.url.replace('text=', '')
         assert box.evaluate('box => box === document.activeElement')
+        tab.locator('#tokens button').nth(3).click()
+        assert 'next token @ ·' in tab.locator('#where').text_content()
         type_text(tab, '567')  # the page's own text, as PyTorch computed it
         assert table(tab, 'logit-lens') == before
         assert 'text=' not in tab.url
@@ -264,6 +280,6 @@ def test_page_says_that_the_model_cannot_run(chromium, tmp_path, cause):
     tab.goto(f'file://{path}')
     notice = tab.locator('#notice')
     notice.wait_for()
-    assert notice.text_content().startswith('This browser cannot run the model: ')
+    assert notice.text_content().startswith('The model cannot run in this page: ')
     assert table(tab, 'next-token')  # of the page's own text
     tab.close()

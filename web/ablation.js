@@ -1,4 +1,4 @@
-// What each head and each MLP is worth: the model run without it, by explain.py.
+// What each head and each MLP is worth: the model run without it, by explain.py or the Worker.
 
 import {matrix} from './charts.js';
 import {
@@ -14,20 +14,23 @@ import {
   set,
   state,
   sum,
+  visiblePanels,
   watch
 } from './core.js';
+import {inBackground, wake} from './live.js';
+import {ask, hasModel} from './live-model.js';
 import {
   H,
   L,
   T,
+  addToText,
   arrays,
   facts,
   hasNext,
   headName,
   isOriginal,
-  onlyWhenWritten,
+  measured,
   row,
-  sees,
   targetAt,
   tokenQuoted
 } from './model.js';
@@ -39,20 +42,50 @@ Object.assign(DEFAULTS, {ablation: 'zero', effect: 'loss'});
 const columnOf = k => (k === H ? 'MLP' : `H${k}`);
 const partAt = (l, k) => (k === H ? `the MLP of L${l}` : headName(l, k));
 
-/** Positions whose next token is a prediction: attention does not see it. */
-export const predicted = () => range(T, t => t).filter(t => hasNext(t) && !sees(t, t + 1));
-
 /** Effect of an ablation of part k of layer l: on this token's loss or logit, or on the mean. */
 function ablationEffect(kind, effect, l, k) {
   const name = effect === 'logit' ? 'ablation_logit' : 'ablation_loss';
   const changes = row(name, ABLATIONS.indexOf(kind), l, k);
   if (effect !== 'mean') return changes[state.t];
-  const places = predicted();
+  const places = measured();
   return sum(places.map(t => changes[t])) / places.length;
 }
 
+// Ablations of a typed text: the Worker computes them one by one while the panel is visible.
+const ablations = {mask: null, effects: [], size: 0, draw: () => {}};
+
+function ablateNext() {
+  const isMissing = !isOriginal() && !arrays.ablation_loss;
+  return isMissing && visiblePanels().includes('ablation') ? ablateMore(arrays.mask) : null;
+}
+
+/** mask: a text has its own. */
+async function ablateMore(mask) {
+  if (ablations.mask !== mask) Object.assign(ablations, {mask, effects: []});
+  const {effects, size} = await ask('ablate', {start: ablations.effects.length});
+  ablations.effects.push(...effects);
+  ablations.size = size;
+  if (arrays.mask !== mask) return; // another text
+  if (ablations.effects.length === size) {
+    const shape = [ABLATIONS.length, L, H + 1, T];
+    const join = name => {
+      const data = Float32Array.from(ablations.effects.flatMap(effect => [...effect[name]]));
+      return {data, shape};
+    };
+    const newArrays = {ablation_loss: join('loss'), ablation_logit: join('logit')};
+    addToText({ablation_mean: 'text'}, newArrays);
+  }
+  ablations.draw();
+}
+
+if (hasModel) {
+  inBackground(ablateNext);
+  new IntersectionObserver(wake).observe(document.getElementById('ablation'));
+}
+
 function ablationTable() {
-  const effects = ['loss', 'logit', 'mean'].filter(x => x !== 'mean' || predicted().length);
+  if (!arrays.ablation_loss) return [['part'], []];
+  const effects = ['loss', 'logit', 'mean'].filter(x => x !== 'mean' || measured().length);
   const columns = ABLATIONS.flatMap(kind => effects.map(effect => [kind, effect]));
   const names = {loss: 'loss', logit: 'logit', mean: 'mean loss'};
   const partRow = (l, k) => [
@@ -80,22 +113,29 @@ export function buildAblation() {
   );
   const chart = figure('ablation', 'Effect of switching off each part', ablationTable, controls);
   const box = content('ablation');
-  if (!isOriginal()) return box.append(onlyWhenWritten());
-  if (!arrays.ablation_loss) {
+  if (!arrays.ablation_loss && isOriginal()) {
     const text =
       'Left out: explain.py runs the model without each part when it writes the page, ' +
       'unless text and model are so large that it would take long.';
     return box.append(h('p', {class: 'note'}, text));
   }
   box.append(chart);
-  watch(['t', 'layer', 'head', 'ablation', 'effect', 'theme'], () => drawAblation(chart));
+  ablations.draw = () => drawAblation(chart);
+  watch(['t', 'layer', 'head', 'ablation', 'effect', 'theme'], ablations.draw);
 }
 
 function drawAblation(chart) {
+  if (!arrays.ablation_loss) {
+    const {effects, size} = ablations;
+    const count = ablations.mask === arrays.mask && size ? ` ${effects.length} of ${size}.` : '';
+    chart.picture.replaceChildren(h('p', {class: 'note'}, `Computing …${count}`));
+    chart.readout.hidden = true;
+    return;
+  }
   const {ablation, effect, t} = state;
   const target = tokenQuoted(targetAt(t));
   const isLogit = effect === 'logit';
-  if (effect === 'mean' && !predicted().length) {
+  if (effect === 'mean' && !measured().length) {
     chart.picture.replaceChildren(h('p', {class: 'note'}, 'This text has no next token.'));
     return;
   }

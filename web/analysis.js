@@ -9,6 +9,7 @@ import {
   dotAt,
   largest,
   lengths,
+  logSumExp,
   mostAndLeast,
   rowOf,
   take,
@@ -23,6 +24,7 @@ const TOP = 8; // neurons, neighbors, bigrams
 export class Analysis extends Weights {
   constructor(engine, vocabSize) {
     super(engine, vocabSize);
+    this.same = 0; // tokens at the beginning of a text that were those of the text before
     this.lens = []; // [depth]: {ids, values}, rows of the texts before
     this.trace = null;
     this.changes = null;
@@ -37,7 +39,7 @@ export class Analysis extends Weights {
     const before = this.engine.run(ids);
     const trace = changes ? this.engine.run(ids, changes) : before;
     const {T} = trace;
-    this.forgetLens(trace, changes);
+    this.forgetText(trace, changes);
     this.changes = changes;
     this.trace = trace;
     this.distinct = [...new Set(ids)];
@@ -52,7 +54,6 @@ export class Analysis extends Weights {
       ids: [...ids],
       distinct: this.distinct,
       circuit_ids: this.circuitIds,
-      largest: logits.reduce((max, x) => Math.max(max, Math.abs(x)), 0),
       embeddings: Object.keys(trace.embeddings),
       parts: this.partNames(),
       gated: this.isGated,
@@ -64,7 +65,7 @@ export class Analysis extends Weights {
     const arrays = {
       mask: entry(trace.mask, T, T),
       logits: entry(logits, T, this.V),
-      ...this.losses(logits, ids),
+      ...this.losses(logits, ids, this.known),
       ...this.targets(logits, ids, facts.parts.length),
       ...this.stream(),
       ...this.embeddings(),
@@ -75,6 +76,7 @@ export class Analysis extends Weights {
       arrays.logits_before = entry(logitsBefore, T, this.V);
       arrays.loss_before = this.losses(logitsBefore, ids).loss;
     }
+    this.known = arrays;
     return {facts, arrays};
   }
 
@@ -83,22 +85,22 @@ export class Analysis extends Weights {
     return this[group](...key);
   }
 
-  losses(logits, ids) {
+  /** known: what this returned for the text before, to keep what is the same. */
+  losses(logits, ids, known = null) {
     const n = ids.length - 1;
     const loss = new Float32Array(n);
     const rank = new Uint32Array(n);
-    for (let t = 0; t < n; t++) {
+    const from = known ? this.sameTargets : 0;
+    if (from) {
+      loss.set(known.loss.data.subarray(0, from));
+      rank.set(known.rank.data.subarray(0, from));
+    }
+    for (let t = from; t < n; t++) {
       const x = rowOf(logits, t, this.V);
       const next = x[ids[t + 1]];
-      let max = -Infinity;
-      for (const value of x) if (value > max) max = value;
-      let total = 0;
       let above = 0;
-      for (const value of x) {
-        total += Math.exp(value - max);
-        if (value > next) above++;
-      }
-      loss[t] = Math.log(total) + max - next;
+      for (let i = 0; i < x.length; i++) if (x[i] > next) above++;
+      loss[t] = logSumExp(x) - next;
       rank[t] = 1 + above;
     }
     return {loss: {data: loss, shape: [n]}, rank: {data: rank, shape: [n]}};
@@ -110,7 +112,9 @@ export class Analysis extends Weights {
     const most = Math.max(2, Math.min(24, Math.floor(50000 / (T * nParts))));
     const K = 1 + Math.min(this.V - 1, most);
     const tokens = new Uint32Array(T * K);
-    for (let t = 0; t < T; t++) {
+    const from = K === this.K ? this.sameTargets : 0;
+    if (from) tokens.set(this.tokens.subarray(0, from * K));
+    for (let t = from; t < T; t++) {
       const best = largest(rowOf(logits, t, this.V), K);
       const target = ids[t + 1] ?? best[0];
       const rivals = best.filter(id => id !== target).slice(0, K - 1);
@@ -123,6 +127,11 @@ export class Analysis extends Weights {
       part_tokens: {data: tokens, shape: [T, K]},
       part_logits: {data: values, shape: [T, K]}
     };
+  }
+
+  /** The positions whose tokens and next tokens were those of the text before. */
+  get sameTargets() {
+    return Math.max(0, this.same - 1);
   }
 
   target(t) {
@@ -188,7 +197,7 @@ export class Analysis extends Weights {
         const start = (l * H + head) * n;
         const offset = head * T * T;
         for (let i = 0; i < n; i++) {
-          roots[start + i] = Math.round(255 * Math.sqrt(attention[offset + pairs[i]]));
+          roots[start + i] = 255 * Math.sqrt(attention[offset + pairs[i]]) + 0.5; // rounded
         }
       }
     });
@@ -206,13 +215,13 @@ export class Analysis extends Weights {
 
   // What is asked for -----------------------------------------------------------------------------
 
-  /** Rows of the logit lens that an earlier text shares stay: what is to the left decides them. */
-  forgetLens({ids}, changes) {
+  /** What the text before shares at its beginning stays: what is to the left decides it. */
+  forgetText({ids}, changes) {
     const isComparable = !changes && !this.changes;
     const before = (isComparable && this.trace?.ids) || [];
     let same = 0;
     while (same < Math.min(ids.length, before.length) && ids[same] === before[same]) same++;
-    this.lensSame = this.config.prefix_lm ? 0 : same;
+    this.same = this.config.prefix_lm ? 0 : same;
     this.lensBefore = this.lens;
     this.lens = [];
   }
@@ -223,7 +232,7 @@ export class Analysis extends Weights {
     const n = Math.min(10, this.V);
     const ids = new Uint32Array(T * n);
     const p = new Float32Array(T * n);
-    const same = this.lensBefore[depth] ? this.lensSame : 0;
+    const same = this.lensBefore[depth] ? this.same : 0;
     if (same) {
       ids.set(this.lensBefore[depth].ids.subarray(0, same * n));
       p.set(this.lensBefore[depth].p.subarray(0, same * n));
@@ -234,10 +243,11 @@ export class Analysis extends Weights {
       ? this.withoutPadding(this.trace.logits, T).subarray(same * this.V)
       : this.toLogits(stream);
     for (let t = same; t < T; t++) {
-      const probabilities = softmax(rowOf(logits, t - same, this.V));
-      const best = largest(probabilities, n);
+      const x = rowOf(logits, t - same, this.V);
+      const best = largest(x, n);
+      const total = logSumExp(x);
       ids.set(best, t * n);
-      p.set(take(probabilities, best), t * n);
+      p.set(take(x, best).map(logit => Math.exp(logit - total)), t * n);
     }
     this.lens[depth] = {ids, p};
     return {lens_ids: ids, lens: p};
@@ -332,18 +342,21 @@ export class Analysis extends Weights {
     const W = this.layerWeight(l, 'attn.c_proj.weight');
     const group = Math.floor((head * KV) / H);
     const v = trace.v[l].subarray(group * T * HS, (group + 1) * T * HS);
+    const directions = new Float32Array(T * C);
+    for (let t = 0; t < T; t++) {
+      const u = rowOf(this.unembedding, this.target(t), C);
+      directions.set(this.carryBack(u, place), t * C);
+    }
+    const {matmul} = this.engine;
+    const read = new Float32Array(T * HS); // by the head's output weights
+    const output = matmul.packBriefly(W.subarray(head * HS), HS, C, 1, H * HS);
+    matmul.multiply(directions, output, read, T);
     const effects = new Float32Array(T * T);
     for (let t = 0; t < T; t++) {
-      const u = this.carryBack(rowOf(this.unembedding, this.target(t), C), place);
-      const read = new Float32Array(HS);
-      for (let c = 0; c < C; c++) {
-        const start = c * H * HS + head * HS;
-        for (let d = 0; d < HS; d++) read[d] += u[c] * W[start + d];
-      }
       const scale = this.later[place][t] * (this.changes?.headFactor(l, head) ?? 1);
       for (let s = 0; s < T; s++) {
         const attention = trace.attention[l][(head * T + t) * T + s];
-        effects[t * T + s] = attention * scale * dotAt(read, 0, v, s * HS, HS);
+        effects[t * T + s] = attention * scale * dotAt(read, t * HS, v, s * HS, HS);
       }
     }
     return {by_source: take(effects, pairs)};

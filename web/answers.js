@@ -1,5 +1,6 @@
 // What the Worker answers to the page: a text and what follows from it, piece by piece.
 
+import {AblationMap} from './ablate.js';
 import {Changes, describeModel, parseChanges} from './changes.js';
 import {PatchMap} from './patch.js';
 import {MersenneTwister, filtered, sampleIndex} from './sampling.js';
@@ -23,10 +24,11 @@ export class Answers {
     this.analysis = analysis;
     this.tokenizer = tokenizer;
     this.config = analysis.config;
-    this.maxTokens = Math.min(256, this.config.block_size);
+    this.maxTokens = Math.min(256, this.config.block_size); // as in explain.py
     this.ids = [];
     this.random = null;
     this.changes = null;
+    this.ablations = null;
   }
 
   /** {problem: a sentence}, or what `analyze` returns. selection: {layer, head}; changes, frozen:
@@ -65,6 +67,7 @@ export class Answers {
   /** {facts, arrays, found}: `found` answers what the visible panels will ask for. */
   analyze(ids, leftOut, {layer, head, panels}) {
     this.ids = ids;
+    this.ablations = null;
     const {facts, arrays} = this.analysis.start(ids, this.changes);
     const t = ids.length - 1;
     const distinct = facts.distinct.indexOf(ids[t]);
@@ -84,6 +87,12 @@ export class Answers {
     const wishes = panels.flatMap(wishesOf);
     if (panels.includes('flow')) wishes.push(depths.at(-1));
     return {facts, arrays, leftOut, found: this.answersTo(wishes)};
+  }
+
+  /** The next ablations of the text, see AblationMap; size: how many there are. */
+  ablate({start}) {
+    this.ablations ??= new AblationMap(this.analysis);
+    return {effects: this.ablations.more(start, SLICE), size: this.ablations.size};
   }
 
   /** Begin a map of activation patching, see PatchMap, from one text into another: {problem: a

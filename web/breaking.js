@@ -1,17 +1,17 @@
 // "Break it yourself", the end of the course: parts of the model are switched off by the reader.
 
 import {DEFAULTS, argmax, fixed, percent, range, set, signed, state, sum} from './core.js';
-import {T, arrays, facts, headName, row, targetAt, tokenQuoted} from './model.js';
-import {NGRAMS, here, measured, topAt} from './course.js';
+import {T, arrays, facts, headName, measured, row, targetAt, tokenQuoted} from './model.js';
+import {NGRAMS, here, topAt} from './course.js';
 import {hasModel} from './live-model.js';
-import {softmax} from './sampling.js';
+import {filtered} from './sampling.js';
 import {activeChanges, setChange} from './switches.js';
 
-/** The most likely token of logits at a position, and its probability. */
+/** The most likely token by logits, with its probability as the panel "Next token" shows it. */
 function bestOf(logits) {
-  const p = softmax(logits);
-  const best = argmax(p);
-  return {best, p: p[best]};
+  const {temperature, k, p} = state;
+  const best = argmax(logits);
+  return `${tokenQuoted(best)} (${percent(filtered(logits, temperature, k, p).p[best])})`;
 }
 
 const isOff = name => activeChanges().get(name) === 0;
@@ -19,17 +19,21 @@ const isOff = name => activeChanges().get(name) === 0;
 /** What a change of the model did to the loss and to the prediction at the selected token. */
 function damage() {
   if (!arrays.logits_before) return 'Try it: here you will read what it did to this text.';
-  const mean = losses => fixed(sum(losses) / losses.length);
+  const [before, now] = ['logits_before', 'logits'].map(name => bestOf(row(name, state.t)));
+  const where = `${here()}, at temperature ${fixed(state.temperature)}`;
+  return `${damageToLosses()}Most likely after ${where}: ${before} → ${now}.`;
+}
+
+function damageToLosses() {
   const places = measured();
-  const losses = name => places.map(t => row(name)[t]);
-  const means = `${mean(losses('loss_before'))} → ${mean(losses('loss'))}`;
-  const before = bestOf(row('logits_before', state.t));
-  const now = bestOf(row('logits', state.t));
-  const said = ({best, p}) => `${tokenQuoted(best)} (${percent(p)})`;
-  return (
-    (places.length ? `Mean loss: ${means} nats. ` : '') +
-    `Most likely after ${here()}: ${said(before)} → ${said(now)}.`
-  );
+  if (!places.length) return '';
+  const change = f => `${fixed(f(row('loss_before')))} → ${fixed(f(row('loss')))}`;
+  const mean = losses => sum(places.map(t => losses[t])) / places.length;
+  const rise = t => row('loss')[t] - row('loss_before')[t];
+  const worst = places.reduce((a, b) => (rise(b) > rise(a) ? b : a));
+  const token = `${tokenQuoted(facts.ids[worst + 1])} (${worst + 1})`;
+  const most = rise(worst) > 0 ? `It rises most at ${token}: ${change(x => x[worst])}. ` : '';
+  return `Mean loss: ${change(mean)} nats. ${most}`;
 }
 
 /** The head that adds most to the logit of the next token, or the one that is switched off. */
@@ -59,12 +63,12 @@ const MODEL_STOPS = [
       target: ['#figure-next-token'],
       text:
         'Now break it yourself. This switches off what tells the model the order of the tokens. ' +
-        'Look at the colors in the strip and at the next token.' +
+        'Look at the orange of the strip and at the next token.' +
         (NGRAMS ? ' The n-grams stay: they still know neighbors.' : ''),
       question: 'Does the model still work? Which predictions suffer most?',
       answer:
-        'Usually the loss rises. Those tokens suffer that depend on what stood where. Words that ' +
-        'make sense in one order only may survive.'
+        'Usually the loss rises, most where a token depends on what stood where. The orange of ' +
+        'the strip shows it for each token.'
     }),
   breakStop(() => 'mask', {
     title: 'Break it: no mask',
@@ -74,7 +78,7 @@ const MODEL_STOPS = [
       'right half too. Look at the loss before and after.',
     question: 'Every token can see the answer now. Does the loss fall?',
     answer:
-      'Hardly: this model predicted without them in training. It has not learned to use them, so ' +
+      'Usually not: in training this model never saw them. It has not learned to use them, so ' +
       'they mostly disturb it. A model trained this way would copy the answer, and could not ' +
       'write.'
   }),
@@ -95,8 +99,9 @@ const MODEL_STOPS = [
     },
     question: 'Is the answer lost without its strongest head?',
     answer:
-      'Often not: other heads and MLPs add to the same logit, and some step in. If it is lost, ' +
-      'you have found a head that this answer depends on.'
+      'Not always: other heads and MLPs add to the same logit, and some step in. If it is lost, ' +
+      'you have found a head that this answer depends on. The mean loss may even fall: what ' +
+      'helps here can hurt elsewhere in the text.'
   })
 ];
 

@@ -361,7 +361,7 @@ function qkFigure() {
     (query, key, value) => `query ${query}, key ${key}: score ${value}`
   );
   watch(['layer'], () => {
-    const also = state.layer ? ' Earlier layers are left out: here they write nothing.' : '';
+    const also = state.layer ? ' What earlier layers add is left out.' : '';
     chart.setReadout(
       'How strongly the token of a row (query) attends to the token of a column (key): the ' +
         `attention score of their embeddings, without positions.${also}`

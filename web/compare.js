@@ -113,7 +113,11 @@ export function likelyFigure(name, title, ids, probs, side) {
 }
 
 export const likelyNote = () =>
-  h('p', {class: 'note'}, 'Outline: probability in the figure beside it. Bold: the next token.');
+  h(
+    'p',
+    {class: 'note'},
+    'Outline: probability in the other figure. Bold: the token that comes next in the text.'
+  );
 
 const mean = values => sum([...values]) / values.length;
 /** The loss at each position, NaN at the last one, which has no next token. */

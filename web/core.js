@@ -36,7 +36,7 @@ export const state = {};
 let watchers = [];
 const builders = []; // of panels
 let currentSection = null;
-let timer = 0;
+let isPlanned = false; // drawRest() will be called
 let held = 0; // see hold()
 let lastChange = -Infinity; // of the URL, in ms
 
@@ -130,8 +130,16 @@ function drawDue() {
     if (isDue(watcher) && isSeen(watcher)) attempt(watcher);
   }
   document.documentElement.removeAttribute('data-settled');
-  timer ||= setTimeout(drawRest);
+  planRest();
 }
+
+function planRest() {
+  if (!isPlanned) afterFrame(drawRest);
+  isPlanned = true;
+}
+
+/** Call f when what is drawn now is on screen. */
+export const afterFrame = f => requestAnimationFrame(() => setTimeout(f));
 
 /** Draw what is off screen in slices of 12 ms, so that the page stays responsive. */
 function drawRest() {
@@ -142,9 +150,10 @@ function drawRest() {
     if (nextBuilder()) buildAgain(nextBuilder());
     else attempt(next());
   }
-  timer = next() ? setTimeout(drawRest) : 0;
-  if (!timer) updateHints();
-  const isDone = !timer && !held && ![...builders, ...watchers].some(task => task.isWaiting);
+  isPlanned = Boolean(next());
+  if (isPlanned) setTimeout(drawRest);
+  else updateHints();
+  const isDone = !isPlanned && !held && ![...builders, ...watchers].some(task => task.isWaiting);
   document.documentElement.toggleAttribute('data-settled', isDone && writeHash());
 }
 
@@ -183,8 +192,15 @@ export function hold(change) {
   drawDue();
 }
 
+/** Scroll to an element. All is laid out for that, so that nothing moves on the way. */
+export function scrollToElement(element) {
+  document.documentElement.classList.remove('typed');
+  element.scrollIntoView();
+}
+
 /** The text has changed: build all panels again. */
 export function rebuild() {
+  document.documentElement.classList.add('typed'); // see style.css
   for (const builder of builders) {
     builder.due = true;
     builder.height = builder.section.offsetHeight;
@@ -216,7 +232,7 @@ function writeHash() {
   if (hash.toString() === location.hash.slice(1)) return true;
   const wait = lastChange + 350 - performance.now(); // Safari: 100 changes in 30 s
   if (wait > 0) {
-    timer = setTimeout(drawRest, wait);
+    setTimeout(() => isPlanned || drawRest(), wait);
     return false;
   }
   lastChange = performance.now();
@@ -475,7 +491,7 @@ export function figure(name, title, table, controls, drawn = true) {
   const refresh = () => {
     if (!dataTable.hidden) dataTable.replaceChildren(cappedTable(...table()));
     unmeasured.add(place);
-    timer ||= setTimeout(drawRest);
+    planRest();
   };
   const toggle = h(
     'button',

@@ -11,7 +11,7 @@ import {
   facts,
   headName,
   isPostNorm,
-  isPredicted,
+  measured,
   row,
   sees,
   tokenQuoted,
@@ -19,6 +19,7 @@ import {
 } from './model.js';
 
 import {attentionRow, queryKeyDots, score} from './heads.js';
+import {tokensOfNeuron} from './layers.js';
 import {logitsAt} from './next.js';
 import {hasModel} from './live-model.js';
 import {filtered} from './sampling.js';
@@ -51,7 +52,7 @@ function tokensExample() {
 function neighborExample() {
   const id = facts.ids[state.t];
   const [neighbor] = row('near', facts.distinct.indexOf(id));
-  return `${here()} is row ${id} of the table. The most similar row is ${tokenQuoted(neighbor)}.`;
+  return `${here()} is row ${id} of the table. The most similar row: ${tokenQuoted(neighbor)}.`;
 }
 
 function positionExample() {
@@ -65,8 +66,8 @@ function positionExample() {
   }
   if (positions === 'rope') {
     return (
-      'The plot shows the cosine of the angle of each pair of numbers: the first pairs rotate ' +
-      'fast, the last hardly at all.'
+      'In the figure each row is a position, and each column a pair of numbers, with the cosine ' +
+      'of its angle. From row to row the first pairs turn fast, the last hardly at all.'
     );
   }
   return 'Compare with a model that has positions.';
@@ -92,7 +93,8 @@ function maskExample() {
   const count = t => `${visibleKeys[t].length} of ${T} tokens`;
   const t = range(T - 1, i => i).find(i => i > 0 && sees(i, i + 1));
   if (t === undefined) {
-    return `${here()} is at position ${state.t}: it can attend to ${count(state.t)}.`;
+    const place = `${here()} is at position ${state.t}, counted from 0`;
+    return `${place}: it can attend to ${count(state.t)}.`;
   }
   const last = visibleKeys[t].at(-1);
   const {eot_token: eot} = facts.model;
@@ -120,7 +122,8 @@ function typicalHead() {
   const [name, value, kind] = found.reduce((best, x) => (x[1] > best[1] ? x : best));
   if (value >= 0.2) {
     const share = `${percent(value)} of its attention`;
-    return `on random tokens ${name} puts ${share} on ${HABITS[kind]}`;
+    return `in a text of random tokens ${name} puts ${share}, more than any other head, on ` +
+      HABITS[kind];
   }
   if (!arrays.attention) return `${name} writes what the figure “Tokens raised and lowered” shows`;
   const {name: key, p} = topKey();
@@ -131,20 +134,33 @@ function typicalHead() {
 function streamExample() {
   const start = fixed(normHere('stream', 0));
   const end = fixed(normHere('stream', L));
-  return `At ${here()} the vector has length ${start} at the start and ${end} at the end.`;
+  return (
+    `At ${here()} the vector has length ${start} at the start and ${end} at the end. The lengths ` +
+    'of what is added do not simply sum up: vectors point in different directions.'
+  );
 }
 
 function normExample() {
   const length = fixed(normHere('stream', L));
   const root = `√${C} = ${fixed(Math.sqrt(C), 1)}`;
   if (isPostNorm) return `After the last norm the vector has length ${length}; ${root}.`;
-  return `Before the last norm the vector has length ${length}. The norm brings it near ${root}.`;
+  return (
+    `Before the last norm the vector has length ${length}. Dividing makes the mean of its ` +
+    `squared numbers 1, so its length ${root}; then the gains change it a little.`
+  );
 }
 
 function mlpExample() {
   if (!arrays.neurons) return 'The neurons were left out to keep the page small.';
   const [neuron] = row('neurons', state.layer, state.t);
-  return `In layer ${state.layer}, neuron ${neuron} has the largest output at ${here()}.`;
+  const tokens = [...tokensOfNeuron(state.layer, state.t, 0)];
+  const lowered = tokens.splice(tokens.length / 2);
+  const isNegative = row('neuron_post', state.layer, state.t)[0] < 0; // raises what it lowers
+  const raised = (isNegative ? lowered : tokens).slice(0, 3).map(tokenQuoted).join(', ');
+  return (
+    `In layer ${state.layer}, neuron ${neuron} has the largest output at ${here()}: it makes ` +
+    `${raised} more likely. ${facts.snippets ? 'Below are the texts that excite it most.' : ''}`
+  );
 }
 
 function logitsExample() {
@@ -152,17 +168,16 @@ function logitsExample() {
   const p = percent(row('lens', L, state.t)[0]);
   return (
     `After ${here()}, ${best} is the most likely token (${p}). ` +
-    'The figure does the same after each layer: read a column upwards.'
+    'The figure does the same after each layer, for each token: read a column upwards.'
   );
 }
 
-/** Positions whose next token is predicted. */
-export const measured = () => range(T - 1, t => t).filter(t => isPredicted(t + 1));
 
 function lossExample() {
   const places = measured();
   if (!places.length) return 'This text is too short: nothing in it is predicted.';
-  const t = places.includes(state.t) ? state.t : places.at(-1);
+  // the selected token shows no color in the strip
+  const t = places.includes(state.t) ? state.t : places.at(-2) ?? places.at(-1);
   const loss = row('loss')[t];
   const mean = sum(places.map(i => row('loss')[i])) / places.length;
   return (
@@ -172,10 +187,10 @@ function lossExample() {
   );
 }
 
-/** The chance of the most likely token at a temperature. */
+/** The chance of the most likely token at a temperature, with top-k and top-p as they are set. */
 export function topAt(temperature) {
   const {logits, tail} = logitsAt(state.t);
-  return percent(Math.max(...filtered(logits, temperature, V, 1, tail).p));
+  return percent(Math.max(...filtered(logits, temperature, state.k, state.p, tail).p));
 }
 
 export function samplingExample() {
@@ -189,7 +204,7 @@ export function samplingExample() {
 
 // Stops -------------------------------------------------------------------------------------------
 
-const POSITION_STOP = {
+const POSITION_KIND = {
   learned: {
     text:
       'So a second learned vector, one for each position, is added to the vector of the token. ' +
@@ -204,9 +219,9 @@ const POSITION_STOP = {
   },
   rope: {
     text:
-      'So what a token looks for and what it offers (queries and keys, at the next stop) are ' +
-      'rotated by an angle that grows with the position (RoPE). How well two of them match then ' +
-      'depends on the distance between their tokens.',
+      'So before a score is computed, query and key are rotated, two numbers at a time like the ' +
+      'hand of a clock, by an angle that grows with the position (RoPE). The score then also ' +
+      'depends on the distance between the two tokens.',
     formula: 'q′ = R(t) q,  k′ = R(s) k  ⇒  q′·k′ depends on t − s'
   },
   none: {
@@ -218,7 +233,8 @@ const POSITION_STOP = {
 }[positions];
 
 export const NGRAMS = facts.tables
-  ? ' This model also adds a learned vector for each group of neighboring tokens (n-grams).'
+  ? ' This model also looks up each token together with those just before it (<b>n-grams</b>), ' +
+    'and adds that vector.'
   : '';
 
 const HINTS = [
@@ -238,6 +254,22 @@ const WITHOUT_POSITIONS =
       'man” like “man bites dog”. ' +
       (HINTS.length ? `Only ${HINTS.join(' and ')} would give a hint. ` : '') +
       (hasModel ? 'At the end of the course you can try it.' : '');
+
+const POSITION_STOP = {
+  title: 'Positions',
+  target: ['#figure-positions', '#embedding'],
+  text:
+    (positions === 'rope'
+      ? 'So far nothing says where a token stands: a score compares two vectors only. '
+      : 'Attention, which comes next, looks at a set of tokens and ignores their order. ') +
+    POSITION_KIND.text,
+  formula: POSITION_KIND.formula,
+  shapes: () =>
+    positions === 'rope' ? `${HS / 2} angles per head` : `${T} × ${C}, like the embeddings`,
+  example: positionExample,
+  question: 'How does this model know the order of the words, and what if that is taken away?',
+  answer: WITHOUT_POSITIONS
+};
 
 const GROUPS =
   facts.n_kv_head === H
@@ -264,9 +296,10 @@ export const STOPS = [
     target: ['#strip'],
     text:
       'A language model reads text in pieces, called <b>tokens</b>: characters, parts of words, ' +
-      'or words. All tokens that it knows are its <b>vocabulary</b>; each has a number. The ' +
-      'strip shows the tokens of your text (· is a space, ↵ a new line). Click one: all figures ' +
-      'follow. The model has one task: given some tokens, say which comes next.',
+      'or words. All tokens that it knows are its <b>vocabulary</b>; each has a number. It was ' +
+      'made before training: every character, or every piece that is frequent in the text to ' +
+      'learn from. The strip shows the tokens of your text (· is a space, ↵ a new line). Click ' +
+      'one: all figures follow. The model has one task: given some tokens, say which comes next.',
     formula: 'text → numbers of tokens',
     shapes: () => `vocabulary: ${integer(V)} tokens; this text: ${T}`,
     example: tokensExample,
@@ -279,30 +312,18 @@ export const STOPS = [
     text:
       'A model computes with numbers. So each token is looked up in a table that has a list of ' +
       'numbers, a <b>vector</b>, for each token. Nobody writes this table: like all numbers ' +
-      'called <b>weights</b>, it is found in training, by trial and small corrections. Tokens ' +
-      'that are ' +
-      'used alike end up with similar vectors.' + NGRAMS,
+      'called <b>weights</b>, it is found in training: each step moves it a little, so that the ' +
+      'right next tokens become more likely. The longer the training, the more similar the ' +
+      'vectors of tokens that are used alike.' + NGRAMS,
     formula: 'x = W<sub>E</sub>[token]',
-    shapes: () => `table W_E: ${integer(V)} × ${C}; this text becomes ${T} × ${C}`,
+    shapes: () => `table: ${integer(V)} × ${C}; this text becomes ${T} × ${C}`,
     example: neighborExample,
     question: 'Why vectors, and not just the numbers of the tokens?',
     answer:
       'The number of a token says nothing about it. Vectors can be similar, and many properties ' +
       'fit into one, each as a direction.'
   },
-  {
-    title: 'Positions',
-    target: ['#figure-positions', '#embedding'],
-    text:
-      'Attention, which comes next, looks at a set of tokens and ignores their order. ' +
-      POSITION_STOP.text,
-    formula: POSITION_STOP.formula,
-    shapes: () =>
-      positions === 'rope' ? `${HS / 2} angles per head` : `${T} × ${C}, like the embeddings`,
-    example: positionExample,
-    question: 'How does this model know the order of the words, and what if that is taken away?',
-    answer: WITHOUT_POSITIONS
-  },
+  ...(positions === 'rope' ? [] : [POSITION_STOP]),
   {
     title: 'Query, key, value',
     target: ['#figure-terms', '#head'],
@@ -328,8 +349,8 @@ export const STOPS = [
     target: ['#figure-scores', '#head'],
     text:
       'How well do a query and a key match? Multiply them number by number and add up: this is ' +
-      'their <b>dot product</b>. Long vectors give large sums, so it is divided by the root of ' +
-      'their number of dimensions. The result is the <b>score</b>.' +
+      'their <b>dot product</b>. More numbers give larger sums, so it is divided by the root of ' +
+      'how many a vector has. The result is the <b>score</b>.' +
       (facts.model.qk_norm
         ? ' This model first brings queries and keys to a common length (QK-norm).'
         : ''),
@@ -338,8 +359,8 @@ export const STOPS = [
     example: scoreExample,
     question: 'Why divide by the root?',
     answer:
-      'Large scores would give all of the weight to one token (see Softmax). Then small changes ' +
-      'of the weights would change nothing, and the model could not learn.'
+      'Large scores would give one token a share of nearly 100% (see Softmax). Then a small ' +
+      'change of a weight would hardly change anything, and the model could not learn.'
   },
   {
     title: isPrefix ? 'Attention mask' : 'Causal mask',
@@ -370,6 +391,7 @@ export const STOPS = [
     question: 'A score is 1 higher than another. How much more is taken?',
     answer: 'e = 2.72 times as much. So a few large scores get most of it.'
   },
+  ...(positions === 'rope' ? [POSITION_STOP] : []), // they act on queries and keys
   {
     title: 'Several heads',
     target: ['#figure-heads'],
@@ -381,7 +403,8 @@ export const STOPS = [
       'head<sub>i</sub> = softmax(Q<sub>i</sub> K<sub>i</sub><sup>T</sup> / √d<sub>h</sub>) ' +
       'V<sub>i</sub>',
     shapes: () => `${L} layer${L > 1 ? 's' : ''} × ${H} heads, ${HS} dimensions each`,
-    example: () => `For example, ${typicalHead()}. Click a head to see it in full.`,
+    example: () =>
+      `For example, ${typicalHead()}. Click a head: the panel below the figure shows it in full.`,
     question: 'Why are there several heads per layer, and what does one of this model do?',
     answer: () => `Each can look for something else. For example, ${typicalHead()}.`
   },
@@ -389,15 +412,18 @@ export const STOPS = [
     title: 'What a head writes',
     target: ['#figure-promoted', '#head'],
     text:
-      'The mixtures of all heads are joined and multiplied by one more matrix of weights. This ' +
-      'equals a sum with one term for each head. So each head can be studied by itself.',
+      'The mixtures of all heads, side by side, are multiplied by one more matrix of weights. ' +
+      'Each head has its own rows in it, so the result is a sum with one part per head, and ' +
+      'each can be studied by itself.',
     formula: 'out = [head<sub>1</sub> … head<sub>h</sub>] W<sub>O</sub>',
     shapes: () => `${H} × ${HS} = ${H * HS} numbers per token, times ${H * HS} × ${C}`,
     example: () =>
       `The bars show which next tokens ${head()} makes more likely (raises) and less likely ` +
       `(lowers) at ${here()}.`,
     question: 'Where a head looks and what it writes: is this the same?',
-    answer: 'No. Queries and keys decide where it looks; values and W_O decide what it writes.'
+    answer:
+      'No. Queries and keys decide where it looks; values and the last matrix decide what it ' +
+      'writes.'
   },
   {
     title: 'Residual stream',
@@ -433,7 +459,9 @@ export const STOPS = [
     formula: isLayerNorm
       ? `norm(x) = g · (x − mean) / √(var + ε)${facts.model.bias ? ' + b' : ''}`
       : 'norm(x) = g · x / √(mean(x²) + ε)',
-    shapes: () => `${2 * L + !isPostNorm} norms with ${C} gains each`,
+    shapes: () =>
+      `${2 * L + !isPostNorm} norms with ${C} gains each: two in each layer` +
+      (isPostNorm ? '' : ', one at the end'),
     example: normExample,
     question: 'What would happen without norms?',
     answer:
@@ -445,10 +473,12 @@ export const STOPS = [
     target: ['#figure-neurons', '#mlp'],
     text:
       'Attention moves information between tokens. The <b>MLP</b> works on each token by itself. ' +
-      'It ' +
-      `has ${integer(facts.neurons_in_a_layer)} <b>neurons</b> in each layer. ` +
-      'A neuron measures how much a pattern is in the vector. If it is there (the function act ' +
-      'decides), it adds its own vector to the stream. Much of what a model knows is stored here.',
+      `It has ${integer(facts.neurons_in_a_layer)} <b>neurons</b> in each layer. Each neuron has ` +
+      'two vectors of weights. The first is a pattern: a dot product measures how much of it is ' +
+      'in the vector of the token. The function act turns this into a strength, about 0 without ' +
+      'the pattern. The neuron adds its second vector, times this strength, to the stream. So it ' +
+      'works like a rule, for example: “if this token ends the name of a capital, then make the ' +
+      'name of its country more likely”. Some of what a model knows has been found in such rules.',
     formula: facts.gated
       ? 'MLP(x) = (act(x W<sub>G</sub>) · x W<sub>1</sub>) W<sub>2</sub>'
       : 'MLP(x) = act(x W<sub>1</sub>) W<sub>2</sub>',
@@ -456,16 +486,16 @@ export const STOPS = [
     example: mlpExample,
     question: 'What does the MLP do that attention does not?',
     answer:
-      'It works out new things from the vector of a single token. Attention only fetches and ' +
-      'mixes what other tokens offer.'
+      'It applies rules to the vector of a single token: if a pattern is there, it adds what ' +
+      'follows from it. Attention only fetches and mixes what other tokens offer.'
   },
   {
     title: 'Logits',
     target: ['#figure-logit-lens'],
     text:
-      'At the end, the vector of each token is compared with an output vector of every token of ' +
-      'the vocabulary, by dot products. These numbers are the <b>logits</b>. Softmax turns them ' +
-      'into probabilities for the next token.',
+      'Every token of the vocabulary also has an output vector. After the last layer, its dot ' +
+      'product with the vector at a position says how well it fits as the next token: this is ' +
+      'its <b>logit</b>. Softmax turns the logits into probabilities.',
     formula:
       `logits = ${isPostNorm ? 'x' : 'norm(x)'} W<sub>U</sub>` +
       (facts.model.logit_softcap ? ', limited by tanh' : '') +

@@ -39,7 +39,10 @@ function positionAngles(T, dim, theta) {
 }
 
 /** The activation function by its name; for swiglu, what the value is multiplied by. */
-export const activation = name => ACTIVATIONS[name];
+export function activation(name) {
+  if (!ACTIVATIONS[name]) throw Error(`activation = ${name} is not in web/engine.js`);
+  return ACTIVATIONS[name];
+}
 
 // Documents (lib/pairs.py) ------------------------------------------------------------------------
 
@@ -105,8 +108,10 @@ export class Engine {
     const names = [...Object.keys(weights).filter(isMatrix), this.head];
     const shapes = names.map(name => weights[name].shape);
     const numbers = shapes.reduce((sum, [nOut, nIn]) => sum + Matmul.packedSize(nOut, nIn), 0);
-    const largest = dimension => Math.max(...shapes.map(shape => shape[dimension]));
-    this.matmul = new Matmul(numbers, largest(1), largest(0));
+    const longest = Math.max(config.block_size, this.C); // also of what is packed briefly
+    const largest = dimension => Math.max(longest, ...shapes.map(shape => shape[dimension]));
+    const brief = Matmul.packedSize(longest, Matmul.packedSize(this.hs, 1));
+    this.matmul = new Matmul(numbers + brief, largest(1), largest(0));
     this.packed = {};
     for (const name of names) {
       const {data, shape} = weights[name];
@@ -334,40 +339,29 @@ export class Engine {
     const [q, k, v] = [trace.q[layer], trace.k[layer], trace.v[layer]];
     const weights = trace.attention[layer];
     const scale = 1 / Math.sqrt(hs);
-    const keysOf = head => Math.floor((head * KV) / H) * T * hs; // grouped queries share them
+    const size = T * hs;
+    const ofHead = (x, head) => x.subarray(head * size, (head + 1) * size);
+    const group = head => Math.floor((head * KV) / H); // of queries that share keys and values
     for (let head = 0; head < H; head++) {
+      const scores = weights.subarray(head * T * T, (head + 1) * T * T);
+      const keys = this.matmul.packBriefly(ofHead(k, group(head)), T, hs);
+      this.matmul.multiply(ofHead(q, head), keys, scores, T, from);
       for (let t = 0; t < from; t++) {
         const before = (head * old.T + t) * old.T;
         const row = old.attention[layer].subarray(before, before + Math.min(T, old.T));
-        weights.set(row, (head * T + t) * T);
+        scores.set(row, t * T);
       }
-      for (let t = from; t < T; t++) {
-        const query = (head * T + t) * hs;
-        const row = (head * T + t) * T;
-        for (let s = 0; s < T; s++) {
-          const key = keysOf(head) + s * hs;
-          weights[row + s] = mask[t * T + s] ? dot(q, query, k, key, hs) * scale : -Infinity;
-        }
-      }
+      for (let i = from * T; i < T * T; i++) scores[i] = mask[i] ? scores[i] * scale : -Infinity;
     }
     hooks.scores?.(layer, weights);
     for (let row = 0; row < H * T; row++) {
       if (row % T >= from) softmaxInPlace(weights, row * T, (row + 1) * T);
     }
     hooks.attention?.(layer, weights);
-    const sums = new Float64Array(hs);
     for (let head = 0; head < H; head++) {
-      for (let t = from; t < T; t++) {
-        sums.fill(0);
-        const row = (head * T + t) * T;
-        for (let s = 0; s < T; s++) {
-          const weight = weights[row + s];
-          if (weight === 0) continue;
-          const value = keysOf(head) + s * hs;
-          for (let d = 0; d < hs; d++) sums[d] += weight * v[value + d];
-        }
-        trace.mixed[layer].set(sums, (head * T + t) * hs);
-      }
+      const values = this.matmul.packBriefly(ofHead(v, group(head)), hs, T, 1, hs);
+      const pattern = weights.subarray(head * T * T, (head + 1) * T * T);
+      this.matmul.multiply(pattern, values, ofHead(trace.mixed[layer], head), T, from);
     }
   }
 
@@ -472,17 +466,6 @@ export class Engine {
 
 function add(sum, a, b, start) {
   for (let i = start; i < sum.length; i++) sum[i] = a[i] + b[i];
-}
-
-/** The dot product of n numbers of a from i on and of b from j on. */
-function dot(a, i, b, j, n) {
-  let even = 0; // two sums, so that an addition need not wait for the one before
-  let odd = 0;
-  for (let d = 0; d < n - 1; d += 2) {
-    even += a[i + d] * b[j + d];
-    odd += a[i + d + 1] * b[j + d + 1];
-  }
-  return even + odd + (n % 2 ? a[i + n - 1] * b[j + n - 1] : 0);
 }
 
 function softmaxInPlace(x, start, end) {

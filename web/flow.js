@@ -13,6 +13,7 @@ import {
   percent,
   range,
   s,
+  scrollToElement,
   set,
   state,
   watch
@@ -201,7 +202,7 @@ function flowPart({middle, block, thickness, x, normAt}, norms, layer, kind) {
   const open = () => {
     if (!isAttention) return openMlp(layer);
     set({layer});
-    document.getElementById('head').scrollIntoView();
+    scrollToElement(document.getElementById('head'));
   };
 
   const [before, after] = isAttention

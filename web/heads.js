@@ -109,9 +109,13 @@ export function queryKeyDots(l, k, t) {
 
 // All heads ---------------------------------------------------------------------------------------
 
+/** They stay: a new canvas takes longer than what is painted on it. */
+const canvases = range(L * H, () => h('canvas', {'aria-hidden': 'true'}));
+
 /** A button for each head: its attention pattern, name, score and a bar. */
 function headThumb(l, k, side) {
-  const canvas = h('canvas', {width: side, height: side, 'aria-hidden': 'true'});
+  const canvas = canvases[l * H + k];
+  if (canvas.width !== side) canvas.width = canvas.height = side; // clears it
   const name = h('span', {class: 'name'});
   const bar = h('i');
   const button = h(
@@ -128,23 +132,27 @@ function headThumb(l, k, side) {
   return {l, k, canvas, name, bar, button};
 }
 
+/** The pixels of what the mask hides, then of the 256 values in an attention pattern. */
+function thumbColors() {
+  const shown = range(256, root => [...sequential(root / 255), 255]);
+  return new Uint32Array(Uint8ClampedArray.from([128, 128, 128, 22, ...shown.flat()]).buffer);
+}
+
 /** Paint an attention pattern; if it has more than one token per pixel, the maximum. */
-function paintThumb({l, k, canvas}, side) {
+function paintThumb({l, k, canvas}, side, colors) {
   const step = T / side;
   const pairs = row('attention', l, k);
-  const largest = new Float32Array(side * side).fill(-1); // -1: no pair that the mask shows
-  for (let t = 0; t < T; t++) {
-    const roots = rowOfPairs(pairs, t);
-    for (const s of visibleKeys[t]) {
-      const pixel = Math.floor(t / step) * side + Math.floor(s / step);
-      largest[pixel] = Math.max(largest[pixel], roots[s] / 255);
+  const largest = new Uint16Array(side * side); // indices in colors
+  let i = 0;
+  visibleKeys.forEach((keys, t) => {
+    const start = Math.floor(t / step) * side;
+    for (const s of keys) {
+      const pixel = start + Math.floor(s / step);
+      largest[pixel] = Math.max(largest[pixel], 1 + pairs[i++]);
     }
-  }
-  const image = new ImageData(side, side);
-  largest.forEach((value, pixel) => {
-    const rgba = value >= 0 ? [...sequential(value), 255] : [128, 128, 128, 22];
-    image.data.set(rgba, 4 * pixel);
   });
+  const image = new ImageData(side, side);
+  new Uint32Array(image.data.buffer).set(Uint32Array.from(largest, x => colors[x]));
   canvas.getContext('2d').putImageData(image, 0, 0);
 }
 
@@ -194,7 +202,8 @@ export function buildHeads() {
   if (facts.model.prefix_lm) box.append(h('p', {class: 'note'}, RANDOM_TOKENS_NOTE));
   if (!arrays.attention) box.append(missing());
   watch(['theme'], () => {
-    if (arrays.attention) thumbs.forEach(thumb => paintThumb(thumb, side));
+    const colors = thumbColors();
+    if (arrays.attention) thumbs.forEach(thumb => paintThumb(thumb, side, colors));
   });
   watch(['measure', 'order', 't', 'layer', 'head', 'theme'], () => {
     const byScore = state.order === 'score';

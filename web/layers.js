@@ -52,7 +52,7 @@ const preName = facts.gated ? 'gate' : 'pre';
 
 /** The tokens that the i-th strongest neuron of a layer and position raises, then those it lowers.
  * As explain.py stores them, rows are grouped by layer. */
-function tokensOfNeuron(layer, t, i) {
+export function tokensOfNeuron(layer, t, i) {
   if (arrays.neuron_tokens.rows) return row('neuron_tokens', layer, t, i);
   const id = row('neurons', layer, t)[i];
   const start = sum(facts.neuron_ids.slice(0, layer).map(ids => ids.length));
@@ -290,7 +290,8 @@ function lensFigure() {
     selected?.classList.remove('chosen');
     cell.classList.add('chosen');
     // at first: the beginning; of a text that was typed, its end
-    if (selected ? cell !== selected : !isOriginal()) scrollLensTo(scroller, cell);
+    const isMoved = selected ? cell !== selected : !isOriginal();
+    if (isMoved) requestAnimationFrame(() => scrollLensTo(scroller, cell));
     selected = cell;
     chart.refresh();
   });

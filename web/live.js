@@ -2,6 +2,7 @@
 
 import {
   DEFAULTS,
+  afterFrame,
   h,
   hold,
   integer,
@@ -13,7 +14,7 @@ import {
   visiblePanels,
   watch
 } from './core.js';
-import {ask} from './live-model.js';
+import {ask, isServed} from './live-model.js';
 import {T, completeText, facts, fulfil, nextWishes, setText, whenAsked} from './model.js';
 
 const box = document.getElementById('live-text');
@@ -46,13 +47,16 @@ export function showLeftOut(n = 0) {
 
 export function buildLive() {
   document.getElementById('live').hidden = false;
-  document.getElementById('run').hidden = true;
+  document.getElementById('run').hidden = !isServed;
   box.value = facts.text;
   box.addEventListener('input', event => {
     stop();
     show({text: box.value, since: event.timeStamp});
   });
-  document.getElementById('live').addEventListener('submit', event => event.preventDefault());
+  document.getElementById('live').addEventListener('submit', event => {
+    event.preventDefault(); // submitting would turn \n into \r\n
+    if (isServed) writePage();
+  });
   generateButton.hidden = false;
   generateButton.addEventListener('click', () => {
     if (live.isGenerating) return stop();
@@ -62,7 +66,16 @@ export function buildLive() {
     work({seed: state.seed});
   });
   if (facts.model.turns) addTurnButton();
+  if (facts.error) showNotice(facts.error); // of --serve
   whenAsked(() => work());
+}
+
+/** Let the server write a page of this text, with what is computed for such a text only. */
+function writePage() {
+  const hash = new URLSearchParams(location.hash.slice(1));
+  hash.delete('text');
+  const start = encodeURIComponent(box.value.slice(-8000));
+  location.assign(`/?start=${start}#${hash}`);
 }
 
 /** Compute what the page left out of its own text. */
@@ -116,7 +129,7 @@ function show(job) {
   work();
 }
 
-/** job(): asks the Worker for more, and returns a Promise, or null when there is nothing to do. It
+/** job(): asks the model for more, and returns a Promise, or null when there is nothing to do. It
  * is called when nothing else is asked for. */
 export const inBackground = job => background.push(job);
 
@@ -133,6 +146,7 @@ async function work(first = null) {
   try {
     for (;;) {
       if (live.next) await answerText();
+      else if (live.isGenerating && isServed) await generateOne(); // panels take longer there
       else if (nextWishes().length) await answerWishes();
       else if (live.isGenerating) await generateOne();
       else if (!(await nextInBackground())) break;
@@ -177,7 +191,6 @@ async function answerWishes() {
   if (live.next) return; // another text
   for (const [wish, arrays] of found) fulfil(wish, arrays);
   resume();
-  measure();
 }
 
 /** Show an answer to `show` or `draw`: at its last token, or at the selection of a URL hash, or
@@ -189,9 +202,8 @@ function display({facts: newFacts, arrays, found = []}, {text, hash, since, stay
   const {changes, frozen} = live;
   Object.assign(state, hash ? readHash(hash) : end, {text, changes, frozen});
   live.text = text;
-  live.since = since;
+  if (since !== undefined) afterFrame(() => measure(since)); // before what is off screen is drawn
   rebuild();
-  measure();
 }
 
 /** Draw one more token with the settings of the sliders. */
@@ -210,20 +222,14 @@ async function generateOne() {
   }
   if (reply.isOver) stop();
   await new Promise(requestAnimationFrame); // so that each token is seen
+  if (isServed && nextWishes().length && !live.next) await answerWishes();
 }
 
-/** Once all visible panels are drawn: how long that took since the input, in ms. */
-function measure() {
-  if (live.since === undefined || !isDrawn()) return;
-  const {since} = live;
-  live.since = undefined;
-  requestAnimationFrame(() =>
-    setTimeout(() => {
-      const reaction = Math.round(performance.now() - since);
-      document.documentElement.dataset.reaction = reaction;
-      drawClock();
-    })
-  );
+/** Once all visible panels are on screen: how long that took since the input, in ms. */
+function measure(since) {
+  if (!isDrawn()) return afterFrame(() => measure(since));
+  document.documentElement.dataset.reaction = Math.round(performance.now() - since);
+  drawClock();
 }
 
 /** The page's own clock, in the footer. */

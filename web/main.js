@@ -12,12 +12,13 @@ import {
   panel,
   readHash,
   redraw,
+  scrollToElement,
   showError,
   state,
   watch
 } from './core.js';
 import {H, L, T, facts, isOriginal, isPostNorm, loadArrays, row} from './model.js';
-import {hasModel, startModel} from './live-model.js';
+import {hasModel, isServed, startModel} from './live-model.js';
 import {buildLive, completeOwnText, drawClock, followUrl, showLeftOut, showNotice} from './live.js';
 import {buildNext, buildStrip} from './next.js';
 import {buildEmbedding, buildFlow} from './flow.js';
@@ -50,7 +51,6 @@ function buildHeader() {
   const sections = [...document.querySelectorAll('main section')];
   document.getElementById('contents').append(...sections.map(sectionLink));
   if (hasModel) buildLive();
-  else if (facts.live) buildTextForm();
   if (facts.left_out) showLeftOut(facts.left_out);
 }
 
@@ -74,6 +74,7 @@ function modelFacts() {
 }
 
 function accuracyNote() {
+  if (!isOriginal() && isServed) return 'All numbers were computed by PyTorch in float32.';
   if (!isOriginal()) {
     return (
       'All numbers of this text were computed in this page, with the weights in ' +
@@ -92,8 +93,8 @@ function accuracyNote() {
   if (dropped.length) {
     const names = dropped.join(', ');
     notes.push(
-      facts.engine
-        ? `Computed in this page, by those weights: ${names}.`
+      hasModel
+        ? `Computed ${isServed ? 'when shown' : 'in this page, by those weights'}: ${names}.`
         : `Left out to keep the page below ${facts.largest_page}: ${names}.`
     );
   }
@@ -113,25 +114,9 @@ function weightsNote({format, difference}) {
 function sectionLink(section) {
   const onclick = event => {
     event.preventDefault(); // the hash holds the state
-    section.scrollIntoView();
+    scrollToElement(section);
   };
   return h('a', {href: '#' + section.id, onclick}, section.dataset.name);
-}
-
-/** The text box of a page served with --serve. */
-function buildTextForm() {
-  const form = document.getElementById('live');
-  const text = document.getElementById('live-text');
-  form.hidden = false;
-  text.value = facts.text;
-  form.addEventListener('submit', event => {
-    event.preventDefault(); // submitting would turn \n into \r\n
-    const start = encodeURIComponent(text.value.slice(-8000));
-    location.assign(`/?start=${start}${location.hash}`);
-  });
-  if (!facts.error) return;
-  showNotice(facts.error);
-  text.focus();
 }
 
 /** By default, select the head that adds most to the logit of the last target. */
@@ -200,7 +185,7 @@ if (hasModel) {
     followUrl();
     document.documentElement.dataset.engine = Math.round(performance.now());
   } catch (error) {
-    showNotice(`This browser cannot run the model: ${error.message}`);
+    showNotice(`The model cannot run in this page: ${error.message}`);
   }
   hold(-1);
 }

@@ -91,7 +91,7 @@ function assemble() {
   ]);
 }
 
-/** Products with fixed weights; `numbers`: room for all of them, in float32. */
+/** Products with weights; `numbers`: room for all of them, in float32. */
 export class Matmul {
   constructor(numbers, maxInputs, maxOutputs) {
     this.used = 0;
@@ -115,17 +115,26 @@ export class Matmul {
     return roundUp(nOut, STRIP) * nIn;
   }
 
-  /** A weight (nOut, nIn), packed. */
+  /** A weight (nOut, nIn), packed for good. */
   pack(data, nOut, nIn) {
+    const weight = this.packBriefly(data, nOut, nIn);
+    this.used += weight.packed.length;
+    return weight;
+  }
+
+  /** The same, until the next one is packed. outStep, inStep: from a number to that of the next
+   * output and of the next input. */
+  packBriefly(data, nOut, nIn, outStep = nIn, inStep = 1) {
     const size = Matmul.packedSize(nOut, nIn);
     const start = this.scratch + this.used;
-    this.used += size;
     const packed = this.kernel
       ? this.memory.subarray(start, start + size)
       : new Float32Array(size);
     for (let o = 0; o < nOut; o++) {
       const strip = (o - (o % STRIP)) * nIn + (o % STRIP);
-      for (let i = 0; i < nIn; i++) packed[strip + i * STRIP] = data[o * nIn + i];
+      for (let i = 0; i < nIn; i++) {
+        packed[strip + i * STRIP] = data[o * outStep + i * inStep];
+      }
     }
     return {packed, start, nOut, nIn};
   }

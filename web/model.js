@@ -1,7 +1,17 @@
 // What explain.py has computed: facts, arrays, tokens; the state of its page.
 
 import {readArray} from './arrays.js';
-import {DEFAULTS, LIMITS, Pending, TEXTS, h, range, set, takeBytes} from './core.js';
+import {
+  DEFAULTS,
+  LIMITS,
+  Pending,
+  TEXTS,
+  h,
+  range,
+  scrollToElement,
+  set,
+  takeBytes
+} from './core.js';
 
 export const facts = JSON.parse(document.getElementById('facts').textContent);
 export const arrays = {}; // name -> {data: typed array, shape}
@@ -78,7 +88,12 @@ export const isOriginal = () => hasOriginal;
 
 /** Stands in for what typed texts lack. */
 export const onlyWhenWritten = () =>
-  h('p', {class: 'note'}, 'Computed when the page is written: for its own text only.');
+  h(
+    'p',
+    {class: 'note'},
+    'This is computed when the page is written, for its own text only. To see it for this text, ' +
+      (facts.server ? 'press Run.' : 'run explain.py with it as --start.')
+  );
 
 function rememberOriginal() {
   for (const name of facts.of_text.facts) original.facts[name] = facts[name];
@@ -116,6 +131,14 @@ export function setText(newFacts, newArrays) {
   DEFAULTS.t = startAt();
   LIMITS.t = [0, T - 1];
   LIMITS.source = [-1, T - 1];
+}
+
+/** Add facts and arrays that a typed text did not have at first. */
+export function addToText(newFacts, newArrays) {
+  Object.assign(facts, newFacts);
+  Object.assign(arrays, newArrays);
+  typed.facts.push(...Object.keys(newFacts));
+  typed.arrays.push(...Object.keys(newArrays));
 }
 
 function lazyRow(name, index) {
@@ -184,7 +207,7 @@ export const whyHidden = (t, s) =>
 
 /** Stands in for a figure whose data was dropped to keep the page small. */
 export function missing() {
-  const text = facts.engine
+  const text = facts.engine || facts.server
     ? 'This is being computed.' // see completeText
     : 'Left out to keep the page small. Try a shorter text.';
   return h('p', {class: 'note'}, text);
@@ -228,18 +251,18 @@ Object.assign(LIMITS, {
 });
 
 TEXTS.text = /^[^]{0,20000}$/;
-if (facts.engine) Object.assign(TEXTS, {changes: TEXTS.text, frozen: TEXTS.text});
+if (facts.engine || facts.server) Object.assign(TEXTS, {changes: TEXTS.text, frozen: TEXTS.text});
 
 /** Select a head and scroll to its panel. */
 export function openHead(layer, head) {
   set({layer, head, source: -1});
-  document.getElementById('head').scrollIntoView();
+  scrollToElement(document.getElementById('head'));
 }
 
 /** Select a layer and scroll to its MLP. */
 export function openMlp(layer) {
   set({layer});
-  document.getElementById('mlp').scrollIntoView();
+  scrollToElement(document.getElementById('mlp'));
 }
 
 // Tokens ------------------------------------------------------------------------------------------
@@ -282,6 +305,9 @@ export function isPredicted(t) {
   const sourceEnd = isPrefix ? facts.ids.indexOf(eot, 1) : 0;
   return t > 0 && sourceEnd >= 0 && t > sourceEnd;
 }
+
+/** Positions whose next token is predicted. */
+export const measured = () => range(T - 1, t => t).filter(t => isPredicted(t + 1));
 
 /** The position to begin with: the last one, but not after the end of a target. */
 function startAt() {

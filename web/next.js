@@ -89,7 +89,7 @@ export function buildStrip() {
       button.setAttribute('aria-pressed', t === state.t);
       button.tabIndex = t === state.t ? 0 : -1;
     });
-    scrollStripTo(strip, buttons[state.t]);
+    requestAnimationFrame(() => scrollStripTo(strip, buttons[state.t])); // all is laid out once
     describePosition(state.t);
   });
 }
@@ -103,7 +103,7 @@ function scrollStripTo(strip, button) {
 }
 
 function describePosition(t) {
-  const parts = [`Position ${t} of ${T - 1}: `, tokenChip(facts.ids[t]), ' · '];
+  const parts = [`Position ${t} (0 to ${T - 1}): `, tokenChip(facts.ids[t]), ' · '];
   if (hasNext(t)) {
     const probability = percent(Math.exp(-lossOf(t + 1)));
     const loss = fixed(lossOf(t + 1));

@@ -3,7 +3,7 @@
 import {describeModel, formatChanges, parseChanges, readPart} from './changes.js';
 import {fixed, h, inSection, percent, set, state, sum, watch} from './core.js';
 import {hasModel} from './live-model.js';
-import {L, H, T, arrays, facts, headName, row, tokenQuoted} from './model.js';
+import {L, H, T, arrays, facts, headName, measured, row, sees, tokenQuoted} from './model.js';
 
 const MEANINGS = {
   ngrams: 'n-grams',
@@ -11,7 +11,7 @@ const MEANINGS = {
   mask: 'causal mask'
 };
 const changeable = hasModel
-  ? describeModel({L, H, neurons: facts.neurons_in_a_layer, config: facts.engine.config})
+  ? describeModel({L, H, neurons: facts.neurons_in_a_layer, config: facts.model})
   : null;
 const listed = new Map(); // name -> its element in the bar
 
@@ -34,7 +34,9 @@ function meaning(name) {
   if (kind === 'neuron') return `neuron ${neuron} of MLP ${layer}`;
   if (kind === 'head') return headName(layer, head);
   if (kind !== 'look') return MEANINGS[kind];
-  return `${headName(layer, head)}, ${tokenAt(query)} (${query}) at ${tokenAt(key)} (${key})`;
+  const isHidden = Math.max(query, key) < T && !sees(query, key);
+  const pair = `${tokenAt(query)} (${query}) at ${tokenAt(key)} (${key})`;
+  return `${headName(layer, head)}, ${pair}${isHidden ? ', which it does not see' : ''}`;
 }
 
 // Buttons -----------------------------------------------------------------------------------------
@@ -113,8 +115,9 @@ export function buildChanges() {
 }
 
 function describeLosses() {
-  if (!arrays.loss_before?.data.length) return 'Changed.';
-  const mean = name => fixed(sum(row(name)) / row(name).length);
+  if (!arrays.loss_before || !measured().length) return 'Changed.';
+  const places = measured();
+  const mean = name => fixed(sum(places.map(t => row(name)[t])) / places.length);
   return `Changed. Mean loss ${mean('loss_before')} → ${mean('loss')} nats`;
 }
 
@@ -175,7 +178,7 @@ function frozenItem() {
   const update = () => {
     const words = [...state.frozen];
     const text = words.length > 24 ? words.slice(0, 23).join('') + '…' : state.frozen;
-    label.textContent = `attention as in “${text}”`;
+    label.textContent = `attention weights as in “${text}”, whatever mask and scores say`;
   };
   return {element: h('li', {}, label, remove), update};
 }

@@ -1,6 +1,6 @@
 // The course as a box next to the page: it walks through the stops of course.js and breaking.js.
 
-import {LIMITS, Pending, h, set, state, watch} from './core.js';
+import {LIMITS, Pending, h, scrollToElement, set, state, watch} from './core.js';
 import {BREAK_STOPS} from './breaking.js';
 import {STOPS} from './course.js';
 
@@ -35,24 +35,29 @@ export function buildTour() {
   });
   opener.addEventListener('click', () => {
     goTo(1);
-    next.focus();
+    next.focus({preventScroll: true}); // the box begins at its top
   });
 
   let shownStep = 0;
   let undo = null; // of what was tried at this stop
-  const tryIt = (act, stop) => {
-    undo = stop.undo;
-    act();
-  };
   const takeBack = () => {
     const last = undo;
     undo = null;
     last?.();
   };
+  /** act() on the model or the sampling, then show the figure again: it is built anew, and the bar
+   * of changes moves it. */
+  const actAt = (stop, act) => {
+    act();
+    showTarget(stop?.target ?? []);
+  };
+  const tryIt = (stop, act) => {
+    undo = stop.undo;
+    actAt(stop, act);
+  };
   /** What depends on the stop only. */
   const enter = stop => {
-    takeBack();
-    showTarget(stop?.target ?? []);
+    actAt(stop, takeBack);
     if (!stop) return;
     box.scrollTop = 0;
     title.textContent = stop.title;
@@ -61,8 +66,9 @@ export function buildTour() {
     formula.hidden = shapes.hidden = !stop.formula;
     question.textContent = stop.question;
     quiz.open = false;
-    const buttons = stop.tries?.map(([label, act]) => button(label, () => tryIt(act, stop))) ?? [];
-    tries.replaceChildren(...buttons, ...(stop.tries ? [button('Undo', takeBack)] : []));
+    const buttons = stop.tries?.map(([label, act]) => button(label, () => tryIt(stop, act))) ?? [];
+    if (stop.tries) buttons.push(button('Undo', () => actAt(stop, takeBack)));
+    tries.replaceChildren(...buttons);
     progress.textContent = `${state.tour} of ${COURSE.length}`;
     back.disabled = state.tour === 1;
     next.textContent = state.tour === COURSE.length ? 'Finish' : 'Next';
@@ -91,17 +97,20 @@ function describe(example, stop) {
   }
 }
 
-/** Highlight the first of these elements that exists, and scroll to it once all is drawn. */
+let shownTarget = null; // selectors
+
+/** Highlight the first of these elements that exists, and scroll to it, once all is drawn. */
 function showTarget(selectors) {
-  for (const element of document.querySelectorAll('.visited')) element.classList.remove('visited');
-  const target = selectors.map(x => document.querySelector(x)).find(Boolean);
-  if (!target) return;
-  target.classList.add('visited');
-  const scroll = () => {
-    const isSettled = document.documentElement.hasAttribute('data-settled');
-    if (isSettled) target.scrollIntoView();
-    else setTimeout(scroll, 20);
+  shownTarget = selectors;
+  const show = () => {
+    if (selectors !== shownTarget) return; // another stop
+    if (!document.documentElement.hasAttribute('data-settled')) return setTimeout(show, 20);
+    for (const each of document.querySelectorAll('.visited')) each.classList.remove('visited');
+    const target = selectors.map(x => document.querySelector(x)).find(Boolean);
+    if (!target) return;
+    target.classList.add('visited');
+    scrollToElement(target);
   };
   // two frames later: the page has become narrower, and is drawn again
-  requestAnimationFrame(() => requestAnimationFrame(scroll));
+  requestAnimationFrame(() => requestAnimationFrame(show));
 }

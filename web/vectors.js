@@ -62,6 +62,15 @@ export function mostAndLeast(values, n) {
 
 export const take = (values, indices) => Float32Array.from(indices, i => values[i]);
 
+/** log of the sum of e^x: a logit minus this is the log of its probability. */
+export function logSumExp(x) {
+  let max = -Infinity;
+  for (let i = 0; i < x.length; i++) max = Math.max(max, x[i]);
+  let total = 0;
+  for (let i = 0; i < x.length; i++) total += Math.exp(x[i] - max);
+  return Math.log(total) + max;
+}
+
 export function centered(x) {
   const mean = x.reduce((a, b) => a + b, 0) / x.length;
   return x.map(value => value - mean);

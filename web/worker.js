@@ -47,6 +47,7 @@ const ANSWERS = {
   show: request => answers.show(request),
   more: request => answers.more(request),
   draw: request => answers.draw(request),
+  ablate: request => answers.ablate(request),
   patch: request => answers.patch(request),
   patchMore: () => answers.patchMore()
 };
