@@ -10,8 +10,8 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
+import threading
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +57,11 @@ class Checkpoint:
                 if key in self.config:
                     self.config[key] = check_type(key, self.config[key], type_)
         self.model_config['tie_weights'] &= formats.tied(self.model)
+
+    def describe(self):
+        """Where it comes from, its step and val loss, in a line."""
+        val_loss = '' if self.val_loss is None else f', val loss {self.val_loss:.4f}'
+        return f'{self.path}: step {self.step}{val_loss}'
 
     def build_model(self, **override):
         """The GPT with these weights, in fp32 whatever the file has. override: fields of GPTConfig.
@@ -112,8 +117,9 @@ IN_SAFETENSORS = ('model_config', 'step', 'samples_seen', 'val_loss', 'config')
 ADDED_LATER = {'lora', 'seconds', 'best_step'}  # keys that files of earlier versions lack
 
 
-def save(out_dir, checkpoint, keep_last=2):
+def save(out_dir, checkpoint, keep_last=2, when_read=lambda: None):
     """Write a Checkpoint into out_dir, then delete all but the last keep_last and the best one.
+    when_read() is called once its tensors are no longer needed.
 
     Data and manifest go to temporary names and are synced; then the data gets its name, then the
     manifest, which commits it. A whole checkpoint of the same step stays: only its val loss is
@@ -126,7 +132,7 @@ def save(out_dir, checkpoint, keep_last=2):
     try:
         existing, _ = read_manifest(manifest_path)
         if path.exists() and not manifest_path.exists():
-            path.rename(path.with_name(path.name + '.unchecked'))  # not ours to overwrite
+            path.replace(path.with_name(path.name + '.unchecked'))  # not ours to overwrite
         if existing and not damage(path, existing):
             if checkpoint.val_loss is not None:
                 existing |= {'val_loss': checkpoint.val_loss}
@@ -135,6 +141,7 @@ def save(out_dir, checkpoint, keep_last=2):
             state = {name: getattr(checkpoint, name) for name in SAVED}
             with files.create_synced(temporary) as file:
                 torch.save(state | {'format': FORMAT}, file)
+                when_read()
             manifest = {'format': FORMAT, 'file': path.name, 'step': checkpoint.step,
                         'samples_seen': checkpoint.samples_seen, 'val_loss': checkpoint.val_loss,
                         'bytes': temporary.stat().st_size, 'sha256': files.sha256_of(temporary),
@@ -167,17 +174,22 @@ def delete_old(out_dir, step, keep_last):
         if old is not best:
             path = out_dir / old['file']
             mark = path.with_suffix('.json.tmp')
-            os.replace(path.with_suffix('.json'), mark)  # the manifest first
-            path.unlink(missing_ok=True)
+            files.patiently(os.replace, path.with_suffix('.json'), mark)  # the manifest first
+            try:
+                path.unlink(missing_ok=True)
+            except PermissionError:  # Windows: a program has mapped it; the next save tries again
+                os.replace(mark, path.with_suffix('.json'))
+                continue
             mark.unlink()
 
 
 class Saver:
-    """Writes a run's checkpoints in a background thread, from a copy in CPU memory. One at a time:
-    `save` waits for the previous one. background=False: at once, without a copy."""
+    """Writes a run's checkpoints in a background thread. One at a time: `save` waits for the
+    previous one. copy: from a copy in CPU memory; otherwise `save` returns once the file has all
+    tensors, before it is hashed and synced. background=False: all at once."""
 
-    def __init__(self, out_dir, keep_last=2, background=True):
-        self.out_dir, self.keep_last = out_dir, keep_last
+    def __init__(self, out_dir, keep_last=2, background=True, copy=True):
+        self.out_dir, self.keep_last, self.copy = out_dir, keep_last, copy
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending = None
 
@@ -187,12 +199,17 @@ class Saver:
         if self.thread is None:
             self.write(checkpoint)
             return
-        copied = cpu_copy({'model': checkpoint.model, 'optimizer': checkpoint.optimizer,
-                           'lora': checkpoint.lora})
-        self.pending = self.thread.submit(self.write, dataclasses.replace(checkpoint, **copied))
+        if self.copy:
+            copied = cpu_copy({'model': checkpoint.model, 'optimizer': checkpoint.optimizer,
+                               'lora': checkpoint.lora})
+            checkpoint = dataclasses.replace(checkpoint, **copied)
+        read = threading.Event()
+        self.pending = self.thread.submit(self.write, checkpoint, read.set)
+        while not (self.copy or self.pending.done() or read.wait(0.1)):
+            pass
 
-    def write(self, checkpoint):
-        print0(f'saved {save(self.out_dir, checkpoint, self.keep_last)}')
+    def write(self, checkpoint, when_read=lambda: None):
+        print0(f'saved {save(self.out_dir, checkpoint, self.keep_last, when_read)}')
 
     def check(self):
         """Raise the error of a background write that has ended."""
@@ -348,7 +365,7 @@ def load_run(folder, which, mmap, average_last):
 
 
 def init_from(path):
-    return shlex.join([f'--init_from={path}'])
+    return files.quote([f'--init_from={path}'])
 
 
 def mean_of(checkpoints):

@@ -54,6 +54,7 @@ CountOrAll = Annotated[int, Bound(lambda x: x >= 1 or x == -1, 'at least 1, or -
 Which = Literal['auto', 'last', 'best'] | WholeNumber
 Softcap = Annotated[float, Bound(lambda x: x == 0 or 0.1 <= x <= 1e6, '0 (off), or 0.1 to 1e6')]
 Beams = Annotated[int, Bound(lambda x: 1 <= x <= 1000, 'at least 1, at most 1000')]
+Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 LengthPenalty = Annotated[float, Bound(lambda x: -10 <= x <= 10, '-10 to 10')]
 
 
@@ -160,7 +161,7 @@ class TrainConfig(ModelConfig):
     always_save_checkpoint: bool = True  # False: save only if val loss improved
     save_interval: Count | None = None  # steps between extra checkpoints; None: at evaluations only
     keep_last: Count = 2  # checkpoints to keep, in addition to the best one
-    async_save: bool = True  # write checkpoints in the background, from a copy in CPU memory
+    async_save: bool = True  # write checkpoints in the background; a GPU's from a copy
     init_from: FilePath = 'scratch'  # scratch, resume, gpt2, gpt2-medium, ..., gpt2-xl or a path
     sample_every_eval: bool = False  # print a sample at each evaluation
     seed: WholeNumber = 1337  # of weights, batches and dropout
@@ -242,12 +243,17 @@ def configure(cls, argv=None):
     """Read argv (default: the command line) into the dataclass cls, from left to right.
 
     Returns (config, given): {key: its config file, or None for a flag}, in the order in which they
-    were last set. --help prints the keys and exits. Raises UserError on an unknown key, a bad value
-    or file, a value out of bounds.
+    were last set. --help prints the keys and exits, --version what is installed. Raises UserError
+    on an unknown key, a bad value or file, a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(help_text(cls))
+        sys.exit(0)
+    if '--version' in argv:
+        from lib.version import describe_version  # imports torch
+
+        print(describe_version())
         sys.exit(0)
     types_, values, given, words = key_types(cls), {}, {}, list(argv)
     while words:

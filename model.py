@@ -18,7 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from configurator import GPTConfig
 from lib import generation, huggingface
 from lib.linear import LayerNorm, Linear, RMSNorm, make_embedding
-from lib.loss import MAX_LOGITS, chunked_cross_entropy, needs_chunks, softcap
+from lib.loss import (
+    MAX_LOGITS,
+    chunked_cross_entropy,
+    embed_with_head,
+    needs_chunks,
+    softcap,
+)
 from lib.ngram import NgramEmbedding
 from lib.pairs import document_numbers, source_parts
 from optimizer import adamw
@@ -116,6 +122,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, nkv, S, hs)
         attend = self.attend_in_training if self.training else self.attend
         y = attend(q.type_as(k), k, v, mask, self.dropout if self.training else 0.0)
+        if cache is not None:
+            y = y.type_as(x)  # the cache may have another dtype
         y = y.transpose(1, 2).reshape(B, T, -1)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
@@ -202,7 +210,7 @@ class GPT(nn.Module):
         self.config = config
         self.max_logits = MAX_LOGITS  # train.py sets it to what fits the GPU
         self.decoders = {}  # compiled decoding steps (lib/generation.py)
-        with torch.device('meta'):  # no default init: to_empty allocates, init_weight fills
+        with torch.device('meta'):  # no default init: allocated below, filled by init_weight
             parts = {'wte': make_embedding(config.vocab_size, config.n_embd)}
             if config.ngram > 1:
                 parts['ngram'] = NgramEmbedding(config)
@@ -214,7 +222,9 @@ class GPT(nn.Module):
             self.transformer = nn.ModuleDict(parts)
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         device = torch.get_default_device()
-        self.to_empty(device=device)
+        if device.type != 'meta':
+            # to_empty would import SymPy: half a second, 39 MB
+            self._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
         for name, _ in self.named_buffers():
             raise NotImplementedError(f'{name}: a buffer has no values here; compute it in forward')
         if config.tie_weights:
@@ -241,12 +251,13 @@ class GPT(nn.Module):
         else:
             p.normal_(std=std)
 
-    def embed(self, idx, position, tokens):
+    def embed(self, idx, position, tokens, token=None):
         """{'token', 'n-grams', 'position': (B, T, C) or (T, C)}, whose sum enters the first block.
 
         idx: (B, T). position: (B, T) or (T,). tokens: (B, ngram - 1 + T), idx and those before it.
+        token: wte(idx), if it is there already.
         """
-        parts = {'token': self.transformer.wte(idx)}
+        parts = {'token': self.transformer.wte(idx) if token is None else token}
         if self.config.ngram > 1:
             parts['n-grams'] = self.transformer.ngram(tokens)
         if self.config.position == 'learned':
@@ -324,10 +335,15 @@ class GPT(nn.Module):
         return_logits=False: (None, loss), in less memory. Returns (logits (B, T or 1, V), loss in
         nats or None). Raises ValueError if the text does not fit into block_size.
         """
+        V, at_once = self.config.vocab_size, self.max_logits
+        chunked = (targets is not None and not return_logits
+                   and needs_chunks(targets.numel(), V, idx.device, at_once))
+        token, head = embed_with_head(self, idx) if chunked else (None, None)
         tokens, columns, position, mask = generation.context(idx, cache, self.config.block_size)
         mask = self.attention_mask(tokens, columns, mask)
         rotary = self.rotary(position)
-        x, *others = self.embed(idx, position, self.ngram_history(tokens, columns)).values()
+        history = self.ngram_history(tokens, columns)
+        x, *others = self.embed(idx, position, history, token).values()
         for part in others:
             x = x + part  # (B, T, C)
         x = self.transformer.drop(x)
@@ -338,9 +354,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.to_logits(x[:, -1:]), None
         smoothing = self.config.label_smoothing if self.training else 0.0
-        V, at_once = self.config.vocab_size, self.max_logits
-        if not return_logits and needs_chunks(targets.numel(), V, x.device, at_once):
-            loss = chunked_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+        if chunked:
+            loss = chunked_cross_entropy(x.flatten(0, 1), head, targets.flatten(),
                                          self.config.logit_softcap, smoothing, at_once)
             return None, loss
         logits = self.to_logits(x)

@@ -64,12 +64,21 @@ def adamw(params, weight_decay, learning_rate, betas, eps=1e-8):
     return Optimizer(adamw_groups(params, weight_decay, learning_rate), betas=betas, eps=eps)
 
 
+def undecorated(function):
+    return getattr(function, '__wrapped__', function)
+
+
 class Optimizer(torch.optim.Optimizer):
     """One optimizer for all groups: kind 'adamw' (fused), or 'muon' for matrices.
 
     State is allocated up front, so out-of-memory shows before the first step. Each
     group keeps its peak rate in group['initial_lr'].
     """
+
+    # as they are: torch._disable_dynamo around them would import Dynamo, a second of CPU time
+    add_param_group = undecorated(torch.optim.Optimizer.add_param_group)
+    state_dict = undecorated(torch.optim.Optimizer.state_dict)
+    zero_grad = undecorated(torch.optim.Optimizer.zero_grad)
 
     def __init__(self, groups, betas=(0.9, 0.95), eps=1e-8):
         defaults = {'kind': 'adamw', 'betas': betas, 'eps': eps, 'momentum': 0.95}

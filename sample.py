@@ -2,8 +2,10 @@
 
     python sample.py --out_dir=out-quickstart --start="def main(" --num_samples=3
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-quickstart --serve  # a page to write and chat, and an API
 """
 from dataclasses import dataclass, field, replace
+from os.path import realpath
 from typing import Annotated, Literal
 
 from configurator import (
@@ -12,6 +14,7 @@ from configurator import (
     Count,
     FilePath,
     LengthPenalty,
+    Port,
     Share,
     Size,
     Text,
@@ -31,7 +34,7 @@ class Config:
     # model
     init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, ..., gpt2-xl or a path
     out_dir: FilePath = 'out'  # the folder of a run
-    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
+    checkpoint: Which = 'auto'  # last, best (by val loss) or a step; auto: docs/sampling.md
     average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)
     # prompt
     start: Text | list[str] = '\n'  # the prompt, FILE:path for a file's text, or a list of prompts
@@ -49,11 +52,15 @@ class Config:
     # beam search
     num_beams: Beams = 1  # above 1: print the num_samples best texts, with their scores
     length_penalty: LengthPenalty = 0.6  # score = log p / ((5 + tokens) / 6)^length_penalty
+    # page
+    serve: bool = False  # write and chat on a page on this machine; OpenAI's API under /v1
+    port: Port = 8339  # for --serve, on 127.0.0.1; 0: any free port
+    compare: FilePath | None = None  # for --serve: answer with this checkpoint too, side by side
     # system
     slide: WholeNumber = 0  # tokens that a full context moves at a time; 1: nanoGPT; 0: an eighth
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights
-    quantize: Literal['none', 'int8'] = 'none'  # int8 weights: fewer bytes to read per token
+    quantize: Literal['auto', 'none', 'int8'] = 'auto'  # int8 weights; auto: on a CPU, if it pays
     compile: bool = False  # compile the decode step: takes minutes, pays off on a GPU
 
 
@@ -65,6 +72,17 @@ def check(config):
             'compile = True: beam search does not compile; leave it out')
     require('' not in config.stop,
             f'stop = {config.stop}: an empty text matches at once; give others')
+    require(config.serve or not config.compare, 'compare is for the page: add --serve')
+    require(not config.compare or realpath(config.compare) != realpath(where(config)),
+            f'compare = {config.compare} is the model itself: name another one, or a file of it')
+    for key, off in (('interactive', False), ('num_beams', 1), ('compile', False)):
+        require(not config.serve or getattr(config, key) == off,
+                f'{key} = {getattr(config, key)}: --serve cannot do that; leave it out')
+
+
+def where(config):
+    """The name of the model in the API: the folder or file that it comes from."""
+    return config.out_dir if config.init_from == 'resume' else config.init_from
 
 
 if __name__ == '__main__':  # so that --help and typos do not wait for the slow imports
@@ -72,58 +90,27 @@ if __name__ == '__main__':  # so that --help and typos do not wait for the slow 
         config, _ = configure(Config)
         check(config)
 
-import codecs
 import sys
 import time
 
 import checkpoint as ckpt
 from lib.device import dtype_name, pick_device, pick_dtype
-from lib.generation import beam_search, generate_tokens, require_drawn
-from lib.linear import quantize
+from lib.files import printable
+from lib.generation import beam_search, require_drawn
+from lib.linear import pack, quantize
 from lib.memory import require_sampling_fits
+from lib.playground import serve_playground
+from lib.quantization import quantize_if_it_pays
+from lib.sampling import (
+    Sample,
+    batches,
+    check_options,
+    generate_samples,
+    n_new_tokens,
+    recent_turns,
+)
+from lib.serve import Server
 from lib.tokenizer import encode_prompt, encode_turns, read_prompt
-
-
-class Sample:
-    """One sample as it grows: tokens in, whole characters out, until a stop."""
-
-    def __init__(self, tokenizer, stop, end=None):
-        """end: a token that ends it and is not shown."""
-        self.tokenizer, self.end = tokenizer, end
-        self.stop_texts = [s for s in stop if isinstance(s, str)]
-        self.stop_tokens = [s for s in stop if isinstance(s, int)]
-        # buffers incomplete UTF-8
-        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        self.held = ''  # may be the beginning of a stop text
-        self.ended = False
-        self.n_tokens = 0
-
-    def add(self, token):
-        """The text that can be shown after this token."""
-        if self.ended:
-            return ''
-        self.n_tokens += 1
-        if token != self.end:
-            self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        found = [i for i in map(self.held.find, self.stop_texts) if i >= 0]
-        if found:
-            self.ended = True
-            text, self.held = self.held[:min(found)], ''
-            self.decoder.reset()
-            return text
-        if token == self.end or token in self.stop_tokens:
-            self.ended = True
-            return self.finish()
-        prefixes = (s[:n] for s in self.stop_texts for n in range(1, len(s)))
-        keep = max((len(p) for p in prefixes if self.held.endswith(p)), default=0)
-        shown = len(self.held) - keep
-        text, self.held = self.held[:shown], self.held[shown:]
-        return text
-
-    def finish(self):
-        """The text that was held back."""
-        text, self.held = self.held + self.decoder.decode(b'', final=True), ''
-        return text
 
 
 def encode_prompts(starts, model, tokenizer, config):
@@ -152,27 +139,17 @@ def encode_prompts(starts, model, tokenizer, config):
 def write(model, tokenizer, shown, prompts, config):
     """Print num_samples continuations of each prompt, generated in one batch; the first one is
     streamed. shown: what to print before each. Returns the first text."""
-    block_size, turns = model.config.block_size, model.config.turns
-    if turns:  # a document does not continue past the context
-        room = block_size - max(map(len, prompts))
-        if room < config.max_new_tokens and len(set(map(len, prompts))) > 1:
-            # the longest prompt would cut the others' texts: one prompt at a time
-            return [write(model, tokenizer, [start], [ids], config)
-                    for start, ids in zip(shown, prompts)][0]
-        config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+    parts = batches(prompts, model, config)
+    if len(parts) > 1:
+        return [write(model, tokenizer, [start], part, config)
+                for start, part in zip(shown, parts)][0]
     if config.num_beams > 1:
         return write_beams(model, tokenizer, shown, prompts, config)
-    batch = [prompt for prompt in prompts for _ in range(config.num_samples)]
     shown = [start for start in shown for _ in range(config.num_samples)]
-    texts = [Sample(tokenizer, config.stop, tokenizer.eot if turns else None) for _ in batch]
-    written = [''] * len(batch)
+    texts, steps = generate_samples(model, tokenizer, prompts, config)
+    written = [''] * len(texts)
     print(shown[0], end='', flush=True)
     start_time = time.perf_counter()
-    steps = generate_tokens(
-        model, batch, config.max_new_tokens, config.temperature, config.top_k, top_p=config.top_p,
-        min_p=config.min_p, repetition_penalty=config.repetition_penalty, seed=config.seed,
-        slide=config.slide or max(1, block_size // 8), vocab_size=tokenizer.vocab_size,
-        compile=config.compile)
     try:
         for next_token in steps:
             next_token = next_token.tolist()
@@ -202,7 +179,7 @@ def write(model, tokenizer, shown, prompts, config):
 def write_beams(model, tokenizer, shown, prompts, config):
     """Print the best continuations of each prompt with their scores; returns the first one."""
     stops = {s for s in config.stop if isinstance(s, int)} | ({tokenizer.eot} - {None})
-    found = beam_search(model, prompts, config.max_new_tokens, config.num_beams,
+    found = beam_search(model, prompts, n_new_tokens(prompts, model, config), config.num_beams,
                         config.length_penalty, stop_tokens=stops, vocab_size=tokenizer.vocab_size)
     written = []
     for start, results in zip(shown, found):
@@ -253,17 +230,6 @@ def read_line():
     return line.decode('utf-8').rstrip('\r\n')
 
 
-def recent_turns(history, start, model, tokenizer, config):
-    """(the turns that fit before start, token ids of both). At most as many turns as in training;
-    the oldest go while less than max_new_tokens, or half of block_size, is left for the answer."""
-    block_size = model.config.block_size
-    longest = block_size - min(config.max_new_tokens, block_size // 2)
-    history = history[max(0, len(history) - 2 * (model.config.turns - 1)):]
-    while len(ids := encode_turns([*history, start], tokenizer)) > longest and history:
-        history = history[2:]
-    return history, ids
-
-
 def compiles(model, n):
     """Whether the decode step compiles for n sequences; prints why not."""
     print('compiling the decode step: this can take a few minutes', file=sys.stderr)
@@ -279,27 +245,45 @@ def compiles(model, n):
         return False
 
 
-def main(config):
-    device, start = pick_device(config.device), config.start
-    starts = [read_prompt(text) for text in (start if isinstance(start, list) else [start])]
+def load(config, device):
+    """(model, tokenizer, a line about them), ready to sample. Raises UserError."""
     checkpoint = ckpt.load_for(config)
-    require(config.quantize != 'int8' or device.type == 'cpu' or config.compile,
-            f'quantize = int8: uncompiled it is slower than bf16 on {device}: add --compile')
     dtype = pick_dtype(config.dtype, device, checkpoint.model_config['n_embd'])
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).to(device, dtype).eval()
+    about = dtype_name(dtype)
+    check_options(model, tokenizer, config)
     if config.quantize == 'int8':
         quantize(model)
-    block_size = model.config.block_size
-    for stop in config.stop:
-        require(isinstance(stop, str) or 0 <= stop < tokenizer.vocab_size,
-                f'stop = {stop}: there is no such id in a vocabulary of {tokenizer.vocab_size}')
-    require(config.slide <= block_size,
-            f'slide = {config.slide}: give at most block_size = {block_size}')
+        about = 'int8'
+    elif config.compile or device.type != 'cpu':
+        pass  # packed weights are for uncompiled models on a CPU
+    elif config.quantize == config.dtype == 'auto':
+        model, gain = quantize_if_it_pays(model, tokenizer.eot or 0)
+        about = f'int8 ({gain} as {about})' if gain else about
+    else:
+        pack(model)
+    return model, tokenizer, f'{checkpoint.describe()}; {device}, {about}'
+
+
+def main(config):
+    server = Server(config.port) if config.serve else None  # before the work, not after it
+    device, start = pick_device(config.device), config.start
+    starts = [read_prompt(text) for text in (start if isinstance(start, list) else [start])]
+    require(config.quantize != 'int8' or device.type == 'cpu' or config.compile,
+            f'quantize = int8: uncompiled it is slower than bf16 on {device}: add --compile')
+    model, tokenizer, about = load(config, device)
+    if config.serve:
+        models = {printable(where(config)): (model, tokenizer, about)}
+        if config.compare:
+            other = replace(config, init_from=config.compare, checkpoint='auto', average_last=1)
+            models[printable(config.compare)] = load(other, device)
+        for *_, about in models.values():
+            print(about, file=sys.stderr)
+        serve_playground(server, models, starts[0], config)
+        return
     prompts = [] if config.interactive else encode_prompts(starts, model, tokenizer, config)
-    val_loss = '' if checkpoint.val_loss is None else f', val loss {checkpoint.val_loss:.4f}'
-    print(f'{checkpoint.path}: step {checkpoint.step}{val_loss}; {device}, {dtype_name(dtype)}',
-          file=sys.stderr)
+    print(about, file=sys.stderr)
     if config.compile:
         config.compile = compiles(model, len(prompts) * config.num_samples or 1)
     if config.interactive:

@@ -6,7 +6,7 @@
 
 The keys are in configurator.py. Read from main, at the end of this file.
 """
-from lib.errors import plural, user_errors
+from lib.errors import user_errors
 from lib.recipe import check, read_train_config
 
 if __name__ == '__main__':  # so that --help and typos do not wait for the slow imports
@@ -16,7 +16,6 @@ if __name__ == '__main__':  # so that --help and typos do not wait for the slow 
 import gc
 import math
 import os
-import signal
 import time
 from dataclasses import asdict
 
@@ -28,7 +27,7 @@ from lib import bins, budget, distributed, memory, resume
 from lib import device as devices
 from lib.distributed import fail, gather, main_process_first, print0, rank, world_size
 from lib.evaluation import evaluate_run
-from lib.files import command, find
+from lib.files import find
 from lib.lora import add_lora, load_lora, merge_lora
 from lib.loss import max_logits
 from lib.run import Run, StepLog
@@ -51,7 +50,8 @@ class Trainer:
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
         self.step = self.samples_seen = self.best_step = 0
         self.seconds = 0.0  # of training, without evaluations
-        self.best_val_loss = self.best_saved_loss = self.val_loss = math.inf
+        self.best_val_loss = self.best_saved_loss = math.inf
+        self.val_loss = None  # the last one
         self.noted_rise = False
         self.resumed = None  # (step, whether it was evaluated) of the checkpoint resumed from
         self.stop = 0  # the signal that asked to stop, or 0
@@ -110,14 +110,15 @@ class Trainer:
         self.step += 1
 
     def evaluate(self):
-        """(val loss, train loss), or None if a signal interrupted the evaluation."""
+        """The losses as a log line, or None if a signal interrupted the evaluation."""
         self.model.eval()
-        losses = evaluate_run(
+        line = evaluate_run(
             lambda x, y: self.loss_of(self.model, *devices.to_device(x, y, self.device)),
             self.raw_model, self.data, self.config, self.step, self.run)
         self.model.train()
         self.log.reset_clock(self.step)  # evaluations do not count as training time
-        return losses
+        self.log.evaluation = line or self.log.evaluation
+        return line
 
     def evaluate_and_save(self, done):
         """Evaluate and save, if due."""
@@ -130,13 +131,12 @@ class Trainer:
             save = requested or save and self.log.skips == 0
         val_loss = None
         if evaluate:
-            losses = self.evaluate()
-            if losses is None:
+            line = self.evaluate()
+            if line is None:
                 self.stop = save = self.run.signals.stop
             else:
-                val_loss, train_loss = losses
-                self.val_loss = val_loss
-                self.note_rise(val_loss, train_loss)
+                self.val_loss = val_loss = line['val_loss']
+                self.note_rise(val_loss, line['train_loss'])
                 if val_loss < self.best_val_loss:
                     self.best_val_loss, self.best_step = val_loss, step
                 improved = step == self.best_step
@@ -160,7 +160,7 @@ class Trainer:
     def note_rise(self, val_loss, train_loss):
         """Say once that the model overfits."""
         best = self.best_saved_loss
-        if val_loss > 1.01 * best and train_loss < best and not self.noted_rise:
+        if val_loss > 1.01 * best and train_loss < self.best_val_loss and not self.noted_rise:
             self.noted_rise = True
             print0(f'note: the val loss has risen from {best:.4f} to {val_loss:.4f}, '
                    f'the model overfits: more text, --dropout=0.2, fewer parameters or steps help; '
@@ -184,7 +184,7 @@ class Trainer:
         """Train until the budget or the patience is used up, or a signal."""
         config, run = self.config, self.run
         with StepLog(config, run.log, self.raw_model, self.device, self.dtype, self.data.train,
-                     self.step) as self.log:
+                     self.step, self.val_loss) as self.log:
             while True:
                 done = self.schedule_step() >= config.max_iters or config.eval_only
                 self.evaluate_and_save(done)
@@ -192,7 +192,7 @@ class Trainer:
                     break
                 start = time.perf_counter()
                 self.train_step()
-                self.log.flush_if_due(self.step)
+                self.log.flush_if_due(self.step, self.seconds)
                 self.stop, self.saves_requested, self.seconds = run.signals.exchange(
                     self.seconds + time.perf_counter() - start)
                 run.saver.check()
@@ -207,6 +207,7 @@ class Trainer:
         if best is not None and checkpoint.environment.get('data', data) == data:
             self.best_val_loss = self.best_saved_loss = best  # on other data they do not compare
             self.best_step = self.step if checkpoint.best_step is None else checkpoint.best_step
+            self.val_loss = checkpoint.val_loss
         self.resumed = self.step, checkpoint.val_loss is not None
         other_data = 'dataset' in given and resume.names_other_data(self.config, checkpoint)
         resume.check_environment(checkpoint, self.environment, self.data, other_data,
@@ -291,6 +292,7 @@ def load_checkpoint(run, config, given):
             run.claim()
         checkpoint = ckpt.load(where, mmap=dist.is_initialized(), average_last=config.average_last)
     resume.check_same_checkpoint(checkpoint, where)
+    print0(checkpoint.describe())
     if run.resuming:
         resume.take_saved_config(config, given, checkpoint)
         check(config)
@@ -380,20 +382,19 @@ def main(config, given):
             resume.check_disk(run, model)
         if not config.eval_only:
             trainer.wrap(parallel, compiled)
-        saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save)
+        saver = ckpt.Saver(config.out_dir, config.keep_last, config.async_save,
+                           copy=device.type != 'cpu')
         run.start(trainer.step, saver, trainer.schedule_step() < config.max_iters)
         trainer.loop()
         run.finish(trainer.stop)
-        if trainer.stop:
-            print0(f'stopped by {signal.Signals(trainer.stop).name} after '
-                   f'{plural(trainer.step, "step")}; go '
-                   f'on with: {command("train.py", init_from="resume", out_dir=config.out_dir)}')
-        elif not config.eval_only:
-            print0(farewell(trainer))
+        farewell(trainer)
         return 128 + trainer.stop if trainer.stop else 0
 
 
 if __name__ == '__main__':
-    with user_errors():
-        code = main(config, given)
+    try:
+        with user_errors():
+            code = main(config, given)
+    except SystemExit as error:
+        distributed.exit_process(error.code, failed=True)
     distributed.exit_process(code)

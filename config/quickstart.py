@@ -1,20 +1,20 @@
 # A small GPT learns Python from the standard library's source, found on your machine: nothing to
-# download. About two minutes on 2 CPU cores. Then:
+# download. About a minute on 2 CPU cores. Then:
 #   python sample.py --out_dir=out-quickstart --start="def main("
 
 out_dir = 'out-quickstart'
 dataset = 'python_stdlib'  # prepared if it is missing: BPE with 2048 tokens
 
-# 2,048 tokens per step, 0.8 million in total: a quarter of the data
-batch_size = 16
+# 4,096 tokens per step, 1.6 million in total: over half of the data
+batch_size = 32
 block_size = 128
 gradient_accumulation_steps = 1
 max_iters = 400
 
 # what has changed since GPT-2: configurator.py names the papers, model.py has the code
-n_layer = 4
+n_layer = 2
 n_head = 4
-n_embd = 256
+n_embd = 128
 ngram = 2  # bigram embeddings; --ngram=1 to export to Hugging Face or llama.cpp
 position = 'rope'
 norm = 'rmsnorm'

@@ -1,5 +1,5 @@
-# Tiny Shakespeare at character level, plainGPT's recipe: a minute on 2 CPU cores. The README has a
-# table of what each choice is worth; nanoGPT's settings are in config/train_shakespeare_char.py.
+# Tiny Shakespeare at character level, plainGPT's recipe: a minute on 2 CPU cores. What each choice
+# is worth: docs/speed.md. nanoGPT's settings are in config/train_shakespeare_char.py.
 
 out_dir = 'out-speedrun-shakespeare'
 dataset = 'shakespeare_char'

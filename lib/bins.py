@@ -193,9 +193,9 @@ class Shard:
             os.lseek(self.fd, position, os.SEEK_SET)  # Windows
             return os.read(self.fd, n)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # at exit, `os` is gone
         if hasattr(self, 'fd'):
-            os.close(self.fd)
+            close(self.fd)
 
 
 @dataclass

@@ -43,9 +43,12 @@ def train_bpe(texts, vocab_size, max_characters=16 * 2**20):
 
     Sennrich et al. 2016, algorithm 1, on bytes within GPT-2's words: each merge joins the most
     frequent pair of tokens (ties: the lowest ids). It visits only the places of that pair, so that
-    the time is about linear in the text, with and without blanks. Raises UserError if the text has
-    too few pairs.
+    the time is about linear in the text, with and without blanks. vocab_size = None: 4096, or as
+    many as the text has pairs for. Raises UserError if it has too few for the vocab_size given.
     """
+    at_most = vocab_size is None
+    if at_most:
+        vocab_size = 4096
     require(257 <= vocab_size <= 2**20, f'vocab_size = {vocab_size}: bpe needs at least 257 (256 '
                                         f'bytes and {END_OF_TEXT}) and at most {2**20:,}')
     words = Words(count_words(texts, max_characters))
@@ -59,6 +62,8 @@ def train_bpe(texts, vocab_size, max_characters=16 * 2**20):
             heapq.heappop(heap)  # outdated: the new count is in the heap too
         if not heap or heap[0][0] == 0:
             bar.close()
+            if at_most:
+                break
             require(False, f'vocab_size = {vocab_size}: the text has pairs for {len(tokens) + 1} '
                            f'tokens only; ask for at most that')
         left, right = heapq.heappop(heap)[1]

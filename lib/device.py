@@ -1,5 +1,6 @@
-"""Which device, which dtype, compiled or not: the choices behind 'auto'."""
+"""Which device, which dtype, compiled or not: what 'auto' chooses."""
 import contextlib
+import ctypes
 import importlib.util
 import math
 import os
@@ -78,7 +79,18 @@ def start_device(name, deterministic):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
+    elif sys.platform == 'linux':
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed for the next step: the kernel would zero it again, page by page,
+    for a tenth of a step's time."""
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # musl has none
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no mmap for large arrays
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no heap is given back
 
 
 def use_flash_attention_3(device):
@@ -99,13 +111,13 @@ def pick_dtype(name, device, n_embd):
     """torch.dtype for 'auto' or a dtype's name.
 
     auto: bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere. On a CPU narrow
-    models stay in fp32: up to n_embd = 128 conversions cost more than faster products save.
+    models stay in fp32: below n_embd = 128 faster products hardly pay for the conversions.
     """
     if name != 'auto':
         return getattr(torch, name)
     if device.type == 'cuda':
         return torch.bfloat16 if has_bfloat16(device.type) else torch.float16
-    return torch.bfloat16 if has_bfloat16(device.type) and n_embd > 128 else torch.float32
+    return torch.bfloat16 if has_bfloat16(device.type) and n_embd >= 128 else torch.float32
 
 
 def dtype_name(dtype):
@@ -120,8 +132,17 @@ def has_bfloat16(device_type):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != 'cpu':
         return False
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     return any(capabilities.get(name) for name in ('amx_bf16', 'avx512_bf16', 'bf16'))  # bf16: ARM
+
+
+def cpu_capabilities():
+    """{name: whether this CPU has it}, or some of them."""
+    if hasattr(torch.cpu, 'get_capabilities'):
+        return torch.cpu.get_capabilities()
+    return {'avx512_bf16': torch.cpu._is_avx512_bf16_supported(),  # PyTorch 2.9
+            'amx_bf16': torch.cpu._is_amx_tile_supported(),
+            'avx512_vnni': torch.cpu._is_vnni_supported()}
 
 
 def math_attention_is_faster(device, dtype, T):

@@ -5,10 +5,13 @@ torchrun starts the processes. FSDP is imported lazily: that takes a second.
 import contextlib
 import os
 import re
+import shutil
 import sys
+import textwrap
 import time
 import uuid
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -80,12 +83,13 @@ def agent_store(host, port, rank, world_size):
     return dist.PrefixStore(token, store)
 
 
-def exit_process(code):
+def exit_process(code, failed=False):
     """Exit. One of several processes skips the interpreter's shutdown, in which gloo's threads
     sometimes abort."""
     if not dist.is_initialized():
         sys.exit(code)
-    dist.destroy_process_group()  # only here: after an error it would wait for the other processes
+    if not failed:  # it would wait for the other processes
+        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -99,10 +103,15 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def print0(text):
-    """Print on the main process, above its progress bar."""
+def print0(text, wrap=True, indent='  '):
+    """Print on the main process, above its progress bar. wrap: break no word in a terminal, and
+    continue a line after indent."""
     if rank() > 0:
         return
+    if wrap and sys.stdout.isatty():
+        fold = partial(textwrap.fill, width=shutil.get_terminal_size().columns,
+                       subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        text = '\n'.join(map(fold, text.split('\n')))
     try:
         tqdm.write(text)
         sys.stdout.flush()

@@ -42,6 +42,14 @@ def plural(n, noun):
     return f'{n:,} {noun}{"s" * (n != 1)}'
 
 
+def duration(seconds):
+    """'90s', '12.5m', '3.4h', '2.1d'"""
+    for unit, size in (('d', 86_400), ('h', 3_600), ('m', 60)):
+        if seconds >= 2 * size:
+            return f'{seconds / size:.1f}{unit}'
+    return f'{seconds:.0f}s'
+
+
 def shorten(value):
     """repr(value), at most about 60 characters of it."""
     try:

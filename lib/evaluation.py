@@ -45,8 +45,8 @@ def evaluate(loss_of, split, windows, batch_size, token_bytes, signals):
 def evaluate_run(loss_of, model, data, config, step, run):
     """Evaluate both splits, print and log the losses, and a sample if asked for.
 
-    model: not wrapped. Returns (val loss, train loss), or None if a signal interrupted it. Raises
-    UserError if the val loss is not finite.
+    model: not wrapped. Returns the log line, or None if a signal interrupted it. Raises UserError
+    if the val loss is not finite.
     """
     start = time.perf_counter()
     n_windows = data.val.n_windows
@@ -61,19 +61,20 @@ def evaluate_run(loss_of, model, data, config, step, run):
     if not math.isfinite(val_loss):
         fail(f'step {step}: the val loss is {val_loss}: lower --learning_rate or set --grad_clip; '
              f'checkpoints saved in {config.out_dir} are kept')
-    seconds, perplexity = time.perf_counter() - start, math.exp(min(val_loss, 700))
-    print0(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity '
-           f'{perplexity:.2f}, {bits:.4f} bits per byte ({seconds:.1f} s)')
+    seconds = time.perf_counter() - start
+    line = {'step': step, 'train_loss': train_loss, 'val_loss': val_loss,
+            'val_bits_per_byte': bits, 'seconds': round(seconds, 3)}
+    print0(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, '
+           f'{bits:.4f} bits per byte ({seconds:.1f} s)')
     if run.log:
-        run.log.write({'step': step, 'train_loss': train_loss, 'val_loss': val_loss,
-                       'val_bits_per_byte': bits, 'seconds': round(seconds, 3)})
+        run.log.write(line)
         if config.sample_every_eval and not sharded:
             if step == 0 and config.init_from == 'scratch':
                 print0('a sample of the untrained model:')
             text = sample(model, data, config.seed)
-            print0('\n'.join('  | ' + line for line in text.splitlines()))
+            print0('\n'.join('  | ' + line for line in text.splitlines()), indent='  | ')
             run.add_sample(step, text)
-    return val_loss, train_loss
+    return line
 
 
 def sample(model, data, seed):

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import stat
+import time
 import zlib
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from lib.errors import UserError, first_line, os_errors, require, shorten
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock
+except ImportError:
+    import msvcrt  # Windows
     fcntl = None
 
 ROOT = Path(__file__).parents[1]
+WINDOWS = os.name == 'nt'
 MAX_JSON_BYTES = 2**28
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 
@@ -45,11 +48,28 @@ def printable(path):
     return os.fsencode(path).decode(errors='replace')
 
 
+def relative(path, folder='.'):
+    """A path as seen from a folder; as it is if that is on another drive of Windows."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return str(path)
+
+
+def quote(words):
+    """Words of a command line as text, for the shell of this system."""
+    if WINDOWS:
+        from subprocess import list2cmdline  # slow
+
+        return list2cmdline(words)
+    return shlex.join(words)
+
+
 def command(script, *files, **flags):
     """The command that runs a script of the repository, to be printed: quoted for a shell."""
-    path = min(str(ROOT / script), os.path.relpath(ROOT / script), key=len)
+    path = min(str(ROOT / script), relative(ROOT / script), key=len)
     words = [f'--{key}={value}' for key, value in flags.items()]
-    return shlex.join(['python', path, *map(str, files), *words])
+    return quote(['python', path, *map(str, files), *words])
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -172,15 +192,22 @@ def lock(folder, what):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open_own(path, 'ab')
     try:
-        if fcntl is not None:
+        if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         return file
     except OSError as error:
         file.close()
         reason = f'cannot lock it: {error.strerror}; choose a folder on another file system'
-        if isinstance(error, BlockingIOError):
+        if isinstance(error, BlockingIOError | PermissionError):
             reason = 'another process is writing there; wait for it or choose another folder'
         raise UserError(f'{what}: {reason}') from None
+
+
+def cache_folder():
+    """~/.cache/plaingpt, or in XDG_CACHE_HOME: for what can be made again."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'plaingpt'
 
 
 def temporary(path):
@@ -190,13 +217,23 @@ def temporary(path):
 
 def replace(temporary, path):
     """Rename so that the new name survives a power cut: rename, then fsync the folder."""
-    os.replace(temporary, path)
+    patiently(os.replace, temporary, path)
     if os.name == 'posix':
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def patiently(function, *paths):
+    """Rename or delete. Windows refuses while another program reads the file: try for a second."""
+    for _ in range(20 * WINDOWS):
+        try:
+            return function(*paths)
+        except PermissionError:
+            time.sleep(0.05)
+    return function(*paths)
 
 
 def write_text(path, text):

@@ -20,7 +20,7 @@ import torch
 from configurator import GPTConfig, read_model_config
 from lib.download import download
 from lib.errors import UserError, require, restate, shorten
-from lib.files import find, read_json
+from lib.files import cache_folder, find, read_json
 from lib.formats import BUFFERS, check_weights, load_torch, read_safetensors, tied
 
 HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
@@ -322,8 +322,7 @@ def on_hub(where):
 def fetch(name):
     """Fetch a model from the hub (HF_ENDPOINT: a mirror) into ~/.cache/plaingpt. -> its folder"""
     endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    folder = cache / 'plaingpt' / name
+    folder = cache_folder() / name
 
     def get(file, optional=False):
         return download(f'{endpoint}/{HUB.get(name, name)}/resolve/main/{file}', folder / file,

@@ -12,8 +12,22 @@ import torch
 
 from configurator import TrainConfig, read_config_file
 from lib.errors import os_errors, require
-from lib.files import ROOT, open_own
+from lib.files import ROOT, WINDOWS, open_own
 from lib.run import read_log
+
+STOP = signal.SIGTERM
+OWN_GROUP = {'start_new_session': True}
+if WINDOWS:  # where SIGTERM would kill at once
+    STOP = signal.CTRL_BREAK_EVENT
+    OWN_GROUP = {'creationflags': subprocess.CREATE_NEW_PROCESS_GROUP}
+
+
+def stop(process):
+    """Ask a run to save and end."""
+    try:
+        process.send_signal(STOP)
+    except OSError:  # Windows without a console: it ends without saving
+        process.terminate()
 
 
 def val_losses(folder):
@@ -78,10 +92,10 @@ class Jobs:
 
     @contextlib.contextmanager
     def catch_signals(self):
-        """Stop all runs on SIGINT, SIGTERM or SIGHUP."""
+        """Stop all runs on SIGINT, SIGTERM, SIGHUP or SIGBREAK."""
         before = {}
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-            number = getattr(signal, name, None)  # Windows lacks one
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGBREAK'):
+            number = getattr(signal, name, None)  # Windows lacks one, others the last
             if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 before[number] = signal.signal(number, self.request_stop)
         try:
@@ -95,7 +109,7 @@ class Jobs:
             if self.stop and number == signal.SIGINT:
                 process.kill()
             else:
-                process.terminate()
+                stop(process)
         self.stop = number
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, b'\nstopping: each run saves; Ctrl-C again stops without saving\n')
@@ -126,16 +140,16 @@ class Jobs:
         if self.to_files:
             folder.mkdir(parents=True, exist_ok=True)
             output = open_own(folder / 'output.txt', 'ab')
-        # in its own session: Ctrl-C reaches this process alone, which passes it on once
+        # Ctrl-C reaches this process alone, which passes it on once
         process = subprocess.Popen(
             [sys.executable, ROOT / 'train.py', *arguments, f'--out_dir={folder}'],
             env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True)
+            **OWN_GROUP)
         self.running[process] = folder, environment
         if output:
             output.close()
         if self.stop:  # the signal came while the process started
-            process.terminate()
+            stop(process)
 
     def end(self, process):
         folder, environment = self.running.pop(process)

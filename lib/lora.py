@@ -38,7 +38,7 @@ def add_lora(model, rank, alpha, dropout):
     model.requires_grad_(False)
     for module in list(model.transformer.h.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
+            if isinstance(child, nn.Linear):
                 setattr(module, name, LoRALinear(child, rank, alpha, dropout))
 
 

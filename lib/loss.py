@@ -4,7 +4,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-MAX_LOGITS = 2**24  # logits that exist at once: 64 MB in fp32
+MAX_LOGITS = 2**24  # logits that exist at once: 32 MB in bf16
+MAX_FP32 = 2**21  # on a CPU in fp32 at once: 8 MB, which a cache holds
 PAD_VOCAB_TO = {'cuda': 128}  # tensor cores want full tiles: nanoGPT pads 50257 to 50304 for that
 
 
@@ -31,6 +32,31 @@ def mm_fp32(a, b):
     return a @ b
 
 
+def cross_entropy(logits, targets, cap, smoothing, needs_grad):
+    """(sum of the losses, gradients (n, V) or None) of logits (n, V) before the softcap, in fp32.
+    targets: (n,), -1 = ignored."""
+    target = targets.clamp(min=0)[:, None]  # (n, 1)
+    counts = (targets >= 0)[:, None]  # (n, 1)
+    logits = logits.to(torch.float32, copy=True)
+    slope = 1.0  # d softcap / d logits
+    if cap:
+        logits = logits.div_(cap).tanh_()
+        slope = 1 - logits.square()
+        logits *= cap
+    logp = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # in place
+    loss = -(1 - smoothing) * (logp.gather(1, target) * counts).sum()
+    if smoothing:
+        loss -= smoothing * (logp.mean(dim=1, keepdim=True) * counts).sum()
+    if not needs_grad:
+        return loss, None
+    # the gradient of cross-entropy w.r.t. its logits is p - target distribution
+    gradient = logp.exp_()
+    if smoothing:
+        gradient -= smoothing / logits.size(1)
+    ones = torch.full_like(target, smoothing - 1, dtype=gradient.dtype)
+    return loss, gradient.scatter_add_(1, target, ones).mul_(counts * slope)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softcap(x W^T), one chunk of logits at a time.
 
@@ -43,41 +69,28 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, cap, smoothing, at_once, dtype, needs_grad):
         V = len(weight)
         n_chunks = math.ceil(len(x) * V / at_once)
+        is_cpu = x.device.type == 'cpu'
+        n_rows = max(1, MAX_FP32 // V) if is_cpu else len(x)
         # a CPU adds bf16 to fp32 through a temporary copy: keep that small
-        dw_rows = 2**12 if x.device.type == 'cpu' else V
+        dw_rows = 2**12 if is_cpu else V
+        loss = torch.zeros((), device=x.device)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight) if needs_grad and weight.requires_grad else None
         w = weight.to(dtype)
         padding = -V % PAD_VOCAB_TO.get(x.device.type, 1)
         if padding:  # pad this copy, not the parameter: checkpoints keep the vocabulary as it is
             w = F.pad(w, (0, 0, 0, padding))  # (V + padding, C)
-        loss = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x)
-        dw = torch.zeros_like(weight) if needs_grad and weight.requires_grad else None
         chunks = (t.tensor_split(n_chunks) for t in (x.to(dtype), targets, dx))
         for x_i, targets_i, dx_i in zip(*chunks):
-            target = targets_i.clamp(min=0)[:, None]  # (n, 1)
-            counts = (targets_i >= 0)[:, None]  # (n, 1)
-            logits = F.linear(x_i, w)[:, :V].float()  # (n, V)
-            slope = 1.0  # d softcap / d logits
-            if cap:
-                logits = logits.div_(cap).tanh_()
-                slope = 1 - logits.square()
-                logits *= cap
-            logp = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # in place
-            loss -= (1 - smoothing) * (logp.gather(1, target) * counts).sum()
-            if smoothing:
-                loss -= smoothing * (logp.mean(dim=1, keepdim=True) * counts).sum()
+            # logits, replaced by their gradients; 0 in the padding, where w is 0
+            dlogits = F.linear(x_i, w)  # (n, V + padding)
+            for rows, targets_j in zip(dlogits.split(n_rows), targets_i.split(n_rows)):
+                loss_j, gradient = cross_entropy(rows[:, :V], targets_j, cap, smoothing, needs_grad)
+                loss += loss_j
+                if needs_grad:
+                    rows[:, :V] = gradient
             if not needs_grad:
                 continue
-            # the gradient of cross-entropy w.r.t. its logits is p - target distribution
-            dlogits = logp.exp_()
-            if smoothing:
-                dlogits -= smoothing / V
-            ones = torch.full_like(target, smoothing - 1, dtype=logp.dtype)
-            dlogits.scatter_add_(1, target, ones).mul_(counts * slope)
-            dlogits = dlogits.to(dtype)
-            del logits, logp
-            if padding:
-                dlogits = F.pad(dlogits, (0, padding))  # (n, V + padding)
             if dw is not None:  # None: a frozen head
                 for dw_j, dlogits_j in zip(dw.split(dw_rows), dlogits[:, :V].T.split(dw_rows)):
                     dw_j += mm_fp32(dlogits_j, x_i)
@@ -101,3 +114,26 @@ def chunked_cross_entropy(x, weight, targets, cap=0.0, smoothing=0.0, at_once=MA
         dtype = torch.get_autocast_dtype(device)
     return ChunkedCrossEntropy.apply(x, weight, targets, cap, smoothing, at_once, dtype,
                                      torch.is_grad_enabled())
+
+
+def embed_with_head(model, idx):
+    """(wte(idx), weight of the head) for a step that ends in chunked_cross_entropy."""
+    wte, head = model.transformer.wte, model.lm_head.weight
+    if head is wte.weight and not torch.compiler.is_compiling():
+        return TiedEmbedding.apply(idx, head)
+    return wte(idx), head
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """(embeddings of idx, weight (V, C)) of tied weights. Backward adds the gradient of the
+    embeddings to the head's, where autograd would make a second (V, C) tensor."""
+
+    @staticmethod
+    def forward(ctx, idx, weight):
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, dx, dweight):
+        idx, = ctx.saved_tensors
+        return None, dweight.index_add_(0, idx.flatten(), dx.flatten(0, 1).type_as(dweight))

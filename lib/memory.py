@@ -8,6 +8,7 @@ import torch
 
 from lib.device import math_attention_is_faster, total_memory
 from lib.errors import plural, require
+from lib.generation import cache_dtype
 from lib.lora import add_lora
 from lib.loss import max_logits
 from model import GPT
@@ -54,7 +55,7 @@ def device_memory(device):
     except (AttributeError, OSError, ValueError):  # Windows
         return None
     try:
-        return min(memory, int(CGROUP_LIMIT.read_text()))
+        return min(memory, int(CGROUP_LIMIT.read_text('utf-8')))
     except (OSError, ValueError):  # no container, or 'max'
         return memory
 
@@ -86,15 +87,23 @@ def require_batch_fits(config):
 
 
 def require_sampling_fits(model, n_sequences, longest, max_new_tokens, n_beams=1):
-    """Raise UserError if the KV cache and the tokens of so many sequences cannot fit."""
+    """The bytes of the KV cache and the tokens of so many sequences. Raises UserError if they do
+    not fit."""
     c, weight = model.config, model.transformer.wte.weight
     size = min(c.block_size, longest + max_new_tokens)
-    per_token = 2 * c.n_layer * c.kv_heads * c.head_dim * weight.element_size()
+    per_token = 2 * c.n_layer * c.kv_heads * c.head_dim * cache_dtype(model).itemsize
     caches = 1 if n_beams == 1 else 2 * n_beams
     per_sequence = caches * (size * per_token + 8 * c.vocab_size) + 8 * (longest + max_new_tokens)
-    require_memory(n_sequences * per_sequence, weight.device,
+    n_bytes = n_sequences * per_sequence
+    require_memory(n_bytes, weight.device,
                    f'writing {plural(n_sequences, "text")} of {max_new_tokens:,} tokens at a time',
                    'lower --num_samples, --num_beams or --max_new_tokens')
+    return n_bytes
+
+
+def autocast_keeps_copies(device, half):
+    """Whether autocast keeps copies of the weights in 16 bits for backward: see linear.Linear."""
+    return half and device.type != 'cpu'
 
 
 def activation_bytes(sizes, batch_size, half=False):
@@ -127,8 +136,8 @@ def activation_bytes(sizes, batch_size, half=False):
     if sizes.lora_rank and sizes.lora_dropout:
         block += (n if device.type == 'cpu' else 1) * (2 * C + q + hidden)
     blocks = c.n_layer * 4 * C + block if c.activation_checkpointing else c.n_layer * block
-    weights = 0  # their copies in 16 bits
-    if half:
+    weights = 0
+    if autocast_keeps_copies(device, half):
         weights = 2 * sizes.of(lambda model: sum(module.weight.numel() for module in model.modules()
                                                  if isinstance(module, torch.nn.Linear)))
     return batch_size * c.block_size * (blocks + (4 + n) * C) + weights
@@ -162,7 +171,7 @@ def step_bytes(sizes, config, half, parallel=None, world_size=1, gpu_memory=None
         weights = weights // world_size + 4 * rest + 2 * size * block
         state = state // world_size
         gradients = gradients // world_size + 4 * (rest + block) * trained // n
-        if half:
+        if autocast_keeps_copies(sizes.device, half):
             activations -= 2 * in_blocks  # the copies in 16 bits are the gathered weights
     # Muon holds about five copies of the matrices it orthogonalizes together, after backward
     muon = 0

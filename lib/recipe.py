@@ -1,14 +1,19 @@
 """train.py's keys, completed and checked: the --depth dial, and rules that involve several keys."""
 import math
+import os
 import sys
+from pathlib import Path
 
 from configurator import TrainConfig, check_fields, configure
 from lib.budget import choose_budget, tokens_per_step
-from lib.errors import require
+from lib.errors import UserError, require
+from lib.files import command, find
 
 
 def read_train_config(argv=None, cls=TrainConfig):
     """(config, given) of a command line of train.py, completed and checked. Raises UserError."""
+    if argv is None and not sys.argv[1:]:
+        check_default_data(cls.dataset)
     argv = list(sys.argv[1:] if argv is None else argv)
     if '--batch_size' in argv[:-1]:
         i = argv.index('--batch_size')
@@ -25,6 +30,27 @@ def read_train_config(argv=None, cls=TrainConfig):
             f'average_last = {config.average_last}: only to evaluate a run, with '
             f'--init_from=resume --eval_only')
     return config, given
+
+
+def check_default_data(name):
+    """Raise a UserError that says what to type, unless the data set of the defaults is there."""
+    if any(find(Path(folder, name, 'train.bin')).exists() for folder in ('data', '')):
+        return
+    lines = [f'dataset = {name!r} is not there yet; type one of these:',
+             'A first GPT, from the Python source on this machine, in minutes on a CPU',
+             '  ' + command('train.py', 'config/quickstart.py'),
+             'Your own text, a file or a folder',
+             '  ' + command('data/text/prepare.py', input='PATH', dataset='mine'),
+             '  ' + command('train.py', 'config/quickstart.py', dataset='mine', out_dir='out-mine'),
+             'Shakespeare, downloaded (1 MB)',
+             '  ' + command('train.py', 'config/speedrun_shakespeare_char.py'),
+             f'{name}, the data of the defaults',
+             '  ' + command(f'data/{name}/prepare.py')]
+    saved = max(Path().glob('out*/ckpt_*.json'), key=os.path.getmtime, default=None)
+    if saved:
+        lines += [f'Go on with the run in {saved.parent}',
+                  '  ' + command('train.py', init_from='resume', out_dir=saved.parent)]
+    raise UserError('\n'.join(lines))
 
 
 def check(config):
@@ -50,7 +76,7 @@ def turn_dial(config, given):
                 tokens of English prose depth 8 reached 4.505 instead of 4.536 (2 seeds)
     rates       Muon's is the same for all widths, since its steps have the same length in every
                 direction (Jordan 2024): of 0.01, 0.02 and 0.04 the second was best for depths 2
-                and 4 (README). AdamW's scale as 1/sqrt(width) (as in nanochat); the one
+                and 4 (docs/speed.md). AdamW's scale as 1/sqrt(width) (as in nanochat); the one
                 of embeddings is 4 times the other, as measured at a width of 192
     tokens      20 per parameter in the blocks (Hoffmann et al. 2022), or the budget given
     batch       2.6 * sqrt(tokens) tokens per step, rounded to a power of two: fitted

@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 import time
 from collections import deque
 from dataclasses import asdict
@@ -13,13 +15,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lib.budget import schedule_step
 from lib.device import peak_flops, peak_memory
 from lib.distributed import fail, gather, gather_ints, print0, rank, world_size
-from lib.errors import os_errors
-from lib.files import lock, open_own, parse_json, write_text
+from lib.errors import duration, os_errors
+from lib.files import lock, open_own, parse_json, patiently, write_text
 from lib.trackers import Trackers
 
-NOISE_LINES = 20  # log lines over which the gradient noise scale is averaged
+N_AVERAGED = 20  # log lines over which the gradient noise scale and the pace are averaged
 
 
 class Run(contextlib.ExitStack):
@@ -111,7 +114,7 @@ def set_aside(out_dir):
     with os_errors(f'out_dir = {str(out_dir)!r}'):
         folder.mkdir()
         for path in files:
-            path.rename(folder / path.name)
+            patiently(os.rename, path, folder / path.name)
     print0(f'{out_dir} holds an earlier run, which is kept in {folder}')
 
 
@@ -201,11 +204,12 @@ class Log:
 
 
 class StepLog(contextlib.AbstractContextManager):
-    """Losses and speed of steps, for log.jsonl and a progress bar (or lines on stdout)."""
+    """Losses and speed of steps, for log.jsonl and for stdout: in a terminal one line that is
+    redrawn, else a line at each log interval."""
 
-    def __init__(self, config, log, model, device, dtype, data, step):
+    def __init__(self, config, log, model, device, dtype, data, step, val_loss=None):
         """log: a Log on the main process, else None. data: the TokenBin of the training split.
-        step: the first one to come."""
+        step: the first one to come. val_loss: of the checkpoint resumed from."""
         self.config, self.log, self.device, self.data = config, log, device, data
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
         self.tokens_per_step = self.samples_per_step * data.block_size
@@ -217,13 +221,18 @@ class StepLog(contextlib.AbstractContextManager):
         self.pending = []
         self.lag = int(device.type == 'cuda')  # steps
         self.skips = 0  # consecutive steps that were not finite
-        self.noise = deque(maxlen=NOISE_LINES)  # (grad_signal, grad_noise) of the last lines
-        if log:  # a resumed run goes on averaging
-            self.noise += [(line['grad_signal'], line['grad_noise'])
-                           for line in read_log(config.out_dir) if 'grad_noise' in line]
-        total = config.max_iters if config.max_minutes is None else None
-        self.bar = tqdm(total=total, initial=step, desc='train', unit='step',
-                        dynamic_ncols=True, disable=None if log else True)
+        lines = read_log(config.out_dir) if log else []  # a resumed run goes on averaging
+        self.noise = deque(((line['grad_signal'], line['grad_noise'])
+                            for line in lines if 'grad_noise' in line), maxlen=N_AVERAGED)
+        self.pace = deque(maxlen=N_AVERAGED)  # (steps, seconds) of the last lines
+        # the last evaluation's line: the log ends before the one of the checkpoint
+        self.evaluation = next((line for line in reversed(lines) if line.get('val_loss')), {})
+        if val_loss is not None:
+            self.evaluation = self.evaluation | {'val_loss': val_loss}
+        self.text = ''
+        self.seconds = 0.0  # of training, all in all
+        self.bar = tqdm(total=1, bar_format=f'step {step}', miniters=0, leave=False,
+                        file=sys.stdout, disable=None if log else True)
         self.reset_clock(step)
 
     def __exit__(self, *error):
@@ -249,13 +258,15 @@ class StepLog(contextlib.AbstractContextManager):
             copied = torch.cuda.Event()
             copied.record()
         self.pending.append((step, first_sample, lr, measures, values, copied))
-        self.bar.update()
 
-    def flush_if_due(self, step):
+    def flush_if_due(self, step, seconds=0.0):
         """flush(), every log_interval steps. A GPU is still at work on the last step: its numbers
-        come next time."""
+        come next time. step: how many are done. seconds: of training, all in all."""
+        self.seconds = seconds
         if (step - 1 - self.lag) % self.config.log_interval == 0:
             self.flush(self.lag)
+        if self.text and not self.bar.disable:
+            self.draw(step)
 
     def flush(self, launched=0):
         """Log all steps since the last call, but the last `launched`. Raises UserError if one was
@@ -270,6 +281,7 @@ class StepLog(contextlib.AbstractContextManager):
         done = last_step + 1
         all_values = torch.stack([values for *_, values, _ in ended]).tolist()
         seconds = time.perf_counter() - self.time
+        self.pace.append((done - self.step, seconds))
         speed = (done - self.step) * self.tokens_per_step / seconds
         for entry, (loss, grad_norm, *losses) in zip(ended, all_values):
             step, first_sample, lr, measures, *_ = entry
@@ -288,7 +300,7 @@ class StepLog(contextlib.AbstractContextManager):
                 else:
                     line['skipped'] = True
                 self.log.write(line)
-                self.show(step, loss, lr, speed)
+                self.show(step, loss, speed)
                 self.reset_clock(done)
 
     def measured(self, measures, grad_norm):
@@ -303,14 +315,39 @@ class StepLog(contextlib.AbstractContextManager):
             line['noise_scale'] = noise / signal if signal > 0 else math.inf
         return line
 
-    def show(self, step, loss, lr, speed):
-        text = f'loss {loss:.4f}, {speed:,.0f} tokens/s'
+    def show(self, step, loss, speed):
+        val = self.evaluation.get('val_loss')
+        self.text = f'loss {loss:.4f}, ' + (f'val {val:.4f}, ' if val is not None else '')
+        self.text += f'{tqdm.format_sizeof(speed)} tokens/s, '
         if self.peak_flops:
             mfu = self.flops_per_token * speed / (self.peak_flops * world_size())
-            text += f', mfu {mfu:.1%}'
-        self.bar.set_postfix_str(text)
+            self.text += f'mfu {mfu:.1%}, '
         if self.bar.disable:
-            print0(f'step {step}: {text}, lr {lr:.2e}')
+            print0(f'step {step}: {self.text}{duration(self.seconds_left(step + 1))} left')
+
+    def draw(self, step):
+        """Redraw the line of a terminal, at most every 0.1 s; the bar takes what room there is."""
+        count, text = f'step {step}', f'{self.text}{duration(self.seconds_left(step))} left'
+        if self.config.max_minutes is None:
+            count = f'{step}/{self.config.max_iters}'
+        self.bar.ncols = shutil.get_terminal_size().columns - 1  # Windows would wrap a full line
+        room = self.bar.ncols - len(count + text)
+        self.bar.bar_format = f'{count}{" {bar} " if room > 9 else " "}{text}'
+        share = schedule_step(self.config, step, self.seconds) / self.config.max_iters
+        self.bar.update(share - self.bar.n)
+
+    def seconds_left(self, step):
+        """Until the budget is used up, evaluations included, at the pace of the last lines."""
+        config, (steps, seconds) = self.config, map(sum, zip(*self.pace))
+        if config.max_minutes is None:
+            steps_left = config.max_iters - step
+            left = steps_left * seconds / steps
+        else:
+            left = max(0.0, 60 * config.max_minutes - self.seconds)
+            steps_left = left * steps / seconds
+        every, end = config.eval_interval, step + steps_left
+        n_evaluations = math.ceil(end / every) - math.ceil(step / every) + 1
+        return left + n_evaluations * self.evaluation.get('seconds', 0)
 
     def handle_nonfinite(self, step, first_sample, loss, grad_norm, losses):
         """Report the samples that made a step's loss or gradient infinite or nan.
@@ -351,14 +388,15 @@ def noise_estimates(grad_norm, n_tokens, first_sq, fraction, fraction_sq):
 
 
 class Signals:
-    """SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) save and stop after a step or during
-    an evaluation; Ctrl-C again stops at once. SIGUSR1 saves and goes on."""
+    """SIGINT (Ctrl-C), SIGTERM, SIGHUP (a closed terminal) and SIGBREAK (Windows) save and stop
+    after a step or during an evaluation; Ctrl-C again stops at once. SIGUSR1 saves and goes on."""
 
     def __init__(self, catch=True):
         self.stop = 0  # the signal's number
         self.saves = 0  # saves requested so far
         handlers = {'SIGINT': self.request_stop, 'SIGTERM': self.request_stop,
-                    'SIGHUP': self.request_stop, 'SIGUSR1': self.request_save}
+                    'SIGHUP': self.request_stop, 'SIGBREAK': self.request_stop,
+                    'SIGUSR1': self.request_save}
         for name, handler in handlers.items():
             number = getattr(signal, name, None)  # Windows lacks some
             if catch and number and signal.getsignal(number) != signal.SIG_IGN:  # nohup: SIGHUP

@@ -1,5 +1,8 @@
-"""What a run prints about itself before it starts, and its last line."""
-import os
+"""What a run prints about itself before it starts, and its last lines."""
+import math
+import re
+import signal
+from pathlib import Path
 
 import torch
 
@@ -8,6 +11,8 @@ from lib.device import dtype_name
 from lib.distributed import print0, world_size
 from lib.errors import plural
 from lib.files import command
+from lib.run import read_log
+from lib.tokenizer import END_OF_TEXT
 from optimizer import n_trained
 
 
@@ -20,16 +25,16 @@ def describe(trainer, given):
     base = ', '.join(files) or 'the defaults'
     if trainer.run.resuming:
         base = 'the keys of the run'
-    print0(f'{base} with {", ".join(flags) or "no other keys"}; all keys are in '
-           f'{os.path.join(config.out_dir, "config.py")}')
+    print0(f'{base} with {", ".join(flags)}' if flags else base)
     tables = model.transformer.ngram.tables.weight.numel() if model.config.ngram > 1 else 0
     n_params = f'{model.get_num_params() - tables:,} parameters'
     n_params += f' and {tables:,} in n-gram tables' * (tables > 0)
     n_params += f', LoRA trains {n_trained(model):,}' * (not model.lm_head.weight.requires_grad)
     processes = '1 process' if world_size() == 1 else f'{world_size()} processes'
     tokens = trainer.samples_per_step * trainer.data.train.block_size
-    print0(f'{n_params}, vocabulary {model.config.vocab_size:,}; {trainer.device}, '
-           f'{dtype_name(trainer.dtype)}, {processes}; {tokens:,} tokens per step')
+    print0(f'{n_params}, vocabulary {model.config.vocab_size:,}')
+    print0(f'{trainer.device}, {dtype_name(trainer.dtype)}, {processes}; {tokens:,} tokens per '
+           f'step')
     if config.eval_only:
         return
     budget = describe_budget(config)
@@ -53,14 +58,46 @@ def describe(trainer, given):
 
 
 def farewell(trainer):
-    """The last line: losses, and what to do next."""
-    config, best = trainer.config, trainer.best_saved_loss
-    flags, text = {'out_dir': config.out_dir}, f'done: val loss {trainer.val_loss:.4f}'
-    if trainer.out_of_patience():
-        print0(f'stopped after {plural(trainer.step, "step")}: no lower val loss since step '
-               f'{trainer.best_step} (patience = {config.patience})')
-    if best < trainer.val_loss:
-        text += f', best {best:.4f}'
+    """Print the last lines: the best val loss, where everything is, what to do next."""
+    config, best = trainer.config, trainer.best_step
+    if config.eval_only:
+        print0(loss_line(trainer.log.evaluation))
+        return
+    after = f'after {plural(trainer.step, "step")}'
+    if trainer.stop:
+        print0(f'stopped by {signal.Signals(trainer.stop).name} {after}')
+    elif trainer.out_of_patience():
+        print0(f'stopped {after}: no lower val loss since step {best} (patience = '
+               f'{config.patience})')
+    flags = {'out_dir': config.out_dir}
+    if trainer.best_val_loss < math.inf:
+        lines = [line for line in read_log(config.out_dir)
+                 if line['step'] == best and 'val_bits_per_byte' in line]
+        line = {'val_loss': trainer.best_val_loss, **dict(*lines[-1:])}
+        print0(f'{"" if trainer.stop else "done: "}best {loss_line(line)} (step {best})')
+    if trainer.best_saved_loss < (trainer.val_loss or 0):
+        print0(f'last val loss {trainer.val_loss:.4f}')
         flags['checkpoint'] = 'best'
+    names = [path.name for path in sorted(Path(config.out_dir).glob('ckpt_[0-9]*.pt'))[-1:]]
+    print0(f'saved in {config.out_dir}: {", ".join([*names, "log.jsonl", "config.py"])}')
+    if trainer.stop:
+        resume = command('train.py', init_from='resume', out_dir=config.out_dir)
+        print0(f'resume:  {resume}', wrap=False)
     interactive = ' --interactive' if trainer.data.pairs else ''
-    return f'{text}; now: {command("sample.py", **flags)}{interactive}'
+    explain = command('explain.py', **flags, start=first_words(trainer.data))
+    print0(f'sample:  {command("sample.py", **flags)}{interactive}\nexplain: {explain}\n'
+           f'compare: {command("tools/runs.py", Path(config.out_dir).parent)}', wrap=False)
+
+
+def loss_line(line):
+    """The val loss of a log line in all units."""
+    text = f'val loss {line["val_loss"]:.4f}, perplexity {math.exp(min(line["val_loss"], 700)):.2f}'
+    bits = line.get('val_bits_per_byte')
+    return f'{text}, {bits:.4f} bits per byte' if bits else text
+
+
+def first_words(data):
+    """Some words, at most 24 characters, from the beginning of the validation split."""
+    ids = data.val.documents(0)[0][0] if data.pairs else data.val.read([0], 32)[0].tolist()
+    text = data.tokenizer.decode(ids).replace(END_OF_TEXT, '\n')
+    return max(re.findall(r'\w+(?: \w+){0,2}', text), key=len, default=text[:1])[:24]

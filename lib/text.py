@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,24 +16,28 @@ from lib.tokenizer import END_OF_TEXT, GPT2_PATTERN, gpt2
 from lib.write import Piece, write_dataset
 
 PIECE_CHARACTERS = 2**20  # each piece of a file is tokenized by one thread
+LONGEST_WORD = 2**12  # characters: longer ones may be cut, as a text without blanks must be
 
 
 @contextlib.contextmanager
 def regular_file(path):
     """The path of a file with the content of what a user has given as --input: a pipe, which can be
     read only once (-: standard input), is copied into a temporary file. Raises UserError."""
-    found = Path('/dev/stdin') if path == '-' else find(path)
-    require(os.path.exists(found), f'--input={path}: there is no such file')
-    require(not found.is_dir(), f'--input={path} is a folder: name a file')
-    if found.is_file():
-        yield found
-        return
-    stdin = str(found) in ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
-    require(stdin or not found.is_char_device(), f'--input={path} is a device: name a file')
+    found = find(path)
+    if path != '-':
+        require(os.path.exists(found), f'--input={path}: there is no such file')
+        require(not found.is_dir(), f'--input={path} is a folder: name a file')
+        if found.is_file():
+            yield found
+            return
+        stdin = str(found) in ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
+        require(stdin or not found.is_char_device(), f'--input={path} is a device: name a file')
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / f'input{found.suffix}'
-        with os_errors(found), open(found, 'rb') as source, open(copy, 'wb') as target:
-            shutil.copyfileobj(source, target)
+        with os_errors(f'--input={path}'), open(copy, 'wb') as target:
+            # Windows has no /dev/stdin
+            with sys.stdin.buffer if path == '-' else open(found, 'rb') as source:
+                shutil.copyfileobj(source, target)
         try:
             yield copy
         except UserError as error:
@@ -40,13 +45,15 @@ def regular_file(path):
 
 
 def read_pieces(path, size=PIECE_CHARACTERS, cuts_anywhere=False):
-    """The text of a file in pieces of about `size` characters, whose tokens are those of the whole.
-    cuts_anywhere: for characters and bytes. Raises UserError."""
+    """The text of a file in pieces of about `size` characters, whose tokens are those of the whole
+    (but LONGEST_WORD). cuts_anywhere: for characters and bytes. Raises UserError."""
     rest = ''
     with open_text(path) as file:
         while block := file.read(size):
             text = rest + block
-            end = cut_before_end_of_text(text) if cuts_anywhere else cut_before_blank(text)
+            end = 0 if cuts_anywhere else cut_before_blank(text)
+            if cuts_anywhere or not end and len(text) >= LONGEST_WORD:
+                end = cut_before_end_of_text(text)
             if end:
                 yield text[:end]
             rest = text[end:]
@@ -99,13 +106,15 @@ def split_at_end(texts, total_bytes, val_fraction=0.1, ordinary=False, cuts_anyw
 
 
 def start_of_word(text, cut):
-    """cut, or the beginning of the word of GPT-2's pattern that it would cut in two."""
+    """cut, or the beginning of the word of GPT-2's pattern that it would cut in two, unless that is
+    LONGEST_WORD characters before."""
     import regex  # comes with tiktoken
 
     before = cut_before_blank(text[:cut]) if cut > 1 else 0
     for word in regex.finditer(GPT2_PATTERN, text, pos=before):
         if word.end() >= cut:
-            return cut if word.end() == cut else word.start()
+            may_cut = word.end() == cut or cut - word.start() >= LONGEST_WORD
+            return cut if may_cut else word.start()
     return cut
 
 

@@ -250,9 +250,11 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                     with contextlib.suppress(OSError):
                         path.unlink()
     n_tokens = meta['train_tokens'] + meta['val_tokens']
-    print(f'{folder}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,} '
-          f'tokens, vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), '
-          f'{progress.size / n_tokens:.2f} bytes/token')
+    where = min(str(folder), os.path.relpath(folder), key=len)
+    print(f'{where}: {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} for '
+          f'validation\n'
+          f'vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), '
+          f'{progress.size / n_tokens:.2f} bytes per token')
     return meta
 
 

@@ -18,7 +18,7 @@ import torch._inductor  # noqa: F401  torch.use_deterministic_algorithms imports
 import torch.distributed  # noqa: F401
 import tqdm  # noqa: F401
 
-TIMEOUT = 200  # seconds
+TIMEOUT = 600  # seconds
 
 
 def run_script(script, arguments, cwd, env, stdout, stderr):

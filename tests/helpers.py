@@ -66,7 +66,7 @@ PARALLEL_RUN = (
 )
 
 # In fp32 the losses of 20 steps differ by no more than this, however a step is split over
-# micro-batches and processes (README, Promises). Muon rounds to bf16 where the hardware has it.
+# micro-batches and processes (docs/checkpoints.md). Muon rounds to bf16 where the hardware has it.
 ROUNDING = {'adamw': 2e-6, 'muon': 5e-4 if has_bfloat16('cpu') else 2e-6}
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import threading
 import time
 from dataclasses import asdict
 
@@ -333,7 +334,8 @@ def test_checkpoint_finds_tokenizer_of_nanogpt_dataset(tmp_path):
     assert restored.get_tokenizer().decode([0, 4]) == 'ae'
 
 
-def test_async_save_snapshots_weights_at_call_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize('copy', [True, False])
+def test_async_save_snapshots_weights_at_call_time(tmp_path, monkeypatch, copy):
     model = tiny_model()
     before = model.lm_head.weight.detach().clone()
     write_out, running = torch.save, []
@@ -345,9 +347,10 @@ def test_async_save_snapshots_weights_at_call_time(tmp_path, monkeypatch):
         running.append('done')
 
     monkeypatch.setattr(torch, 'save', slow_save)
-    saver = ckpt.Saver(tmp_path)
+    saver = ckpt.Saver(tmp_path, copy=copy)
     saver.save(ckpt.Checkpoint(asdict(model.config), model.state_dict(), 1))
-    assert running in ([], [0])  # in the background
+    # in the background, or written before the weights change
+    assert running in ([], [0]) if copy else running == [0, 'done']
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     saver.save(
@@ -365,6 +368,23 @@ def test_async_save_snapshots_weights_at_call_time(tmp_path, monkeypatch):
             for name in ('lm_head.weight', 'transformer.wte.weight')
         }
         assert len(storage) == 1  # tied weights are stored once
+
+
+def test_save_without_a_copy_returns_before_the_file_is_hashed(tmp_path, monkeypatch):
+    model = tiny_model()
+    returned, hashed = threading.Event(), []
+    sha256_of = ckpt.files.sha256_of
+
+    def wait_and_hash(path):
+        hashed.append(returned.wait(10))
+        return sha256_of(path)
+
+    monkeypatch.setattr(ckpt.files, 'sha256_of', wait_and_hash)
+    saver = ckpt.Saver(tmp_path, copy=False)
+    saver.save(ckpt.Checkpoint(asdict(model.config), model.state_dict(), 1))
+    returned.set()
+    saver.wait()
+    assert hashed == [True] and ckpt.load(tmp_path).step == 1
 
 
 def test_checkpoint_save_renames_after_fsync(tmp_path, monkeypatch):

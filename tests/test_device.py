@@ -52,8 +52,8 @@ def test_pick_dtype_auto_follows_hardware(monkeypatch):
     mock_cuda(monkeypatch, bf16=False)
     assert device.pick_dtype('auto', torch.device('cuda'), 256) == torch.float16
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'amx_bf16': True})
-    assert device.pick_dtype('auto', torch.device('cpu'), 256) == torch.bfloat16
-    assert device.pick_dtype('auto', torch.device('cpu'), 128) == torch.float32
+    assert device.pick_dtype('auto', torch.device('cpu'), 128) == torch.bfloat16
+    assert device.pick_dtype('auto', torch.device('cpu'), 64) == torch.float32
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {})
     assert device.pick_dtype('auto', torch.device('cpu'), 256) == torch.float32
     assert device.pick_dtype('auto', torch.device('mps'), 256) == torch.float32

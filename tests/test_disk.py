@@ -86,7 +86,7 @@ def test_train_reports_folders_and_pipes_in_place_of_its_files(clone, out_dir, m
         path.unlink(missing_ok=True)
         make(path)
         command = ('train.py', '--init_from=resume', f'--out_dir={out_dir}', '--max_iters=22')
-        result = subprocess.run([sys.executable, *command], cwd=clone, text=True, timeout=60,
+        result = subprocess.run([sys.executable, *command], cwd=clone, text=True, timeout=600,
                                 capture_output=True)  # fmt: skip
         assert result.returncode in (0, 2) and 'Traceback' not in result.stderr
         if result.returncode:

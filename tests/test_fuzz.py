@@ -407,7 +407,7 @@ def test_sampling_options(trained, capsys):
         'num_samples': ['1', '3', '10**9'],
         'max_new_tokens': ['0', '1', '5', '10**10'],
         'start': ['\\n', 'def', "['a', 'bcd']", '日本', ''],
-        'quantize': ['none', 'int8'],
+        'quantize': ['auto', 'none', 'int8'],
         'checkpoint': ['last', 'best', '20', '999', 'auto'],
         'seed': ['0', str(2**63 - 1)],
     }

@@ -220,7 +220,7 @@ def test_where_one_process_cannot_compile_none_does(ranks, char_data, patched_en
                    '--gradient_accumulation_steps=2', '--compile=True', f'--parallel={parallel}',
                    env=patched_env(ONE_CANNOT_COMPILE))
     assert output.count('torch.compile failed, going on without it: RuntimeError') == 1
-    assert 'done: val loss' in output
+    assert 'done: best val loss' in output
 
 
 @pytest.mark.slow

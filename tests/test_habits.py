@@ -3,6 +3,7 @@ folders, longer runs, small texts."""
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -73,7 +74,7 @@ def test_prepare_draws_no_progress_bar_into_files(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_home_and_other_working_directories(run, clone, char_data, tmp_path):
+def test_home_and_other_working_directories(run, clone, char_data, text, tmp_path):
     """`~` is the home folder in every key; what is not here is looked for in the repository."""
     home, elsewhere = tmp_path / 'home', tmp_path / 'elsewhere'
     home.mkdir(), elsewhere.mkdir()
@@ -81,10 +82,11 @@ def test_home_and_other_working_directories(run, clone, char_data, tmp_path):
     shutil.copytree(char_data, home / 'char')
     (home / 'c.py').write_text("out_dir = '~/a run'\ndataset = '~/char'\n")
     (home / 'prompt.txt').write_text('def ')
+    (home / 'text.txt').write_text(text[:5000])
     result = run('train.py', '~/c.py', *RUN, cwd=elsewhere, env=env)
     assert not list(elsewhere.iterdir()) and (home / 'a run' / 'log.jsonl').exists()
-    command = next(line for line in result.stdout.splitlines() if 'sample.py' in line)
-    command = command.partition('now: ')[2].replace('python', sys.executable, 1)
+    command = re.search(r'^sample: +python (.*)', result.stdout, re.MULTILINE)[1]
+    command = f'{sys.executable} {command} --num_samples=1 --max_new_tokens=2'
     subprocess.run(command, shell=True, check=True, cwd=elsewhere, env=os.environ | env)
     common = ('--max_new_tokens=2', '--device=cpu', '--start=a')
     where = '--out_dir=~/a run'
@@ -93,7 +95,7 @@ def test_home_and_other_working_directories(run, clone, char_data, tmp_path):
     for name in ('--init_from=~/a run', '--init_from=~/a run/ckpt_00000004.pt'):
         run('sample.py', name, *common, cwd=elsewhere, env=env)
     run('tools/evaluate.py', where, '--input=~/prompt.txt', '--task=text', cwd=elsewhere, env=env)
-    run('data/text/prepare.py', '--input=~/char/meta.json', '--tokenizer=char', '--dataset=home',
+    run('data/text/prepare.py', '--input=~/text.txt', '--tokenizer=char', '--dataset=home',
         cwd=elsewhere, env=env)  # fmt: skip
     # in the repository: a config file, data by path and by name, a run
     for dataset in ('data/home', 'home'):
@@ -328,8 +330,9 @@ def test_overfitting_is_said_once_and_the_best_checkpoint_can_be_named(run, refu
     assert result.stdout.count('the model overfits') == 1
     losses = {line['step']: line['val_loss'] for line in log_lines(out, 'val_loss')}
     best = min(losses, key=losses.get)
-    last_line = result.stdout.strip().splitlines()[-1]
-    assert f'best {losses[best]:.4f}' in last_line and '--checkpoint=best' in last_line
+    end = result.stdout.partition('done: ')[2]
+    assert f'best val loss {losses[best]:.4f}' in end
+    assert f'sample.py --out_dir={out} --checkpoint=best' in end
     steps = {}
     for which in ('best', 'last', '400', 'auto'):
         shown = run('sample.py', f'--out_dir={out}', f'--checkpoint={which}', '--max_new_tokens=1',

@@ -115,7 +115,7 @@ def torchrun(clone, command):
     arguments = [sys.executable, *TORCHRUN, '--no-python', 'bash', '-c', f'exec {command}']
     env = os.environ | {'PYTHON': sys.executable}
     result = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=200, cwd=clone, env=env
+        arguments, capture_output=True, text=True, timeout=600, cwd=clone, env=env
     )
     assert result.returncode
     return [line for line in result.stderr.splitlines() if line.startswith('train.py: ')]
@@ -134,7 +134,7 @@ def test_torchrun_reports_user_error_once(clone, trained, char_data):
 
 
 def test_ddp_reports_user_error_once(ranks):
-    output = ranks(2, code=2)
+    output = ranks(2, '--dataset=openwebtext', code=2)
     assert output.count('train.py: dataset =') == 1 and 'RuntimeError' not in output
 
 
@@ -256,7 +256,7 @@ def test_torchrun_restart_resumes_run(ranks, clone, char_data, tmp_path, kills):
         cleanup.callback(agent.terminate)
         dead = [None]
         for rank, n_steps in kills:
-            end = time.monotonic() + 100
+            end = time.monotonic() + 600
             while worker_pids(agent).get(rank) in dead or len(step_losses(out_dir)) < n_steps:
                 assert agent.poll() is None and time.monotonic() < end, output.read_text()
                 time.sleep(0.1)
@@ -264,7 +264,7 @@ def test_torchrun_restart_resumes_run(ranks, clone, char_data, tmp_path, kills):
                 time.sleep(3)
             dead += worker_pids(agent).values()
             os.kill(worker_pids(agent)[rank], signal.SIGKILL)
-        agent.wait(timeout=100)
+        agent.wait(timeout=600)
     text = output.read_text()
     assert agent.returncode == 0, text
     assert 'restarted the processes, the run continues' in text

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import checkpoint as ckpt
 from helpers import ARCHITECTURES, POST, tiny, tokens
-from lib.linear import Int8Linear, quantize
+from lib.linear import Int8Linear, Linear, PackedLinear, pack, quantize
 from lib.ngram import NgramEmbedding
 from model import (
     GPT,
@@ -327,6 +327,27 @@ def test_int8_quantization_error_is_bounded():
     assert model.generate(idx, 5, temperature=0).shape == (2, 17)
 
 
+@pytest.mark.parametrize('options', [{}, {'bias': False, 'activation': 'swiglu'}], ids=str)
+def test_packed_weights_compute_the_same(options):
+    model = tiny(n_embd=64, **options).bfloat16().eval()
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            p.data.uniform_(-1, 1)
+    idx = tokens(3, 12)
+    prompts = [row.tolist() for row in idx]
+    with torch.no_grad():
+        expected = [model(idx[:b, :t])[0] for b, t in ((1, 1), (3, 1), (3, 12))]
+        continued = model.generate(prompts, 4, temperature=0)
+        weight = model.lm_head.weight.clone()
+        pack(model)
+        for logits, (b, t) in zip(expected, ((1, 1), (3, 1), (3, 12))):
+            torch.testing.assert_close(model(idx[:b, :t])[0], logits, rtol=2**-7, atol=2**-9)
+        assert model.generate(prompts, 4, temperature=0) == continued
+        assert torch.equal(model.lm_head.weight, weight)
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert isinstance(model.lm_head, PackedLinear) == supported
+
+
 def test_norms_and_softcap_match_formulas():
     plain, capped = tiny()(tokens(2, 8))[0], tiny(logit_softcap=2.0)(tokens(2, 8))[0]
     torch.testing.assert_close(capped, 2.0 * torch.tanh(plain / 2.0))
@@ -421,3 +442,23 @@ def test_crop_block_size_preserves_logits_of_short_contexts():
 def test_gpt_config_rejects_invalid_architecture(options, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{'n_head': 4, 'n_embd': 32} | options)
+
+
+def test_linear_equals_torch_linear_under_autocast():
+    """Also in what autograd.Function does not do by itself: one dimension, fp64, functorch."""
+    ours, theirs = Linear(6, 5), torch.nn.Linear(6, 5)
+    theirs.load_state_dict(ours.state_dict())
+    fp32, fp64 = torch.float32, torch.float64
+    for shape, dtype in (((4, 3, 6), fp32), ((6,), fp32), ((3, 6), fp64)):
+        results = []
+        for layer in (ours.to(dtype), theirs.to(dtype)):
+            x = torch.linspace(-1, 1, math.prod(shape), dtype=dtype).view(shape).requires_grad_()
+            with torch.autocast('cpu', torch.bfloat16):
+                y = layer(x * 1.0)
+            layer.zero_grad()
+            y.float().square().sum().backward()
+            results.append((y, x.grad, layer.weight.grad, layer.bias.grad))
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results))
+    with torch.autocast('cpu', torch.bfloat16):
+        _, tangent = torch.func.jvp(ours.float(), (torch.ones(2, 6),), (torch.ones(2, 6),))
+    assert tangent.shape == (2, 5)

@@ -2,11 +2,14 @@
 
 import copy
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from helpers import ROOT
 from lib.recipe import read_train_config
 from model import GPT, GPTConfig
 from optimizer import (
@@ -300,3 +303,18 @@ def test_transformer_2017_config_matches_paper():
         expected = 512**-0.5 * min(step**-0.5, step * 4000**-1.5)
         lr = config.learning_rate * lr_multiplier(step - 1, config)
         assert lr == pytest.approx(expected, rel=5e-4)
+
+
+def test_a_step_does_not_import_dynamo():
+    """Which takes a second of CPU time, a third of what a run needs to start."""
+    code = (
+        'import sys, torch, model, optimizer\n'
+        'gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9))\n'
+        'step = optimizer.adamw(gpt.parameters(), 0.1, 1e-3, (0.9, 0.95))\n'
+        'gpt(*torch.zeros(2, 1, 4, dtype=torch.long))[1].backward()\n'
+        'step.step()\n'
+        'step.zero_grad()\n'
+        'step.state_dict()\n'
+        'assert "torch._dynamo" not in sys.modules\n'
+    )
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)

@@ -27,7 +27,7 @@ def test_prepare_text_builds_dataset_from_file_or_folder(run, refused, clone, tm
     )
     assert 'left out: 1 file, the first one: ' in result.stdout
     assert 'not UTF-8 text' in result.stdout
-    assert 'train.bin' in result.stdout
+    assert ' tokens to train on, ' in result.stdout
     data = bins.open_dataset(clone / 'data' / 'mine', 32)
     everything = data.tokenizer.decode(
         [*data.train.read([0], data.train.n_tokens)[0], *data.val.read([0], data.val.n_tokens)[0]]

@@ -265,11 +265,11 @@ def test_served_page_follows_running_runs(chromium, clone, trained, tmp_path):
         with open(folder / 'log.jsonl', 'a') as log:
             line = {'step': 30, 'train_loss': 1.0, 'val_loss': 1.25, 'val_bits_per_byte': 0.5}
             log.write(json.dumps(line) + '\n')
-        expect(tab.locator('.run-table')).to_contain_text('1.2500', timeout=20_000)
+        expect(tab.locator('.run-table')).to_contain_text('1.2500', timeout=60_000)
         wait_until_drawn(tab)
         assert points(tab, 'val-loss')['first'][-1] == (30, 1.25)
         shutil.copytree(trained, tmp_path / 'all' / 'new')
-        expect(tab.locator('.run-table tbody tr')).to_have_count(2, timeout=20_000)
+        expect(tab.locator('.run-table tbody tr')).to_have_count(2, timeout=60_000)
 
 
 @pytest.mark.slow

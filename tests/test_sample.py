@@ -186,7 +186,7 @@ def test_sample_interactive_continues_after_ctrl_c(run, clone, trained):
             process.send_signal(signal.SIGINT)
             while (line := process.stdout.readline()).strip() != '-' * 15:
                 assert line
-        _, output = process.communicate(timeout=60)
+        _, output = process.communicate(timeout=600)
     assert process.returncode == 0 and output.count('stopped') == 2 and 'Traceback' not in output
 
 

@@ -519,7 +519,7 @@ def test_a_signal_stops_all_runs_which_save_and_continue(clone, run, char_data, 
             time.sleep(0.02)
             assert process.poll() is None
     os.killpg(process.pid, number)  # as a terminal does
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + number and 'the same command continues' in output
     for folder in running:
         assert (folder / 'status').read_text() == 'stopped\n'

@@ -216,13 +216,38 @@ def test_prepare_reads_pipes_links_and_compressed_files(prepare, tmp_path, clone
     refused('data/text/prepare.py', f'--input={tmp_path / "cut.gz"}', says='damaged')
 
 
+def test_words_without_end_are_cut_so_that_time_and_memory_stay_bounded(tmp_path, monkeypatch):
+    """A text without blanks was one piece, looked at again for each megabyte."""
+    monkeypatch.setattr(texts, 'LONGEST_WORD', 1000)
+    for unit in ('a', 'ACGT', ' ', '日本', f'abc{END}'):
+        content = 'one two ' + (unit * 5000)[:20_000] + ' three'
+        (tmp_path / 'x.txt').write_text(content, encoding='utf-8')
+        pieces = list(texts.read_pieces(tmp_path / 'x.txt', 100))
+        assert ''.join(pieces) == content and max(map(len, pieces)) < 1100 + len(END)
+        assert sum(piece.count(END) for piece in pieces) == content.count(END)
+
+
+def test_a_text_of_one_word_has_two_splits():
+    for unit in ('a', 'ACGT', ' ', '日本'):
+        content = unit * 9000
+        size = len(content.encode())
+        pieces = texts.split_at_end([(content, False)], size, cuts_anywhere=False)
+        train, val = (piece.text for piece in pieces)
+        assert train + val == content and len(train) == 0.9 * len(content)
+
+
+def test_a_million_blanks_are_refused_in_a_sentence(bpe):
+    with pytest.raises(UserError, match='million blanks in a row'):
+        bpe.encode(' ' * 1_100_000 + 'x')
+
+
 @pytest.mark.slow
 def test_bpe_of_text_without_blanks_takes_seconds():
     """A megabyte without blanks took half an hour."""
     dna = ''.join(random.Random(0).choices('ACGT', k=300_000))
     code = 'import sys; from lib.bpe import train_bpe; train_bpe([sys.stdin.read()], 2048)'
     subprocess.run(
-        [sys.executable, '-c', code], cwd=ROOT, input=dna, text=True, timeout=60, check=True
+        [sys.executable, '-c', code], cwd=ROOT, input=dna, text=True, timeout=600, check=True
     )
 
 
@@ -318,3 +343,13 @@ def test_a_text_of_separators_only_has_no_bits_per_byte(run, trained, prepare, t
     assert ids.count(tok.eot) == 40
     run('train.py', '--dataset=texts', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=2',
         '--max_iters=1', '--eval_iters=1', '--device=cpu', f'--out_dir={tmp_path}/o')  # fmt: skip
+
+
+def test_a_short_text_gets_as_many_tokens_as_it_has_pairs_for(run, refused, clone, tmp_path):
+    """Unless --vocab_size asks for more."""
+    path = tmp_path / 'short.txt'
+    path.write_text('to be or not to be ' * 20)
+    arguments = ('data/text/prepare.py', f'--input={path}', '--dataset=brief')
+    run(*arguments)
+    assert 257 < json.loads((clone / 'data/brief/meta.json').read_text())['vocab_size'] < 300
+    refused(*arguments, '--vocab_size=4096', says='the text has pairs for')

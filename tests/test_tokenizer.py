@@ -1,8 +1,11 @@
 """Tokenizers, against tiktoken and Hugging Face's tokenizers, on real text."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
+import regex
 import tiktoken
 import tokenizers as hf
 
@@ -89,6 +92,40 @@ def test_bpe_encodes_eot_only_between_documents(bpe):
     # in a side of a pair it is plain text
     assert 499 not in bpe.encode_ordinary('a<|endoftext|>b').tolist()
     assert bpe.decode([97, 499]) == 'a<|endoftext|>'
+
+
+def naive_merges(words, n):
+    """Sennrich et al. 2016, algorithm 1: count all pairs again for each merge; ties: lowest ids."""
+    words = [list(word.encode()) for word in words]
+    tokens = [bytes([b]) for b in range(256)]
+    for new in range(256, 256 + n):
+        counts = Counter()
+        for word in words:
+            counts.update(zip(word, word[1:]))
+        left, right = min(counts, key=lambda pair: (-counts[pair], pair))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if word[i : i + 2] == [left, right]:
+                    word[i : i + 2] = [new]
+                i += 1
+        tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+
+def test_bpe_merges_equal_those_of_counting_again(text):
+    """Also where pairs overlap, in few and long words, and in other scripts."""
+    rng = random.Random(0)
+    for content, n in (
+        (text[:2000], 40),
+        (''.join(rng.choices('ACGT', k=1000)), 60),
+        (''.join(rng.choices('ab', k=1000)), 40),
+        ('a' * 999, 9),
+        ('aaab' * 100 + 'aa' * 77, 10),
+        (''.join(rng.choices('日本語文字', k=600)), 30),
+    ):
+        words = regex.findall(tokenizer.GPT2_PATTERN, content)
+        assert train_bpe([content], 257 + n).tokens == naive_merges(words, n), content[:20]
 
 
 def test_bpe_reports_unreachable_vocab_size():

@@ -290,6 +290,7 @@ def test_train_reports_user_errors_and_writes_nothing(refused, char_data, traine
     common = (f'--out_dir={out}', f'--dataset={char_data}', *TINY)
     refused(
         'train.py',
+        '--dataset=openwebtext',
         says=('openwebtext', 'python data/openwebtext/prepare.py', 'config/quickstart.py'),
     )
     refused('train.py', '--dataset=nothing', says=("dataset = 'nothing'", 'data/text/prepare.py'))

@@ -82,37 +82,40 @@ def wait_for_steps(out_dir, n, *agents):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kill', ['workers', 'agent'])
+@pytest.mark.parametrize('kill', ['workers', 'host'])
 def test_torchrun_on_two_hosts_survives_kill(run, start_on, clone, char_data, tmp_path, kill):
     arguments = (
         f'--dataset={char_data}',
         *PARALLEL_RUN,
-        '--max_iters=600',
+        '--max_iters=300',
         '--save_interval=20',
-        '--eval_interval=600',
+        '--eval_interval=300',
     )
     run('train.py', f'--out_dir={tmp_path}/whole', *arguments)
     out_dir = tmp_path / 'out'
-    env = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'} if kill == 'agent' else {}  # see README
+    env = {'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'} if kill == 'host' else {}  # docs/scale.md
     start = functools.partial(start_on, clone, f'--out_dir={out_dir}', *arguments, env=env)
     a, b = (start(host=host) for host in HOSTS)
     wait_for_steps(out_dir, 20, a, b)
-    if kill == 'agent':
-        b.kill()
+    if kill == 'host':
+        workers = worker_pids(b)
+        b.kill()  # first, or it would restart them
+        for pid in workers.values():
+            os.kill(pid, signal.SIGKILL)
         b.wait()
         b = start(host='b')
     else:
         for rank, host, n_steps in ((1, b, 60), (0, a, 100)):
-            killed = time.monotonic()
             os.kill(worker_pids(host)[rank], signal.SIGKILL)
             wait_for_steps(out_dir, n_steps, a, b)
-            assert time.monotonic() - killed < 60  # seconds, most of them for imports
-    assert (a.wait(timeout=200), b.wait(timeout=200)) == (0, 0)
+    codes = a.wait(timeout=600), b.wait(timeout=600)
+    outputs = [path.read_text()[-2000:] for path in sorted(tmp_path.glob('*.txt'))]
+    assert codes == (0, 0), '\n'.join(outputs)
     output = (tmp_path / '0.txt').read_text()
     assert output.count('restarted the processes, the run continues') >= 1 + (kill == 'workers')
     assert (out_dir / 'status').read_text() == 'done\n'
     parts = step_losses(out_dir)
-    assert [step for step, *_ in parts] == list(range(600))
+    assert [step for step, *_ in parts] == list(range(300))
     assert [loss for _, loss, _ in parts] == pytest.approx(
         [loss for _, loss, _ in step_losses(tmp_path / 'whole')], abs=1e-5
     )

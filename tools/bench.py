@@ -9,6 +9,7 @@ its own process, so that peak memory is its own too. Figures are medians; CPU se
 threads. The model is GPT-2 124M with random weights, except where a row says otherwise.
 """
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -65,6 +66,7 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
         check(config)
 
 import numpy as np
+import tiktoken
 import torch
 
 import checkpoint as ckpt
@@ -77,8 +79,9 @@ from lib.device import (
     peak_memory,
     pick_device,
     pick_dtype,
+    start_device,
 )
-from lib.linear import quantize
+from lib.linear import pack, quantize
 from lib.resume import choose_model_config
 from lib.text import read_pieces, split_at_end
 from lib.tokenizer import gpt2
@@ -181,7 +184,7 @@ def matmul_flops(device, dtype):
 
 
 def training(config, checkpointing):
-    device = pick_device(config.device)
+    device = start_device(config.device, 'auto')  # as train.py does
     dtype = pick_dtype('auto', device, 768)
     model, step = make_step(device, dtype, compiled=config.compile,
                             activation_checkpointing=checkpointing)
@@ -233,6 +236,8 @@ def sampling(config, int8):
         weight_bytes = model.get_num_params()
         name = 'int8'
         quantize(model)
+    elif not config.compile:
+        pack(model)
     prompt = torch.randint(50257, (N_PROMPT,)).tolist()
 
     def seconds(n_samples, n_new, compile=False):
@@ -313,9 +318,14 @@ def write_stdlib(path):
 
 
 def tokenize_only(path, tokenizer):
+    """tiktoken alone, on all cores."""
+    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
+    encoding = tiktoken.Encoding('alone', pat_str=tokenizer.pattern, mergeable_ranks=ranks,
+                                 special_tokens=tokenizer.special)
     with ThreadPoolExecutor(os.cpu_count()) as pool, open(path, encoding='utf-8') as file:
         pieces = iter(lambda: file.read(2**20), '')
-        for _ in pool.map(lambda text: len(tokenizer.encode_to_numpy(text)), pieces):
+        encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+        for _ in pool.map(lambda text: len(encode(text)), pieces):
             pass
 
 

@@ -10,7 +10,6 @@ be bitwise the same. Exit code 1 if they are not.
 import hashlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -80,7 +79,7 @@ def kill_and_resume(out_dir, arguments, n_steps, config):
             step = min((committed or 0) + chance.randrange(60), n_steps - 20)
             counts.lost += (committed or 0) - read_until(process, step)
             time.sleep(chance.expovariate(1 / 0.02))  # somewhere in a step or a save
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
         counts.kills += 1
         counts.in_save += any(out_dir.glob('*.tmp'))

@@ -25,7 +25,7 @@ class Config:
     # model
     init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, ..., gpt2-xl or a path
     out_dir: FilePath = 'out'  # the folder of a run
-    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
+    checkpoint: Which = 'auto'  # last, best (by val loss) or a step; auto: docs/sampling.md
     average_last: Count = 1  # average the weights of the last N checkpoints (Vaswani 2017: 5)
     # task
     task: Literal['auto', 'pairs', 'text', 'lambada', 'hellaswag'] = 'auto'  # auto: pairs or text

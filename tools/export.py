@@ -23,7 +23,7 @@ class Config:
     # model
     init_from: FilePath = 'resume'  # resume (out_dir), gpt2, gpt2-medium, ..., gpt2-xl or a path
     out_dir: FilePath = 'out'  # the folder of a run
-    checkpoint: Which = 'auto'  # of the run: last, best (by val loss) or a step; auto: see README
+    checkpoint: Which = 'auto'  # last, best (by val loss) or a step; auto: docs/sampling.md
     average_last: Count = 1  # average the weights of the last N checkpoints
     # export
     format: Literal['hf', 'gguf', 'onnx', 'safetensors', 'peft'] = 'hf'  # see above
@@ -61,6 +61,8 @@ def new_folder(path):
         try:
             temporary.mkdir(parents=True)
             yield temporary
+            if path.is_dir():  # an empty one, which Windows does not replace
+                path.rmdir()
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -49,6 +49,7 @@ class Config:
 
 def check(config):
     """Validate the config. Raises UserError."""
+    require(hasattr(os, 'fork'), 'it forks its measurements, which Windows cannot: take Linux')
     for part in config.parts:
         require(part in PARTS, f'parts = {part!r}: give some of {", ".join(PARTS)}')
 

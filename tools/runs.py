@@ -11,17 +11,14 @@ are named. The page is one file that opens from disk and loads nothing.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import Bound, FilePath, configure, help_text
-from lib.errors import os_errors, plural, require, user_errors
-from lib.files import find
+from configurator import FilePath, Port, configure, help_text
+from lib.errors import duration, os_errors, plural, require, user_errors
+from lib.files import find, relative
 from lib.page import RUNS_MARK, may_replace
-
-Port = Annotated[int, Bound(lambda x: 0 <= x < 2**16, '0 (any) to 65535')]
 
 
 @dataclass
@@ -67,6 +64,7 @@ if __name__ == '__main__':  # before the slow imports, so that --help and typos 
 import ast
 import base64
 import contextlib
+import ctypes
 import functools
 import json
 import math
@@ -90,7 +88,7 @@ from lib.memory import Sizes
 from lib.page import DATA, nan_to_none, page_template
 from lib.plot import import_pyplot, save_png
 from lib.run import read_log, read_samples
-from lib.serve import serve
+from lib.serve import Server, serve
 from model import GPT
 
 MAX_DEPTH = 4  # of folders below the given ones
@@ -127,7 +125,10 @@ def find_runs(folders):
 def short_names(folders):
     """Their paths below the folder that they share."""
     paths = [os.path.realpath(folder) for folder in folders]
-    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    try:
+        shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # on several drives of Windows
+        return [printable(path) for path in paths]
     return [printable(os.path.relpath(path, shared)) for path in paths]
 
 
@@ -164,8 +165,13 @@ def read_status(folder):
 def is_alive(pid):
     """Whether there is a process with the id in this list of words."""
     try:
-        if os.name == 'posix':  # elsewhere signal 0 may end it
-            os.kill(max(1, int(pid[0])), 0)
+        if os.name == 'nt':  # where signal 0 would end it
+            kernel = ctypes.windll.kernel32
+            process = kernel.OpenProcess(0x100000, False, int(pid[0]))  # SYNCHRONIZE
+            ended = kernel.WaitForSingleObject(process, 0) != 0x102  # WAIT_TIMEOUT: it runs
+            kernel.CloseHandle(process)
+            return not ended
+        os.kill(max(1, int(pid[0])), 0)
     except PermissionError:
         return True
     except (IndexError, ValueError, OverflowError, ProcessLookupError):
@@ -396,15 +402,6 @@ def short_number(x):
     return f'{x:.3g}'
 
 
-def duration(seconds):
-    if seconds is None:
-        return '-'
-    for unit, size in (('d', 86_400), ('h', 3_600), ('m', 60)):
-        if seconds >= 2 * size:
-            return f'{seconds / size:.1f}{unit}'
-    return f'{seconds:.0f}s'
-
-
 def loss_text(x):
     return '-' if x is None else f'{x:.4f}'
 
@@ -421,7 +418,7 @@ def table_columns(runs):
         ('at', ['-' if run['best_step'] is None else f'{run["best_step"]:.0f}' for run in runs]),
         ('bits/B', [loss_text(run['bits']) for run in runs]),
         ('tokens', [short_number(run['tokens']) for run in runs]),
-        ('time', [duration(run['seconds']) for run in runs]),
+        ('time', ['-' if run['seconds'] is None else duration(run['seconds']) for run in runs]),
     ]
     for key in differing_keys(runs):
         columns.append((key, [run['config'].get(key, '-') for run in runs]))
@@ -474,7 +471,7 @@ def add_links(runs, page_path):
     """Set `explain` to the address of the run's explain.html, as seen from the page."""
     for run in runs:
         path = Path(run['path'], 'explain.html')
-        link = os.path.relpath(path, page_path.parent)
+        link = relative(path, page_path.parent)
         run['explain'] = quote(Path(link).as_posix()) if run['explain'] else None
 
 
@@ -530,11 +527,11 @@ class Follower:
 
     def answer(self, path, query):
         if path == '/':
-            return 200, 'text/html', build_page(self.data(since=0), live=True)
+            return 200, 'text/html', build_page(self.data(since=0), live=True).encode()
         if path == '/data':
             since = query.get('since', '')
             data = self.data(int(since) if since.isdecimal() and len(since) < 19 else 0)
-            return 200, 'application/json', to_json(data)
+            return 200, 'application/json', to_json(data).encode()
         return None
 
 
@@ -554,7 +551,8 @@ def main(folders, config):
     if config.serve:
         print(table)
         try:
-            serve(Follower(folders).answer, config.port, page_template('runs.html', True)[1])
+            policy = page_template('runs.html', connects=True)[1]
+            serve(Server(config.port), Follower(folders).answer, policy)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
     elif config.out:

@@ -141,6 +141,8 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
             _, _, of_train = help_text(TrainConfig).partition('[--switch ...]\n')
             print(help_text(Config) + '\n' + USAGE.format(of_train, ', '.join(PLAN_KEYS)))
             sys.exit(0)
+        if '--version' in sys.argv:
+            configure(Config)
         config, rungs, files, words = read_command(sys.argv[1:])
 
 import numpy as np

@@ -130,6 +130,8 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
                                              'config/file.py [...] [--key=value,value,... ...]')
             print(f'{text}\n\nThe keys of train.py, always as --key=value:\n{keys}')
             sys.exit(0)
+        if '--version' in sys.argv:
+            configure(Config)
         config, runs = read_command(sys.argv[1:])
 
 from lib import resume

@@ -28,7 +28,7 @@ RowSize = Annotated[int, Bound(lambda x: 5 <= x <= 2**20, 'at least 5, at most 2
 class Config:
     input: FilePath = ''  # lines of source TAB target, or JSON, perhaps .gz; -: standard input
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
-    vocab_size: int = 4096  # of bpe
+    vocab_size: int | None = None  # of bpe; None: 4096, or what a short text has pairs for
     init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): their tokenizer
     dataset: str = 'pairs'  # the bins go to data/<dataset>
     block_size: RowSize = 128  # tokens per row; longer pairs are left out
@@ -45,7 +45,7 @@ if __name__ == '__main__':  # --help and typos are answered before the slow impo
                          f'{", ".join(sorted(own))}')
 
 from lib.bpe import make_tokenizer
-from lib.files import open_text, printable
+from lib.files import command, open_text, printable
 from lib.records import read_records
 from lib.text import regular_file
 from lib.write import dataset_folder
@@ -228,6 +228,13 @@ def prepare(config, path):
               f'({reasons})')
     write_pairs(documents, pick_tokenizer(config, path), printable(config.input), config.dataset,
                 config.block_size, config.packing, config.mask_prompt, config.val_fraction)
+    if not config.init_from:
+        name = 'quickstart' if is_json(path) else 'translate_en_it'
+        if config.tokenizer == 'gpt2':
+            name = 'finetune_chat'
+        flags = {} if config.block_size == Config.block_size else {'block_size': config.block_size}
+        print('next:', command('train.py', f'config/{name}.py', dataset=config.dataset,
+                               out_dir=f'out-{config.dataset}', **flags))
 
 
 if __name__ == '__main__':

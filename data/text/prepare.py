@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from configurator import FilePath, ValFraction, configure
 from lib.errors import UserError, first_line, plural, require, user_errors
-from lib.files import find, printable
+from lib.files import command, find, printable
 
 
 @dataclass
 class Config:
     input: FilePath = ''  # a UTF-8 text file, a folder of them, or a pipe; -: standard input
     tokenizer: Literal['bpe', 'char', 'byte', 'gpt2'] = 'bpe'  # bpe is trained on this text
-    vocab_size: int = 4096  # of bpe
+    vocab_size: int | None = None  # of bpe; None: 4096, or what a short text has pairs for
     init_from: FilePath = ''  # weights to finetune (a run's folder, a checkpoint): their tokenizer
     dataset: str = 'text'  # the bins go to data/<dataset>
     val_fraction: ValFraction = 0.1  # the fraction of the text, at its end, kept for validation
@@ -128,6 +128,9 @@ def prepare(config, files):
                           tokenizer.cuts_anywhere)
     folder = dataset_folder(config.dataset)
     write_dataset(folder, pieces, tokenizer, printable(config.input), size)
+    if not config.init_from:
+        print('next:', command('train.py', 'config/quickstart.py', dataset=config.dataset,
+                               out_dir=f'out-{config.dataset}'))
 
 
 if __name__ == '__main__':
