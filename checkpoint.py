@@ -169,9 +169,9 @@ def save(out_dir, checkpoint, keep_last=2, when_read=lambda: None):
 def delete_old(out_dir, step, keep_last):
     """Delete the checkpoints up to step, except for the last keep_last and the best by val loss."""
     found = [manifest for manifest in manifests(out_dir) if manifest['step'] <= step]
-    best = min(found, key=finite_val_loss, default=None)
+    best = by_val_loss(found)[:1]
     for old in reversed(found[keep_last:]):  # oldest first: a killed process leaves no gap
-        if old is not best:
+        if old not in best:
             path = out_dir / old['file']
             mark = path.with_suffix('.json.tmp')
             files.patiently(os.replace, path.with_suffix('.json'), mark)  # the manifest first
@@ -236,9 +236,15 @@ def cpu_copy(value, copies=None):
     return [cpu_copy(v, copies) for v in value] if isinstance(value, list) else value
 
 
-def finite_val_loss(manifest):
-    loss = manifest['val_loss']
-    return loss if loss is not None and math.isfinite(loss) else math.inf
+def by_val_loss(found):
+    """Manifests, newest first, in the order of their val losses. Those on other data than the
+    newest one's do not compare, and come last."""
+    def key(manifest):
+        loss = manifest['val_loss']
+        other_data = manifest.get('data') != found[0].get('data')
+        return other_data, math.inf if loss is None or not math.isfinite(loss) else loss
+
+    return sorted(found, key=key)
 
 
 def manifests(out_dir, report=lambda text: None):
@@ -342,7 +348,7 @@ def load_run(folder, which, mmap, average_last):
         warn(f'{path} has no manifest to verify it and is skipped; to load it: {init_from(path)}')
     improvements_only = not found[0]['config'].get('always_save_checkpoint', True)
     if which == 'best' or which == 'auto' and average_last == 1 and improvements_only:
-        found.sort(key=finite_val_loss)
+        found = by_val_loss(found)
     elif isinstance(which, int):
         steps = ', '.join(str(manifest['step']) for manifest in reversed(found))
         found = [manifest for manifest in found if manifest['step'] == which]

@@ -42,10 +42,12 @@ class Bound(NamedTuple):
 Count = Annotated[int, Bound(lambda x: x >= 1, 'at least 1')]
 Size = Annotated[int, Bound(lambda x: 1 <= x < 2**31, 'at least 1, less than 2**31')]
 Width = Annotated[int, Bound(lambda x: 1 <= x <= 2**24, 'at least 1, at most 2**24')]
+Heads = Annotated[int, Bound(lambda x: 1 <= x <= 2**16, 'at least 1, at most 2**16')]
 Depth = Annotated[int, Bound(lambda x: 1 <= x <= 2**18, 'at least 1, at most 2**18')]
 Ngram = Annotated[int, Bound(lambda x: 1 <= x <= 64, 'at least 1, at most 64')]
 WholeNumber = Annotated[int, Bound(lambda x: x >= 0, '0 or more')]
 Positive = Annotated[float, Bound(lambda x: x > 0, 'more than 0')]
+Theta = Annotated[float, Bound(lambda x: x >= 1, 'at least 1')]
 NonNegative = Annotated[float, Bound(lambda x: x >= 0, '0 or more')]
 Fraction = Annotated[float, Bound(lambda x: 0 <= x < 1, 'at least 0 and less than 1')]
 Share = Annotated[float, Bound(lambda x: 0 < x <= 1, 'more than 0, at most 1')]
@@ -64,7 +66,7 @@ class ModelConfig:
     # model
     block_size: Size = 1024  # context length in tokens
     n_layer: Size = 12  # blocks
-    n_head: Size = 12  # attention heads per block
+    n_head: Heads = 12  # attention heads per block
     n_embd: Width = 768  # width of the residual stream
     dropout: Fraction = 0.0  # 0 for pretraining; for small data or finetuning try 0.1 or more
     bias: bool = True  # in Linear and LayerNorm: True as in GPT-2; False is a bit better and faster
@@ -74,10 +76,10 @@ class ModelConfig:
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # Ba 2016 | Zhang & Sennrich 2019
     norm_position: Literal['pre', 'post'] = 'pre'  # GPT-2 | Vaswani 2017, 3.1
     activation: Literal['gelu', 'gelu_tanh', 'relu', 'relu2', 'swiglu'] = 'gelu_tanh'  # MLP
-    n_kv_head: Size | None = None  # key/value heads for GQA (Ainslie 2023); None: n_head
-    head_size: Size | None = None  # of queries, keys and values; None: n_embd / n_head
+    n_kv_head: Heads | None = None  # key/value heads for GQA (Ainslie 2023); None: n_head
+    head_size: Heads | None = None  # of queries, keys and values; None: n_embd / n_head
     n_hidden: Width | None = None  # width of the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)
-    rope_theta: Positive = 10000.0  # base of RoPE's wavelengths (Su 2021); larger: longer ones
+    rope_theta: Theta = 10000.0  # base of RoPE's wavelengths (Su 2021); larger: longer ones
     norm_eps: Positive = 1e-5  # added to the variance, or to the mean square
     qk_norm: bool | Literal['gain'] = False  # RMS-normalize queries, keys (Henry 2020; Qwen3: gain)
     tie_weights: bool = True  # lm_head shares the token embedding (Press & Wolf 2017)

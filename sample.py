@@ -259,7 +259,8 @@ def load(config, device):
     elif config.compile or device.type != 'cpu':
         pass  # packed weights are for uncompiled models on a CPU
     elif config.quantize == config.dtype == 'auto':
-        model, gain = quantize_if_it_pays(model, tokenizer.eot or 0)
+        n_samples = 1 if config.serve or config.interactive else config.num_samples
+        model, gain = quantize_if_it_pays(model, tokenizer.eot or 0, n_samples)
         about = f'int8 ({gain} as {about})' if gain else about
     else:
         pack(model)

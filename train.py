@@ -30,7 +30,8 @@ from lib.evaluation import evaluate_run
 from lib.files import find
 from lib.lora import add_lora, load_lora, merge_lora
 from lib.loss import max_logits
-from lib.run import Run, StepLog
+from lib.run import Run
+from lib.step_log import StepLog
 from lib.summary import describe, farewell
 from model import GPT, GPTConfig
 from optimizer import lr_multiplier, make_optimizer, n_trained, orthogonalize

@@ -346,10 +346,10 @@ class GradientSync:
         return all_reduce(loss) / world_size()
 
     def measure_first(self, measures):
-        """Put into the dict measures what lib.run.noise_estimates needs: first_sq, the squared norm
-        of what the first micro-batch adds to the gradient of the step, its fraction of the targets,
-        and that squared. Each process has a first one, over which they are summed; FSDP has summed
-        their gradients already: then they are one micro-batch. No host sync."""
+        """Put into the dict measures what lib.step_log.noise_estimates needs: first_sq, the squared
+        norm of what the first micro-batch adds to the gradient of the step, its fraction of the
+        targets, and that squared. Each process has a first one, over which they are summed; FSDP
+        has summed their gradients already: then they are one micro-batch. No host sync."""
         grads = [p.grad for p in self.params if p.grad is not None]
         sharded = is_shard(grads[0])
         norm = torch.nn.utils.get_total_norm([local(grad) for grad in grads])

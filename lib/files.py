@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import stat
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -207,7 +208,10 @@ def lock(folder, what):
 
 def cache_folder():
     """~/.cache/plaingpt, or in XDG_CACHE_HOME: for what can be made again."""
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'plaingpt'
+    folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if folder.startswith('~'):  # a user without a home, as in some containers
+        folder = tempfile.gettempdir()
+    return Path(folder) / 'plaingpt'
 
 
 def temporary(path):

@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 
 import torch
 
 from configurator import TrainConfig, read_config_file
+from lib import resume
+from lib.bins import find_or_prepare, open_dataset
 from lib.errors import os_errors, require
 from lib.files import ROOT, WINDOWS, open_own
 from lib.run import read_log
@@ -45,18 +48,28 @@ def read_keys(folder):
 
 
 def check_keys(folder, config, free):
-    """Raise UserError if the folder holds a run with other keys, not counting the free ones."""
-    saved = read_keys(folder) or {}
-    changed = [key for key, value in asdict(config).items()  # None: derived from other keys
-               if key not in free and value is not None and saved.get(key, value) != value]
+    """Raise UserError if the folder holds a run with other keys, not counting the free ones and
+    those that follow from its data or first weights."""
+    path = folder / 'config.py'
+    if not os.path.lexists(path):
+        return
+    saved = read_keys(folder)
+    require(saved is not None, f'{path} cannot be read: choose another --out_dir, or move the '
+                               f'folder away')
+    data = open_dataset(find_or_prepare(config.dataset), config.block_size)
+    free = {*free, *resume.derived_keys(config, data)}
+    changed = [key for key, value in asdict(config).items()
+               if key not in free and saved.get(key, value) != value]
     require(not changed, f'{folder} holds a run with other values of {", ".join(changed)}: choose '
                          f'another --out_dir, or move the folder away')
 
 
 def make_folder(path):
-    """Raises UserError."""
+    """Raises UserError if nothing can be written there."""
     with os_errors(f'{path}: cannot write there', 'choose another --out_dir'):
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 def environments(n_jobs, devices):

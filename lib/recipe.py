@@ -20,7 +20,8 @@ def read_train_config(argv=None, cls=TrainConfig):
         argv[i:i + 2] = [f'--batch_size={argv[i + 1]}']
     words = [word for word in argv if word != '--batch_size=auto']  # auto grows what it is without
     config, given = configure(cls, words)
-    config.auto_batch_size = words != argv or config.batch_size == 'auto'
+    last = [word for word in argv if word.startswith('--batch_size=')][-1:]
+    config.auto_batch_size = last == ['--batch_size=auto'] or config.batch_size == 'auto'
     if config.batch_size == 'auto':  # in a config file
         config.batch_size = cls.batch_size
     choose_budget(config, given)

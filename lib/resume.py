@@ -69,6 +69,10 @@ def take_saved_config(config, given, checkpoint):
     for field in fields(config):
         if field.name in saved and field.name not in own:
             setattr(config, field.name, saved[field.name])
+    for key, path in given.items():  # a flag says it itself
+        now = getattr(config, key)
+        if path and key not in ('init_from', 'out_dir') and saved.get(key, now) != now:
+            print0(f'note: {path} changes {key} from {saved[key]!r} to {now!r}')
     unknown = ', '.join(str(key) for key in saved if not hasattr(config, str(key)))
     if unknown:
         print0(f'note: {checkpoint.path} has keys that are ignored here: {unknown}')
@@ -134,7 +138,7 @@ def choose_data_config(config, given, checkpoint, data, resuming):
     if config.prefix_lm and not data.pairs:
         fail(f'prefix_lm = True: {data.folder} has no sources and targets: give --prefix_lm=False, '
              f'or prepare some with data/pairs/prepare.py')
-    if data.pairs and (data.pairs.packing or config.prefix_lm):
+    if needs_doc_mask(config, data):
         if 'doc_mask' in given and not config.doc_mask:
             fail(f'doc_mask = False: pairs of a row must not attend to each other: leave it out, '
                  f'or prepare {data.folder} with --packing=False and give --prefix_lm=False')
@@ -145,6 +149,18 @@ def choose_data_config(config, given, checkpoint, data, resuming):
              f'({data.tokenizer.kind}): leave it out')
     return {'eot_token': eot, 'turns': data.pairs.turns if data.pairs else 0,
             'prefix_lm': config.prefix_lm}
+
+
+def derived_keys(config, data):
+    """The keys of a new run that open_data and build_model of train.py set."""
+    if config.init_from != 'scratch':
+        return {*MODEL_KEYS, 'doc_mask'}
+    return {'doc_mask'} if needs_doc_mask(config, data) else set()
+
+
+def needs_doc_mask(config, data):
+    """Whether pairs share a row, or sources need bidirectional attention."""
+    return bool(data.pairs) and (data.pairs.packing or config.prefix_lm)
 
 
 def check_same_tokenizer(checkpoint, data):

@@ -22,9 +22,8 @@ def describe(trainer, given):
     files = list(dict.fromkeys(path for path in given.values() if path))
     flags = [f'{key} = {getattr(config, key)!r}' for key, path in given.items()
              if path is None and key != 'init_from']
-    base = ', '.join(files) or 'the defaults'
-    if trainer.run.resuming:
-        base = 'the keys of the run'
+    own = ['the keys of the run'] if trainer.run.resuming else []
+    base = ', '.join(own + files) or 'the defaults'
     print0(f'{base} with {", ".join(flags)}' if flags else base)
     tables = model.transformer.ngram.tables.weight.numel() if model.config.ngram > 1 else 0
     n_params = f'{model.get_num_params() - tables:,} parameters'

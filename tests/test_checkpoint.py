@@ -57,6 +57,20 @@ def test_checkpoint_save_keeps_newest_and_best(tmp_path):
     assert sorted(p.suffix for p in tmp_path.iterdir()) == ['.json'] * 3 + ['.pt'] * 3
 
 
+def test_best_is_the_best_on_the_data_of_the_newest(tmp_path):
+    """A run that was resumed on other data: its losses do not compare with those before."""
+    losses = ((1, 1.0, 'old'), (2, 5.0, 'new'), (3, 4.0, 'new'), (4, 6.0, 'new'))
+    for step, val_loss, data in losses:
+        save(tmp_path, step, val_loss, environment={'data': data}, keep_last=1,
+             config={'always_save_checkpoint': False})
+    assert [m['step'] for m in ckpt.manifests(tmp_path)] == [4, 3]
+    assert ckpt.load(tmp_path, 'best').step == ckpt.load(tmp_path, 'auto').step == 3
+    ckpt_path = tmp_path / 'ckpt_00000004.pt'
+    (tmp_path / 'ckpt_00000003.pt').unlink()
+    (tmp_path / 'ckpt_00000003.json').unlink()
+    assert ckpt.load(tmp_path, 'best').path == str(ckpt_path)
+
+
 def test_checkpoint_save_keeps_best_when_loss_diverges(tmp_path):
     for step, val_loss in enumerate((4.0, 3.0, math.nan, math.nan, math.nan)):
         save(tmp_path, step, val_loss, config={'always_save_checkpoint': False})
@@ -312,6 +326,22 @@ def test_set_aside_moves_earlier_run(tmp_path, capsys):
     lib_run.set_aside(tmp_path)
     assert (tmp_path / 'earlier-3' / 'log.jsonl').exists()
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_weights_that_were_moved_aside_are_found_there(tmp_path):
+    """init_from in config.py, which repeats the run."""
+    out_dir, link = tmp_path / 'out', tmp_path / 'link'
+    link.symlink_to(out_dir)
+    out_dir.mkdir()
+    save(out_dir, 1)
+    kept = lib_run.set_aside(out_dir)
+    (out_dir / 'mine.pt').touch()
+    for path in (out_dir, link):
+        assert lib_run.moved(str(path), str(out_dir), kept) == str(kept)
+    old = lib_run.moved(str(out_dir / 'ckpt_00000001.pt'), str(out_dir), kept)
+    assert ckpt.load(old).step == 1
+    for path in ('scratch', 'gpt2', str(out_dir / 'mine.pt'), str(kept), str(tmp_path)):
+        assert lib_run.moved(path, str(out_dir), kept) == path
 
 
 def test_cut_log_drops_steps_after_resume_point(tmp_path):

@@ -21,7 +21,7 @@ from lib import loss as losses
 from lib.device import autocast
 from lib.generation import generate_tokens
 from lib.linear import Int8Linear, quantize
-from lib.run import StepLog
+from lib.step_log import StepLog
 from model import GPT, math_attention, sdpa
 from stub_trainer import Rows, make_trainer
 

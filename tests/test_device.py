@@ -159,6 +159,10 @@ def test_auto_batch_size_starts_from_the_config(argv, tmp_path, refused, char_da
     config, given = read_train_config([str(tmp_path / 'x.py'), *argv])
     assert config.batch_size == 7 and config.auto_batch_size and 'batch_size' in given
     assert not read_train_config([str(tmp_path / 'x.py')])[0].auto_batch_size
+    config, _ = read_train_config([str(tmp_path / 'x.py'), *argv, '--batch_size=8'])
+    assert config.batch_size == 8 and not config.auto_batch_size  # the last flag counts
+    config, _ = read_train_config([str(tmp_path / 'x.py'), '--batch_size=8', *argv])
+    assert config.batch_size == 8 and config.auto_batch_size
     (tmp_path / 'x.py').write_text("batch_size = 'auto'\n")
     config, _ = read_train_config([str(tmp_path / 'x.py')])
     assert config.batch_size == 12 and config.auto_batch_size

@@ -17,7 +17,7 @@ import pytest
 from helpers import TINY, folder_contents, log_lines, read_log
 from lib.errors import plural
 from lib.recipe import read_train_config
-from lib.run import StepLog
+from lib.step_log import StepLog
 
 RUN = (*TINY, '--max_iters=30', '--log_interval=1')
 LINE = r'loss ([\d.]+), val ([\d.]+), [\d.]+k? tokens/s, [\d.]+[smh] left'

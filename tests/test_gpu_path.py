@@ -12,11 +12,12 @@ import sample
 from architectures import gpt_config
 from configurator import TrainConfig
 from helpers import ROUNDING, TINY, step_losses, tiny, tokens
-from lib import device, loss, run
+from lib import device, loss
 from lib.distributed import map_shared
 from lib.errors import UserError
 from lib.generation import beam_search, race, sample_next_token
 from lib.linear import Int8Linear, quantize
+from lib.step_log import StepLog
 from model import GPT
 from optimizer import Optimizer, orthogonalize
 
@@ -160,11 +161,11 @@ def test_log_does_not_wait_for_the_step_just_launched(monkeypatch, tmp_path):
             return torch.ones(3)
 
     monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(run, 'peak_flops', lambda *args: None)
+    monkeypatch.setattr('lib.step_log.peak_flops', lambda *args: None)
     model = SimpleNamespace(flops_per_token=lambda: 1)
     config = TrainConfig(log_interval=1)
     data = SimpleNamespace(block_size=8, n_samples=1)
-    with run.StepLog(config, None, model, torch.device('cuda'), torch.float32, data, 0) as log:
+    with StepLog(config, None, model, torch.device('cuda'), torch.float32, data, 0) as log:
         for step in range(3):
             log.add(step, 0, 0.1, OnCuda(), None)
             log.flush_if_due(step + 1)

@@ -17,7 +17,7 @@ import checkpoint as ckpt
 from helpers import TINY, log_lines, read_log
 from lib import bins
 from lib.device import peak_memory
-from lib.run import StepLog, noise_estimates
+from lib.step_log import StepLog, noise_estimates
 from lib.synthetic import RandomRows
 from stub_trainer import make_trainer
 

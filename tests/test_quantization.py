@@ -80,10 +80,12 @@ def test_choice_is_made_once_per_model(monkeypatch, cache, outliers):
     model, again = quantize_if_it_pays(make(), 0)
     assert not isinstance(model.lm_head, Int8Linear) and again is None
     assert path.read_text() == '[123.0, 0.5]' and (gain is None) == outliers
+    quantize_if_it_pays(make(), 0, n_samples=10)  # timed anew
+    assert len(list(cache.iterdir())) == 2
     changed = make()
     changed.transformer.h[1].mlp.c_proj.weight.data.mul_(1.5)
     quantize_if_it_pays(changed, 0)
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_damaged_memory_is_replaced(cache):
@@ -95,6 +97,13 @@ def test_damaged_memory_is_replaced(cache):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         _, gain = quantize_if_it_pays(talkative(), 0)
         assert gain and path.read_bytes() != content
+
+
+def test_speed_is_measured_with_as_many_samples():
+    batch_sizes, model = [], talkative()
+    model.register_forward_pre_hook(lambda model, inputs: batch_sizes.append(len(inputs[0])))
+    compare(model, quantize(copy.deepcopy(model)), 0, n_samples=3)
+    assert set(batch_sizes) == {1, 3, 8}  # prefill of one prompt, decoding, loss
 
 
 def test_nothing_can_be_remembered(tmp_path, monkeypatch):

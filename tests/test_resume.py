@@ -336,6 +336,16 @@ def test_resume_is_bitwise_exact_with_two_threads(run, train_args, tmp_path, com
     assert_same_run(parts, whole)
 
 
+def test_resume_says_what_a_config_file_changes(run, out_dir, tmp_path):
+    (tmp_path / 'mine.py').write_text("learning_rate = 1e-5\nn_layer = 2\nout_dir = 'x'\n")
+    output = run('train.py', tmp_path / 'mine.py', '--init_from=resume', f'--out_dir={out_dir}',
+                 '--eval_only').stdout
+    before = ckpt.load(out_dir).config['learning_rate']
+    assert f'note: {tmp_path}/mine.py changes learning_rate from {before} to 1e-05\n' in output
+    assert output.count('changes') == 1
+    assert f'the keys of the run, {tmp_path}/mine.py with out_dir = ' in output
+
+
 def test_resume_on_other_data_forgets_best_val_loss(run, out_dir, clone, text):
     rare = [c for c in text.swapcase() if c in text]  # so the loss is higher
     (clone / 'other.txt').write_text(''.join(rare))

@@ -99,6 +99,11 @@ def test_runs_are_found_below_folders_but_not_in_those_set_aside(tmp_path):
     assert runs.short_names(found) == ['a/x', 'b', 'v/w/x/y']
     assert runs.short_names(found[:1]) == ['x']
     assert runs.find_runs([tmp_path / 'a/x/earlier-1'])  # which is named
+    (tmp_path / 'links').mkdir()
+    for name, target in (('one', 'b'), ('same', 'b'), ('folder', 'v/w'), ('loop', 'links')):
+        (tmp_path / 'links' / name).symlink_to(tmp_path / target)
+    found = runs.find_runs([tmp_path / 'links'])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ['links/folder/x/y', 'links/one']
 
 
 @pytest.mark.slow
@@ -115,7 +120,8 @@ def test_runs_reports_mistakes_in_one_line(refused, tmp_path):
     assert mine.read_text() == 'mine'
 
 
-def test_damaged_logs_and_configs_of_other_versions_are_read_as_far_as_possible(run, tmp_path):
+def test_damaged_logs_and_configs_of_other_versions_are_read_as_far_as_possible(run, char_data,
+                                                                           tmp_path):
     good = '{"step": 0, "loss": 3.5, "lr": 0.1}\n{"step": 2, "val_loss": 3.25, "train_loss": 3.0}\n'
     logs = {
         'empty': '',
@@ -134,6 +140,9 @@ def test_damaged_logs_and_configs_of_other_versions_are_read_as_far_as_possible(
     (tmp_path / 'cut' / 'config.py').write_bytes(b'\xff\0 = (')
     (tmp_path / 'nan' / 'config.py').write_text('max_iters = inf\nblock_size = -1\nimport os\n')
     (tmp_path / 'twice' / 'config.py').unlink()
+    for name, line in (('nulls', 'x = {[1]: 2}'), ('huge', "lora_rank = 'abc'"),
+                       ('odd steps', 'lora_rank = 10**9')):
+        (tmp_path / name / 'config.py').write_text(f"{line}\ndataset = '{char_data}'\n")
     (tmp_path / 'twice' / 'ckpt_00000001.pt').write_bytes(b'damaged')
     page = tmp_path / 'page.html'
     run('tools/runs.py', tmp_path, f'--out={page}')

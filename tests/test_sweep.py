@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,9 +181,38 @@ def test_sweep_of_another_config_does_not_take_runs_for_its_own(run, refused, ch
     write_tiny_config(tmp_path / 'tiny.py', char_data)
     command = ('tools/sweep.py', tmp_path / 'tiny.py', f'--out_dir={tmp_path}/sweep', '--seed=1,2')
     run(*command)
-    with open(tmp_path / 'tiny.py', 'a') as file:
-        file.write('learning_rate = 1e-2\n')
+    text = (tmp_path / 'tiny.py').read_text()
+    (tmp_path / 'tiny.py').write_text(text + 'learning_rate = 1e-2\n')
     refused(*command, says=('seed=1 holds a run with other values of learning_rate', '--out_dir'))
+    (tmp_path / 'tiny.py').write_text(text + 'min_lr = 0.0\nhead_size = 8\n')
+    refused(*command, says='seed=1 holds a run with other values of head_size, min_lr')
+    (tmp_path / 'tiny.py').write_text(text)
+    config = tmp_path / 'sweep' / 'seed=1' / 'config.py'
+    saved = config.read_text()
+    config.write_text(saved + 'min_lr = 0.0\nhead_size = 8\n')
+    refused(*command, says='seed=1 holds a run with other values of head_size, min_lr')
+    config.write_text('(')
+    refused(*command, says=('seed=1', 'config.py cannot be read'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['pairs', 'finetuned'])
+def test_sweep_knows_the_keys_that_follow_from_data_or_weights(run, trained, clone, prepare_pairs,
+                                                                 char_data, tmp_path, kind):
+    """The same command continues."""
+    write_tiny_config(tmp_path / 'tiny.py', char_data)
+    flags = ['--max_iters=4', '--learning_rate=1e-3,3e-3', f'--out_dir={tmp_path}/sweep']
+    if kind == 'pairs':
+        data = prepare_pairs([(f'a{i}', f'b{i}') for i in range(200)], '--block_size=32')
+        flags += [f'--dataset={data}']
+    else:
+        (tmp_path / 'tiny.py').write_text(f"device = 'cpu'\nbatch_size = 4\neval_iters = 2\n"
+                                          f"dataset = '{char_data}'\ninit_from = '{trained}'\n"
+                                          f"gradient_accumulation_steps = 1\n")
+    command = ('tools/sweep.py', tmp_path / 'tiny.py', *flags)
+    run(*command)
+    again = run(*command).stdout
+    assert again.count('already done') == 2
 
 
 def test_an_out_dir_that_cannot_hold_the_results_is_refused_first(char_data, tmp_path):
@@ -194,6 +224,11 @@ def test_an_out_dir_that_cannot_hold_the_results_is_refused_first(char_data, tmp
         with pytest.raises(UserError, match=f'{name} is not of tools/sweep.py'):
             sweep.check_runs(folder, sweep.read_command([*argv, f'--out_dir={folder}'])[1])
         assert (folder / name).read_text() == 'mine' and len(list(folder.iterdir())) == 1
+    for flag in ('--eval_only=True', '--init_from=resume', '--max_iters=0'):
+        with pytest.raises(UserError, match=f'{flag[2:].replace("=", " = ")}: the runs of a sweep'):
+            sweep.read_command([*argv, flag])
+    with pytest.raises(UserError, match='cannot write there'):
+        jobs.make_folder(Path('/sys/kernel'))
     (tmp_path / 'file').write_text('mine')
     with pytest.raises(UserError, match='choose another --out_dir'):
         sweep.check_runs(tmp_path / 'file', sweep.read_command([*argv])[1])

@@ -111,15 +111,17 @@ POLL_SECONDS = 3
 
 def find_runs(folders):
     """The folders with a log.jsonl in or below the given ones."""
-    found = {}
+    found, seen = [], set()
     for root in folders:
-        for folder, names, files in os.walk(root):
-            if 'log.jsonl' in files:
-                found[os.path.realpath(folder)] = Path(folder)
+        for folder, names, files in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if 'log.jsonl' in files and real not in seen:
+                found.append(Path(folder))
             depth = len(Path(folder).relative_to(root).parts)
-            names[:] = sorted(name for name in names
-                              if depth < MAX_DEPTH and not SKIPPED.fullmatch(name))
-    return list(found.values())
+            goes_on = depth < MAX_DEPTH and real not in seen  # links may form a cycle
+            names[:] = sorted(name for name in names if goes_on and not SKIPPED.fullmatch(name))
+            seen.add(real)
+    return found
 
 
 def short_names(folders):
@@ -145,7 +147,7 @@ def read_config(folder):
             case ast.Assign(targets=[ast.Name(id=key)], value=node):
                 try:
                     config[key] = ast.literal_eval(node)
-                except ValueError:  # not a value: inf
+                except (ValueError, TypeError):  # not a value: inf
                     config[key] = ast.unparse(node)
     return config
 
@@ -277,9 +279,9 @@ def evaluation_curves(evaluations, axes):
             if np.isfinite(values).any()}
 
 
-def model_config_of(folder, config):
-    """The fields of GPTConfig of a run, from its last checkpoint, or from its keys and its data;
-    None if neither can be read."""
+def size_of(folder, config):
+    """(parameters, FLOPs per token) of a run, from its last checkpoint, or from its keys and its
+    data; (None, None) if neither can be read."""
     try:
         paths = sorted(folder.glob('ckpt_[0-9]*.pt'))
         if paths:
@@ -288,10 +290,10 @@ def model_config_of(folder, config):
             keys = {field.name for field in fields(ModelConfig)} - {'prefix_lm'}  # needs pairs
             model_config = {key: config[key] for key in keys if key in config}
             model_config['vocab_size'] = vocab_size_of(config['dataset'])
-        return read_model_config(model_config)
+        return model_size(config.get('lora_rank') or 0, **read_model_config(model_config))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError,
             pickle.UnpicklingError):  # damaged, of another version, or gone
-        return None
+        return None, None
 
 
 @functools.cache
@@ -324,9 +326,7 @@ def read_run(folder, name):
                    for line in ordered(log, 'val_loss')]
     if not (lines or evaluations or config):
         return None
-    model_config = model_config_of(folder, config)
-    lora_rank = config.get('lora_rank') or 0
-    n_params, flops = model_size(lora_rank, **model_config) if model_config else (None, None)
+    n_params, flops = size_of(folder, config)
     axes = progress(lines, config)
     step = max([line['step'] + 1 for line in lines[-1:]]
                + [line['step'] for line in evaluations[-1:]], default=0)

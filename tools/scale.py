@@ -167,7 +167,7 @@ from lib.ladder import (
 
 def check_folders(rungs):
     """Raises UserError if a folder of the ladder holds a run with other keys."""
-    free = {*OWN_KEYS, 'out_dir', 'wandb_run_name', 'doc_mask', 'prefix_lm'} - {'depth'}
+    free = {*OWN_KEYS, 'out_dir', 'wandb_run_name'} - {'depth'}
     for rung in rungs:
         for folder in (rung.folder, stable_folder(rung)):
             check_keys(folder, rung.config, free)

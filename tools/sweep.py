@@ -95,6 +95,9 @@ def read_command(argv):
     for choice in choices:
         arguments = [*files, *(f'--{key}={text}' for key, text in choice.items())]
         run_config, _ = read_train_config(arguments)
+        for key, value in (('eval_only', True), ('init_from', 'resume'), ('max_iters', 0)):
+            require(getattr(run_config, key) != value,
+                    f'{key} = {value}: the runs of a sweep train from the start: leave it out')
         stops = [run_config.max_iters]
         if config.halving:
             stops = rungs(run_config.max_iters, config.halving, n_settings)
