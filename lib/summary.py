@@ -15,6 +15,17 @@ from lib.run import read_log
 from lib.tokenizer import END_OF_TEXT
 from optimizer import n_trained
 
+# keys that other keys make idle: why, and whether they do
+IGNORED = {
+    'embedding_learning_rate': ('tied weights take learning_rate',
+                                lambda c: c.tie_weights and c.ngram == 1),
+    'muon_learning_rate': ('AdamW takes learning_rate', lambda c: c.optimizer == 'adamw'),
+    'ngram_rows': ('ngram = 1 has no tables', lambda c: c.ngram == 1),
+    'rope_theta': ('it is for position = rope', lambda c: c.position != 'rope'),
+    'min_lr': ('the learning rate does not decay to it',
+               lambda c: not c.decay_lr or c.schedule in ('constant', 'inverse_sqrt')),
+    'decay_fraction': ('it is for schedule = wsd', lambda c: c.schedule != 'wsd')}
+
 
 def describe(trainer, given):
     """Print the config files and flags, the size of model and step, and notes on the steps."""
@@ -52,6 +63,9 @@ def describe(trainer, given):
     if low and config.decay_lr and config.schedule in ('cosine', 'linear', 'wsd'):
         print0(f'note: lr_decay_iters = {config.lr_decay_iters} is not more than warmup_iters = '
                f'{config.warmup_iters}: after warmup the learning rate drops to min_lr in one step')
+    for key, (reason, ignored) in IGNORED.items():
+        if key in given and given[key] is None and ignored(config):
+            print0(f'note: {key} changes nothing: {reason}')
     if trainer.run.resuming and reached:
         print0(f'note: the run is at step {step}, {budget} is reached: give more to go on')
 

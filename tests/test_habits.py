@@ -21,6 +21,7 @@ from helpers import (
     log_lines,
     read_until,
     start_train,
+    step_losses,
 )
 from lib.errors import UserError
 from lib.recipe import read_train_config
@@ -363,3 +364,24 @@ def test_the_start_of_a_run_is_a_few_lines(run, char_data, tmp_path, clone):
 
 def test_errors_are_at_most_a_few_lines_long(run):
     assert len(error_line(run('train.py', f'--n_layer={"9" * 5000}', code=2))) < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('key', 'values', 'ignored', 'used'), [
+    ('embedding_learning_rate', (0.01, 0.1), (), ('--ngram=2',)),
+    ('muon_learning_rate', (0.01, 0.1), (), ('--optimizer=muon',)),
+    ('ngram_rows', (50, 60), (), ('--ngram=3',)),
+    ('rope_theta', (10, 100), (), ('--position=rope',)),
+    ('min_lr', (1e-5, 1e-4), ('--schedule=constant',), ('--schedule=linear',)),
+    ('decay_fraction', (0.5, 1), (), ('--schedule=wsd',)),
+])
+def test_keys_that_change_nothing_are_named(run, char_data, tmp_path, key, values, ignored, used):
+    for flags in (ignored, used):
+        losses = []
+        for value in values:
+            out_dir = tmp_path / f'{len(flags)}{value}{flags is used}'
+            output = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={out_dir}',
+                         '--max_iters=8', *flags, f'--{key}={value}').stdout
+            losses.append(step_losses(out_dir))
+            assert (f'note: {key} changes nothing: ' in output) == (flags is ignored)
+        assert (losses[0] == losses[1]) == (flags is ignored)
