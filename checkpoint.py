@@ -393,8 +393,8 @@ def warn(text):
 
 def load_for(config):
     """The Checkpoint to evaluate, by the keys init_from, out_dir, checkpoint and average_last."""
-    where = config.out_dir if config.init_from == 'resume' else config.init_from
-    return load(where, config.checkpoint, mmap=True, average_last=config.average_last)
+    return load(files.weights_of(config), config.checkpoint, mmap=True,
+                average_last=config.average_last)
 
 
 def load_model(path_or_out_dir, device='cpu'):

@@ -414,8 +414,10 @@ def parse_value(key, text, type_):
     try:
         return check_type(key, value, type_)
     except UserError as error:
-        with contextlib.suppress(UserError):  # a choice that parses as a value: --position=none
-            return check_type(key, text, type_)
+        # a choice that parses as a value: --position=none; a prompt that looks like a list
+        if not isinstance(value, list) or Text in typing.get_args(type_):
+            with contextlib.suppress(UserError):
+                return check_type(key, text, type_)
         raise error from None
 
 

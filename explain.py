@@ -62,7 +62,7 @@ from interpret.compare import collect_comparison, collect_other, load_other
 from interpret.graph import collect_graphs
 from interpret.snippets import collect_snippets
 from interpret.step import collect_step
-from lib.files import find, printable, write_text
+from lib.files import find, printable, weights_of, write_text
 from lib.page import (
     DATA,
     compress,
@@ -476,7 +476,7 @@ def main(config):
     require(not path.is_dir(), f'{path} is a folder: move it, or choose another --out_dir')
     start = read_prompt(config.start)
     server = Server(config.port) if config.serve else None  # before the work, not after it
-    source = config.out_dir if config.init_from == 'resume' else config.init_from
+    source = weights_of(config)
     checkpoint = ckpt.load(source, config.checkpoint, mmap=True)
     tokenizer = checkpoint.get_tokenizer()
     model = checkpoint.build_model(dropout=0.0).eval()

@@ -23,6 +23,7 @@ from configurator import (
     configure,
 )
 from lib.errors import UserError, first_line, plural, require, user_errors
+from lib.files import printable, weights_of
 
 Penalty = Annotated[float, Bound(lambda x: 0.01 <= x <= 100, '0.01 to 100; 1 is off')]
 Temperature = Annotated[float, Bound(lambda x: x >= 0, '0 (greedy) or more')]
@@ -72,30 +73,30 @@ def check(config):
             'compile = True: beam search does not compile; leave it out')
     require('' not in config.stop,
             f'stop = {config.stop}: an empty text matches at once; give others')
+    texts = [stop for stop in config.stop if isinstance(stop, str)]
+    require(config.num_beams == 1 or not texts,
+            f'stop = {texts}: beam search ends at token ids only: give their ids')
     require(config.serve or not config.compare, 'compare is for the page: add --serve')
-    require(not config.compare or realpath(config.compare) != realpath(where(config)),
+    require(not config.compare or realpath(config.compare) != realpath(weights_of(config)),
             f'compare = {config.compare} is the model itself: name another one, or a file of it')
     for key, off in (('interactive', False), ('num_beams', 1), ('compile', False)):
         require(not config.serve or getattr(config, key) == off,
                 f'{key} = {getattr(config, key)}: --serve cannot do that; leave it out')
 
 
-def where(config):
-    """The name of the model in the API: the folder or file that it comes from."""
-    return config.out_dir if config.init_from == 'resume' else config.init_from
-
-
 if __name__ == '__main__':  # so that --help and typos do not wait for the slow imports
     with user_errors():
-        config, _ = configure(Config)
+        config, given = configure(Config)
         check(config)
+        for key in {'start', 'num_samples'} & given.keys():
+            require(not config.interactive or given[key],
+                    f'{key}: with --interactive you type the prompts, one at a time: leave it out')
 
 import sys
 import time
 
 import checkpoint as ckpt
 from lib.device import dtype_name, pick_device, pick_dtype
-from lib.files import printable
 from lib.generation import beam_search, require_drawn
 from lib.linear import pack, quantize
 from lib.memory import require_sampling_fits
@@ -275,7 +276,7 @@ def main(config):
             f'quantize = int8: uncompiled it is slower than bf16 on {device}: add --compile')
     model, tokenizer, about = load(config, device)
     if config.serve:
-        models = {printable(where(config)): (model, tokenizer, about)}
+        models = {printable(weights_of(config)): (model, tokenizer, about)}
         if config.compare:
             other = replace(config, init_from=config.compare, checkpoint='auto', average_last=1)
             models[printable(config.compare)] = load(other, device)

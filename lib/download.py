@@ -1,5 +1,6 @@
 """Downloads: https, resumed after a break, checked by sha256 before the file gets its name."""
 import hashlib
+import http.client
 import re
 import urllib.error
 import urllib.parse
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.errors import UserError, require
+from lib.errors import UserError, require, restate
 from lib.files import create, open_own, replace, sha256_of
 
 
@@ -30,7 +31,8 @@ def download(url, path, sha256=None, advice='put the file there by hand', option
         if error.code == 404 and optional:
             return None
         raise UserError(f'{url} cannot be downloaded to {path} ({error}): {advice}') from None
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError,
+            TimeoutError) as error:
         reason = getattr(error, 'reason', error)
         raise UserError(f'{url} cannot be downloaded to {path} ({reason}): {advice}') from None
     except OSError as error:
@@ -45,7 +47,8 @@ def download(url, path, sha256=None, advice='put the file there by hand', option
 
 
 def check_scheme(url):
-    parts = urllib.parse.urlsplit(url)
+    with restate(ValueError, url, 'not a URL'):
+        parts = urllib.parse.urlsplit(url)
     require(parts.scheme == 'https' or parts.hostname in ('127.0.0.1', 'localhost'),
             f'{url}: only https downloads are allowed')
 

@@ -44,6 +44,11 @@ def find(path):
         raise UserError(f'{shorten(str(path))}: {reason}') from None
 
 
+def weights_of(config):
+    """The folder, file or name that its keys init_from and out_dir name."""
+    return config.out_dir if config.init_from == 'resume' else config.init_from
+
+
 def printable(path):
     """A path as text: the name of a file need not be UTF-8."""
     return os.fsencode(path).decode(errors='replace')

@@ -18,10 +18,11 @@ from dataclasses import replace
 from typing import Annotated, Literal, NamedTuple
 
 from configurator import Bound, Count, check_type, key_types, nearest
-from lib.errors import UserError, first_line, require, shorten
+from lib.errors import UserError, first_line, require, restate, shorten
 from lib.files import parse_json
 from lib.generation import require_drawn
 from lib.memory import device_memory, require_sampling_fits
+from lib.messages import read_messages
 from lib.page import DATA, page_template
 from lib.sampling import batches, check_options, generate_samples, recent_turns
 from lib.serve import error_json, serve
@@ -131,7 +132,10 @@ class Request:
         """[ids of a chat]"""
         turns = self.model.config.turns
         require(turns, f'{self.name} was trained on plain text, not on chats: use /v1/completions')
-        parts = join_messages(messages)
+        with restate(UserError, 'messages'):
+            require(isinstance(messages, list), 'give a list')
+            parts = read_messages(messages)
+            require(len(parts) % 2, 'the last one must be the user\'s')
         require(cuts or len(parts) < 2 * turns,
                 f'messages has {len(parts) // 2 + 1} turns, at most {turns} in training: leave out '
                 f'the first ones, or give truncation = auto')
@@ -246,27 +250,6 @@ def read_parameters(sent, config_type, is_chat):
 
 def is_ids(value):
     return isinstance(value, list) and value and all(type(id_) is int for id_ in value)
-
-
-def join_messages(messages):
-    """[source, target, ..., source], joined as in data/pairs/prepare.py. Raises UserError."""
-    require(messages and isinstance(messages, list), 'messages: give a list of messages')
-    parts = []
-    for message in messages:
-        match message:
-            case {'role': 'system' | 'developer' | 'user' | 'assistant' as role,
-                  'content': str(text) | [{'type': 'text', 'text': str(text)}]}:
-                is_answer = role == 'assistant'
-            case _:
-                raise UserError(f'messages: {shorten(message)} needs a role (system, user or '
-                                f'assistant) and a text as its content')
-        require(parts or not is_answer, 'messages: the first one is an answer to nothing')
-        if len(parts) % 2 == is_answer:
-            parts.append(text)
-        else:
-            parts[-1] += f'\n\n{text}'
-    require(len(parts) % 2, 'messages: the last one must be the user\'s')
-    return parts
 
 
 def with_logprobs(tokens, logits, n_top):

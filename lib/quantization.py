@@ -5,7 +5,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import time
 
 import torch
@@ -50,7 +49,8 @@ def quantize_if_it_pays(model, start, n_samples=1):
 def fingerprint(model, n_samples):
     """A hash of the norms of the weights, and of what else the answer depends on."""
     norms = [torch.linalg.vector_norm(p, dtype=torch.float32) for p in model.parameters()]
-    machine = sorted(cpu_capabilities().items()), os.cpu_count(), torch.get_num_threads()
+    machine = (torch.backends.cpu.get_cpu_capability(), sorted(cpu_capabilities().items()),
+               torch.get_num_threads())
     about = torch.__version__, machine, model.lm_head.weight.dtype, n_samples
     return hashlib.sha256(f'{torch.stack(norms).tolist()} {about}'.encode()).hexdigest()
 

@@ -97,11 +97,11 @@ def split_at_end(texts, total_bytes, val_fraction=0.1, ordinary=False, cuts_anyw
                 end = text.index(END_OF_TEXT, cut)
             if not cuts_anywhere:
                 cut = first + start_of_word(text[first:end], cut - first)
-            yield Piece('train', text[:cut], ordinary=ordinary)
-            yield Piece('val', text[cut:], ends_document, ordinary=ordinary)
+            yield Piece('train', text[:cut])
+            yield Piece('val', text[cut:], ends_document)
         else:
             split = 'train' if done < boundary else 'val'
-            yield Piece(split, text, ends_document, ordinary=ordinary)
+            yield Piece(split, text, ends_document)
         done += len(raw)
 
 

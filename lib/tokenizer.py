@@ -192,6 +192,7 @@ class BPETokenizer(Tokenizer):
         unused = unused or {}
         self.kind, self.pattern, self.tokens, self.ids = kind, pattern, tokens, ids
         self.unused, self.normalizer = unused, normalizer
+        require(pattern, 'its pattern is empty')
         require(normalizer in (None, 'NFC'), f'its normalizer is {normalizer!r}, not NFC')
         require(all(isinstance(text, str) and text for text in [*special, *unused]),
                 'a special token is empty')

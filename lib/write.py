@@ -108,7 +108,6 @@ class Piece:
     ends_document: bool = False  # `<|endoftext|>` follows, if the tokenizer has one
     state: dict | None = None  # from which the source continues after this piece, if it can
     ids: np.ndarray | None = None  # of the text, if they are known already
-    ordinary: bool = False  # `<|endoftext|>` in the text is plain text
 
 
 PROGRESS = {'made_by': str, 'pieces': int, 'sha256': str, 'bytes': dict, 'train': int, 'val': int,
@@ -196,13 +195,13 @@ class Progress:
 
 
 def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_tokens=None,
-                  expected_tokens=None, pairs=None):
+                  expected_tokens=None, pairs=None, ordinary=False):
     """Tokenize pieces into folder/train.bin and val.bin, with meta.json; returns meta.
 
     pieces: an iterable of Piece, or a function that makes one and continues after the piece whose
     state it is given. source: names the text in meta.json. pairs: the Pairs of rows of sources and
     targets. total_bytes, expected_tokens: for the progress bar and the estimate. max_tokens: stop
-    after about so many.
+    after about so many. ordinary: `<|endoftext|>` in the text is plain text.
 
     All files are written under temporary names and renamed at the end, val.bin last: only a whole
     data set has all three. Progress is committed every 64 MB of text: a killed prepare that is run
@@ -212,7 +211,7 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
     folder = Path(folder)
     pairs = asdict(pairs) if pairs else None
     dtype = token_dtype(tokenizer.vocab_size)
-    identity = json.dumps([source, tokenizer.to_dict(), pairs])
+    identity = json.dumps([source, tokenizer.to_dict(), pairs, ordinary])
     made_by = hashlib.sha256(identity.encode()).hexdigest()
     with contextlib.closing(lock(folder, str(folder))):
         progress = Progress(folder, made_by, dtype.itemsize)
@@ -223,7 +222,7 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
                     BinWriter(folder, 'val', vocab_size, saved['val']) as val:
                 writers = {'train': train, 'val': val}
                 tokenize(pieces, tokenizer, writers, progress, source, total_bytes, max_tokens,
-                         expected_tokens)
+                         expected_tokens, ordinary)
                 for writer in writers.values():
                     writer.sync()
             tokenized = True
@@ -259,7 +258,7 @@ def write_dataset(folder, pieces, tokenizer, source, total_bytes=None, max_token
 
 
 def tokenize(pieces, tokenizer, writers, progress, source, total_bytes, max_tokens,
-             expected_tokens):
+             expected_tokens, ordinary):
     """Append the ids of the pieces to the writers' bins, with a progress bar."""
     with tqdm(total=total_bytes, unit='B', unit_scale=True, desc='tokenize', disable=None,
               leave=False) as bar, ThreadPoolExecutor() as pool:
@@ -267,7 +266,8 @@ def tokenize(pieces, tokenizer, writers, progress, source, total_bytes, max_toke
         bar.update(progress.size)
         start_size, start_time = progress.size, time.perf_counter()
         committed_size, estimated = start_size, False
-        for piece, ids in encode_pieces(pieces, tokenizer, pool):
+        encode = tokenizer.encode_ordinary if ordinary else tokenizer.encode_to_numpy
+        for piece, ids in encode_pieces(pieces, encode, pool):
             writer = writers[piece.split]
             writer.append(ids)
             if piece.ends_document and tokenizer.eot is not None:
@@ -292,22 +292,19 @@ def tokenize(pieces, tokenizer, writers, progress, source, total_bytes, max_toke
                 committed_size = size
 
 
-def encode_pieces(pieces, tokenizer, pool, size=2**24):
+def encode_pieces(pieces, encode, pool, size=2**24):
     """(piece, ids) for each piece, in order; the pool gets about `size` characters at a time."""
-    def encode(piece):
-        if piece.ids is not None:
-            return piece.ids
-        encode = tokenizer.encode_ordinary if piece.ordinary else tokenizer.encode_to_numpy
-        return encode(piece.text)
+    def ids_of(piece):
+        return encode(piece.text) if piece.ids is None else piece.ids
 
     group, n = [], 0
     for piece in pieces:
         group.append(piece)
         n += len(piece.text)
         if n >= size:
-            yield from zip(group, pool.map(encode, group))
+            yield from zip(group, pool.map(ids_of, group))
             group, n = [], 0
-    yield from zip(group, pool.map(encode, group))
+    yield from zip(group, pool.map(ids_of, group))
 
 
 def estimate(folder, n_tokens, size, total, speed, itemsize):
@@ -323,16 +320,26 @@ def estimate(folder, n_tokens, size, total, speed, itemsize):
 
 
 def commit_files(folder, meta, writers):
-    """Rename the files of a finished prepare, replacing the previous data set."""
+    """Rename the files of a finished prepare, replacing the previous data set; what fails half-way
+    is undone."""
     write_synced(temporary(folder / 'meta.json'), json.dumps(meta, ensure_ascii=False))
     if (folder / 'train.bin').exists():
         print(f'replacing the data set in {folder}')
     # val.bin first: bins without meta.json would pass for nanoGPT's
-    for path in sorted(files_of(folder), reverse=True):
-        path.unlink()
+    renames = [(path, path.with_name(path.name + '.old'))
+               for path in sorted(files_of(folder), reverse=True)]
     paths = [*writers['train'].paths(), *reversed(writers['val'].paths())]
-    for path in [folder / 'meta.json', *paths]:
-        replace(temporary(path), path)
+    renames += [(temporary(path), path) for path in [folder / 'meta.json', *paths]]
+    try:
+        for source, target in renames:
+            replace(source, target)
+    except BaseException:  # Ctrl-C; Windows: a program has opened one
+        for source, target in reversed(renames):
+            if target.exists() and not source.exists():
+                replace(target, source)
+        raise
+    for path in files_of(folder, '.old'):
+        path.unlink()
 
 
 def files_of(folder, suffix=''):

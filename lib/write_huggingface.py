@@ -3,13 +3,14 @@
 config.json, model.safetensors, a model card: transformers, vLLM and MLX load them without any code
 of ours.
 """
+import contextlib
 import json
 import math
 from dataclasses import asdict
 
 import torch
 
-from lib.errors import plural, require
+from lib.errors import UserError, plural, require
 from lib.files import create_synced, write_synced
 from lib.formats import DTYPES
 from lib.huggingface import LAYOUTS, OWN_KEYS, add_zero_biases, without_usual
@@ -132,7 +133,7 @@ def write_folder(checkpoint, model, folder, dtype, where):
     files |= {'config.json': saved, 'generation_config.json': sampling}
     write_safetensors(folder / 'model.safetensors', tensors)
     write_json(folder, files)
-    write_synced(folder / 'README.md', model_card(checkpoint, model, saved, where))
+    write_synced(folder / 'README.md', model_card(checkpoint, tokenizer, model, saved, where))
     return saved['architectures'][0]
 
 
@@ -172,21 +173,50 @@ A GPT with {parameters:,} parameters{origin}, in the layout of {architecture}.
 {table}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{where}")
-model = AutoModelForCausalLM.from_pretrained("{where}")
-ids = tokenizer("{start}", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+{code}
 ```
 {note}"""
+EXAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({where!r})
+model = AutoModelForCausalLM.from_pretrained({where!r})
+inputs = {inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={n_new})[0]))"""
+TEXT_INPUTS = 'tokenizer({start!r}, return_tensors="pt")'
+CHAT_INPUTS = """tokenizer.apply_chat_template(
+    [{{"role": "user", "content": {start!r}}}], return_tensors="pt", return_dict=True)"""
+IDS_EXAMPLE = """import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({where!r})
+print(model.generate(torch.tensor([[0]]), max_new_tokens={n_new}))"""
 NOTE = """
 In training attention did not cross `<|endoftext|>` between documents. Here it would: give the model
 one document at a time.
 """
 
 
-def model_card(checkpoint, model, saved, where):
+def example(tokenizer, config, where):
+    """Python code that generates text with transformers."""
+    n_new = min(50, config.block_size // 2)
+    if tokenizer.kind == 'ids':  # there are no texts
+        return IDS_EXAMPLE.format(where=where, n_new=n_new)
+    inputs = CHAT_INPUTS if config.turns else TEXT_INPUTS
+    return EXAMPLE.format(where=where, n_new=n_new,
+                          inputs=inputs.format(start=example_text(tokenizer)))
+
+
+def example_text(tokenizer):
+    """A short text that it can encode."""
+    tokens = (tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size))
+    for text in ('The', *filter(str.isalnum, tokens)):
+        with contextlib.suppress(UserError):
+            tokenizer.encode(text)
+            return text
+    return tokenizer.decode([0])
+
+
+def model_card(checkpoint, tokenizer, model, saved, where):
     """The README.md of a folder `where`: how the model was trained, and how it is used."""
     config, trained = model.config, checkpoint.config
     rows = {'context': f'{config.block_size:,} tokens', 'vocabulary': f'{config.vocab_size:,}'}
@@ -199,8 +229,8 @@ def model_card(checkpoint, model, saved, where):
     if checkpoint.val_loss is not None:
         rows['val loss'] = f'{checkpoint.val_loss:.4f} nats per token'
     lines = ['| | |', '| --- | --- |', *(f'| {key} | {value} |' for key, value in rows.items())]
-    start = 'Once' if checkpoint.tokenizer is None else 'The'
     origin = ', trained with plainGPT' if checkpoint.step else ''
     return CARD.format(where=where, origin=origin, parameters=model.get_num_params(False),
-                       architecture=saved['architectures'][0], table='\n'.join(lines), start=start,
+                       architecture=saved['architectures'][0], table='\n'.join(lines),
+                       code=example(tokenizer, config, where),
                        note=NOTE * (config.eot_token is not None))

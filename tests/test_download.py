@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -98,6 +99,27 @@ def test_download_verifies_sha256_from_hub(server, tmp_path):
         download(server.url + '/hub/y', tmp_path / 'y.bin', 'linked')
 
 
+CUT = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nab'
+
+
+@pytest.mark.parametrize('answer', [b'nonsense\r\n\r\n', b'', CUT])
+def test_download_reports_a_server_that_does_not_speak_http(tmp_path, answer):
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f'http://127.0.0.1:{listener.getsockname()[1]}/x'
+        with pytest.raises(UserError, match=f'{url} cannot be downloaded to .*x.bin'):
+            download(url, tmp_path / 'x.bin')
+        thread.join()
+    assert not (tmp_path / 'x.bin').exists()
+
+
 def test_download_reports_failure_in_one_line(tmp_path, server):
     for url, message in (
         (server.url + '/missing', 'Not Found'),
@@ -108,6 +130,9 @@ def test_download_reports_failure_in_one_line(tmp_path, server):
             match=f'{re.escape(url)} cannot be downloaded to .*x.bin.*{message}.*: do this',
         ):
             download(url, tmp_path / 'x.bin', advice='do this')
+    for url in ('https://[', 'https://127.0.0.1:port/x', 'https://a b/x'):
+        with pytest.raises(UserError, match=re.escape(url)):
+            download(url, tmp_path / 'x.bin')
     for url in ('http://example.com/x', 'ftp://example.com/x', 'file:///etc/passwd'):
         with pytest.raises(UserError, match='only https'):
             download(url, tmp_path / 'x.bin')

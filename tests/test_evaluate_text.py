@@ -66,6 +66,16 @@ def read_numbers(output):
     return [float(number.replace(',', '')) for number in re.search(pattern, output).groups()]
 
 
+def test_words_end_at_the_end_of_a_document(run, byte_run, tmp_path):
+    folder, _ = byte_run
+    words = []
+    for end in (' ', '<|endoftext|>'):
+        (tmp_path / 'text.txt').write_text(f'one two{end}three', encoding='utf-8')
+        output = run('tools/evaluate.py', f'--out_dir={folder}', f'--input={tmp_path}/text.txt')
+        words.append(read_numbers(output.stdout)[-1])
+    assert words == [3, 3]
+
+
 @pytest.mark.parametrize('stride, limit', [(1, None), (7, None), (7, 3), (24, None), (None, None)])
 def test_evaluate_stride_matches_huggingface_guide(run, byte_run, tmp_path, stride, limit):
     folder, model = byte_run

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import re
+import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from architectures import one_by_one
 from helpers import TINY, randomize
 from lib import huggingface, write_huggingface
 from lib.errors import UserError
+from lib.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 SIZES = {'n_layer': 2, 'n_head': 4, 'n_embd': 32, 'block_size': 64, 'vocab_size': 50}
@@ -133,6 +138,44 @@ def test_exported_run_loads_in_transformers(exported, trained):
         torch.testing.assert_close(ours(ids, ids)[0], theirs(ids).logits, atol=1e-4, rtol=0)
     card = (exported / 'README.md').read_text()
     assert f'{checkpoint.val_loss:.4f}' in card and '20 steps' in card
+
+
+@pytest.mark.parametrize('kind', ['char', 'digits', 'chat', 'ids'])
+def test_code_of_the_model_card_runs(tmp_path, capsys, kind):
+    saved = {'char': {'kind': 'char', 'characters': 'The quick'},
+             'digits': {'kind': 'char', 'characters': '- 0123\n', 'end_of_text': True},
+             'chat': {'kind': 'byte', 'end_of_text': True},
+             'ids': {'kind': 'ids', 'names': [str(i) for i in range(50)]}}[kind]
+    tokenizer = Tokenizer.from_dict(saved)
+    chats = {'turns': 2, 'eot_token': tokenizer.eot} if kind == 'chat' else {}
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64,
+                          vocab_size=tokenizer.vocab_size, **chats))
+    checkpoint = ckpt.Checkpoint(asdict(model.config), model.state_dict(), tokenizer=saved)
+    folder = tmp_path / "it's"
+    folder.mkdir()
+    write_huggingface.write_folder(checkpoint, model, folder, torch.float32, str(folder))
+    code = re.search('```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)[1]
+    exec(code, {})
+    written = capsys.readouterr().out
+    start = {'char': 'The', 'digits': '0', 'chat': '<|endoftext|>The<|endoftext|>',
+             'ids': 'tensor([[ 0, '}[kind]
+    assert written.startswith(start)
+
+
+@pytest.mark.parametrize('format', ['hf', 'gguf'])
+def test_export_folder_may_have_any_name(run, trained, clone, tmp_path, format):
+    """Bytes that are not UTF-8; by default in the run's folder, wherever the command is run."""
+    if format == 'gguf':
+        pytest.importorskip('gguf')
+    run('tools/export.py', f'--out_dir={trained}', f'--format={format}',
+        '--export_dir=' + os.fsdecode(os.fsencode(tmp_path) + b'/b\xff'))
+    assert os.listdir(os.fsencode(tmp_path)) == [b'b\xff']
+    shutil.copytree(trained, clone / f'run-{format}')
+    (tmp_path / 'elsewhere').mkdir()
+    run('tools/export.py', f'--out_dir=run-{format}', f'--format={format}',
+        cwd=tmp_path / 'elsewhere')
+    assert (clone / f'run-{format}' / format).is_dir()
+    assert not any((tmp_path / 'elsewhere').iterdir())
 
 
 def test_exported_run_comes_back(run, exported, trained):

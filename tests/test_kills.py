@@ -158,16 +158,18 @@ def pieces():
         split = 'val' if i // 1000 % 10 == 9 else 'train'
         yield write.Piece(split, text[i:i + 1000], ends_document=i // 1000 % 7 == 0)
 real = write.encode_pieces
-write.encode_pieces = lambda pieces, tokenizer, pool: real(pieces, tokenizer, pool, size=3000)
-write.write_dataset(sys.argv[1], pieces(), train_bpe([text[:4000]], 300), sys.argv[4])
+write.encode_pieces = lambda pieces, encode, pool: real(pieces, encode, pool, size=3000)
+write.write_dataset(sys.argv[1], pieces(), train_bpe([text[:4000]], 300), sys.argv[4],
+                    ordinary=bool(sys.argv[5]))
 """
 
 
 @pytest.mark.slow
 def test_prepare_resumes_to_identical_bins_after_sigkill(clone, text, tmp_path):
+    text = text[:500] + '<|endoftext|>' + text[500:]
     (tmp_path / 'text.txt').write_text(text)
 
-    def prepare(folder, kill_at=-1, source='a text'):
+    def prepare(folder, kill_at=-1, source='a text', ordinary=False):
         command = [
             sys.executable,
             '-c',
@@ -176,6 +178,7 @@ def test_prepare_resumes_to_identical_bins_after_sigkill(clone, text, tmp_path):
             tmp_path / 'text.txt',
             str(kill_at),
             source,
+            '1' * ordinary,
         ]
         return subprocess.run(command, cwd=clone, capture_output=True, text=True)
 
@@ -206,6 +209,15 @@ def test_prepare_resumes_to_identical_bins_after_sigkill(clone, text, tmp_path):
     assert (tmp_path / 'mixed' / 'train.bin').read_bytes() == (
         tmp_path / 'whole' / 'train.bin'
     ).read_bytes()
+
+    # so does one to which <|endoftext|> is plain text
+    prepare('ordinary', 60)
+    result = prepare('ordinary', ordinary=True)
+    assert result.returncode == 0 and 'continuing after' not in result.stdout
+    assert prepare('ordinary too', ordinary=True).returncode == 0
+    written = [(tmp_path / folder / 'train.bin').read_bytes()
+               for folder in ('ordinary', 'ordinary too', 'whole')]
+    assert written[0] == written[1] != written[2]
 
     prepare('changed', 60)
     (tmp_path / 'text.txt').write_text(text[:5000] + 'x' + text[5000:])

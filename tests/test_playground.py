@@ -155,6 +155,9 @@ def test_chat_answers_as_the_model_generates(playground):
     top = choice.logprobs.content[0].top_logprobs
     best = first.topk(2).values.tolist()
     assert [token.logprob for token in top] == pytest.approx(best, abs=1e-4)
+    parts = [{'type': 'text', 'text': text} for text in ('and', ' é?')]
+    split = [*messages[:-1], {'role': 'user', 'content': parts}]
+    assert ask(model='chat', messages=split, temperature=0).choices[0].message == choice.message
     chunks = list(ask(model='chat', messages=messages, temperature=0, stream=True))
     assert ''.join(chunk.choices[0].delta.content for chunk in chunks) == choice.message.content
     assert [chunk.choices[0].delta.role for chunk in chunks][:2] == ['assistant', None]

@@ -4,8 +4,10 @@ import os
 
 import pytest
 
-from helpers import TINY
-from lib import bins
+from helpers import TINY, folder_contents
+from lib import bins, write
+from lib.errors import UserError
+from lib.tokenizer import ByteTokenizer
 
 
 @pytest.mark.slow
@@ -103,3 +105,29 @@ def test_prepare_large_dataset_reports_missing_package(refused, tmp_path):
             says='pip install datasets',
             env={'PYTHONPATH': str(tmp_path)},
         )
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, PermissionError(1, 'not permitted')])
+def test_the_data_set_stays_if_its_files_cannot_be_replaced(tmp_path, monkeypatch, error):
+    """Ctrl-C between two renames, or a program on Windows that has one of the files open."""
+    def prepare(text, fails_at=0):
+        def replace(source, target):
+            renamed.append(source)
+            if len(renamed) == fails_at:
+                raise error
+            os.replace(source, target)
+
+        renamed = []
+        monkeypatch.setattr(write, 'replace', replace)
+        pieces = [write.Piece(split, text) for split in ('train', 'val')]
+        write.write_dataset(tmp_path / 'mine', pieces, ByteTokenizer(), 'a text')
+        return len(renamed)
+
+    assert prepare('old') == 3
+    old = folder_contents(tmp_path / 'mine')
+    for fails_at in range(1, 7):  # three are moved aside, three come in their place
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            prepare('new text', fails_at)
+        assert folder_contents(tmp_path / 'mine') == old
+    assert prepare('new text') == 6 and folder_contents(tmp_path / 'mine').keys() == old.keys()
+    assert bins.open_dataset(tmp_path / 'mine', 2).train.n_tokens == len('new text')

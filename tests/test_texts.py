@@ -210,8 +210,17 @@ def test_prepare_reads_pipes_links_and_compressed_files(prepare, tmp_path, clone
     (folder / 'b.txt.gz').write_bytes(gzip.compress(content.encode()))
     (folder / 'link').symlink_to(other)
     (folder / 'loop').symlink_to(folder)
+    (other / '.hidden').mkdir()
+    (other / '.hidden' / 'c.txt').write_text('x')
     ids, tok = prepare(folder, '--tokenizer=char')
     assert tok.decode(ids) == 2 * content
+    # more links to the same: each text counts once, or the training split would have the other's
+    (folder / 'again').symlink_to(other)
+    (folder / 'd.txt').symlink_to(other / 'a.txt')
+    (folder / 'z.txt.gz').symlink_to(folder / 'b.txt.gz')
+    (folder / 'shown').symlink_to(other / '.hidden')
+    ids, tok = prepare(folder, '--tokenizer=char')
+    assert sorted(tok.decode(ids)) == sorted(2 * content + 'x')
     (tmp_path / 'cut.gz').write_bytes(gzip.compress(content.encode())[:-9])
     refused('data/text/prepare.py', f'--input={tmp_path / "cut.gz"}', says='damaged')
 

@@ -75,7 +75,7 @@ from lib.device import dtype_name, pick_device, pick_dtype, to_device
 from lib.generation import KVCache, beam_search, cache_dtype, generate, left_pad
 from lib.records import read_records
 from lib.run import Signals
-from lib.tokenizer import encode_turns
+from lib.tokenizer import END_OF_TEXT, encode_turns
 
 OVERFLOW = ('its weights are damaged or overflow in this dtype: try --dtype=float32 or an earlier '
             'checkpoint')
@@ -234,7 +234,8 @@ def evaluate_text(model, tokenizer, split, config, device):
     result = (f'{plural(n_tokens, "token")}: loss {loss:.4f}, perplexity '
               f'{math.exp(min(loss, 700)):.2f}, {bits:.4f} bits per byte')
     if config.input:
-        n_words = len(tokenizer.decode(split.split.ids[:n_tokens + 1]).split())
+        text = tokenizer.decode(split.split.ids[:n_tokens + 1]).replace(END_OF_TEXT, ' ')
+        n_words = len(text.split())
         per_word = math.exp(min(loss * n_tokens / max(1, n_words), 700))
         result += f', {per_word:.2f} per-word perplexity ({plural(n_words, "word")})'
     return result

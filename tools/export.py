@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configurator import Count, FilePath, Which, configure
 from lib.errors import os_errors, require, user_errors
+from lib.files import find, printable, weights_of
 
 
 @dataclass
@@ -77,7 +78,7 @@ def write(checkpoint, model, folder, config, where):
     if config.format == 'peft':
         return f'an adapter for PEFT, on top of {write_adapter(checkpoint, folder, dtype)}'
     if config.format == 'gguf':
-        kind = write_gguf(checkpoint, model, folder / 'model.gguf', config.dtype, str(where))
+        kind = write_gguf(checkpoint, model, folder / 'model.gguf', config.dtype, where)
         return f'{kind} of llama.cpp'
     if config.format == 'onnx':
         write_onnx(model, folder / 'model.onnx')
@@ -99,22 +100,21 @@ def write_own(checkpoint, model, path, dtype):
 
 
 def main(config):
-    where = config.out_dir if config.init_from == 'resume' else config.init_from
     require(config.export_dir or config.init_from == 'resume',
-            f'export_dir is missing: name a new folder for {where}')
+            f'export_dir is missing: name a new folder for {weights_of(config)}')
     dtypes = DTYPES.get(config.format, ('float32', 'bfloat16'))
     require(config.dtype in dtypes,
             f'dtype = {config.dtype}: {config.format} files have {" or ".join(dtypes)} here')
-    folder = Path(config.export_dir or Path(config.out_dir, config.format))
+    folder = Path(config.export_dir or find(config.out_dir) / config.format)
     with os_errors(folder):
         require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
                 f'export_dir = {folder}: there is something already: move it or name another')
     checkpoint = ckpt.load_for(config)
     model = checkpoint.build_model(dropout=0.0)
     with new_folder(folder) as temporary:
-        what = write(checkpoint, model, temporary, config, folder)
+        what = write(checkpoint, model, temporary, config, printable(folder))
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f'{checkpoint.path} written to {folder} ({size / 1e6:,.1f} MB): {what}')
+    print(f'{checkpoint.path} written to {printable(folder)} ({size / 1e6:,.1f} MB): {what}')
     if model.config.eot_token is not None and config.format in ('hf', 'gguf'):
         print('note: here attention does not cross <|endoftext|>, there it does: give it one '
               'document at a time')

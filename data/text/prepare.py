@@ -46,14 +46,20 @@ from lib.write import dataset_folder, write_dataset
 
 def text_files(root):
     """{path: (bytes, number of `<|endoftext|>`)} of the text files of a folder, in the order of the
-    hash of their names; links to folders are followed. Prints what it skips."""
-    files, skipped, visited = {}, [], set()
+    hash of their names; links are followed, and each file counts once. Prints what it skips."""
+    files, skipped, visited = {}, [], {os.path.realpath(root)}
+
+    def is_new(path):
+        real = os.path.realpath(path)
+        if path.name.startswith('.') or real in visited:
+            return False
+        visited.add(real)
+        return True
+
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        visited.add(os.path.realpath(folder))
-        subfolders[:] = [name for name in subfolders if not name.startswith('.')
-                         and os.path.realpath(Path(folder, name)) not in visited]
-        for path in (Path(folder, name) for name in names if not name.startswith('.')):
-            if not path.is_file():
+        subfolders[:] = [name for name in sorted(subfolders) if is_new(Path(folder, name))]
+        for path in (Path(folder, name) for name in sorted(names)):
+            if not (path.is_file() and is_new(path)):
                 continue
             try:
                 files[path] = measure(path)
@@ -127,7 +133,8 @@ def prepare(config, files):
     pieces = split_at_end(texts(), size, config.val_fraction, not config.special_tokens,
                           tokenizer.cuts_anywhere)
     folder = dataset_folder(config.dataset)
-    write_dataset(folder, pieces, tokenizer, printable(config.input), size)
+    write_dataset(folder, pieces, tokenizer, printable(config.input), size,
+                  ordinary=not config.special_tokens)
     if not config.init_from:
         print('next:', command('train.py', 'config/quickstart.py', dataset=config.dataset,
                                out_dir=f'out-{config.dataset}'))
