@@ -1,7 +1,7 @@
 """The messages of a chat, in OpenAI's format or ShareGPT's, as sources and targets."""
 from lib.errors import UserError, require
 
-ROLES = {'system': 'source', 'developer': 'source', 'user': 'source', 'assistant': 'target',
+ROLES = {'system': 'source', 'user': 'source', 'assistant': 'target', 'developer': 'source',
          'human': 'source', 'gpt': 'target'}  # the last two are ShareGPT's
 # of an example or a message: what no text of ours can hold
 MORE_THAN_TEXT = ('tools', 'tool_calls', 'functions', 'function_call', 'images', 'videos', 'audios',
@@ -23,8 +23,6 @@ def read_messages(messages):
     """A chat's messages -> [source, target, source, ...]. Consecutive messages of one side are
     joined by a blank line; a system message is part of the source after it. Raises UserError,
     Unusable."""
-    if not messages:
-        raise Unusable('there are no messages')
     parts = []
     for message in messages:
         check_text_only(message)

@@ -121,7 +121,7 @@ def read_sides(example):
     match example:
         case list(messages) | {'messages': list(messages)} | {'conversations': list(messages)}:
             parts = read_messages(messages)
-            if len(parts) % 2:
+            if not parts or len(parts) % 2:
                 raise Unusable('the last message is not the assistant\'s')
             return parts
         case {'instruction': str(instruction), 'output': str(output)}:  # Alpaca
