@@ -88,9 +88,8 @@ if __name__ == '__main__':  # so that --help and typos do not wait for the slow 
     with user_errors():
         config, given = configure(Config)
         check(config)
-        for key in {'start', 'num_samples'} & given.keys():
-            require(not config.interactive or given[key],
-                    f'{key}: with --interactive you type the prompts, one at a time: leave it out')
+        require(not config.interactive or 'start' not in given,
+                'start: with --interactive you type the prompts: leave it out')
 
 import sys
 import time

@@ -226,9 +226,8 @@ def test_sample_reports_user_errors(refused, trained, tmp_path):
     refused('sample.py', f'--out_dir={trained}', '--num_beams=2', '--stop=["a", 3]',
             says="stop = ['a']: beam search ends at token ids only")
     refused('sample.py', f'--out_dir={trained}', '--stop=["a", 1.5]', says="stop = ['a', 1.5]")
-    for flag in ('--start=d', '--num_samples=2'):
-        refused('sample.py', f'--out_dir={trained}', '--interactive', flag,
-                says=f'{flag[2:].partition("=")[0]}: with --interactive you type the prompts')
+    refused('sample.py', f'--out_dir={trained}', '--interactive', '--start=d',
+            says='start: with --interactive you type the prompts')
     refused('sample.py', f'--out_dir={tmp_path}', says=(str(tmp_path), 'no whole checkpoint'))
     refused('sample.py', f'--out_dir={tmp_path}/none', says='there is no checkpoint')
     refused('sample.py', f'--out_dir={trained}', '--temprature=1', says='did you mean temperature')
