@@ -126,6 +126,10 @@ def test_graph_panel_lists_edges_as_computed_and_opens_readable(reference):
     readout = tab.locator('#figure-graph .readout')
     assert re.search(r' logits over all paths.* It leads to ', readout.text_content())
     assert re.search(r'node=\d+', tab.url)
+    label = buttons.nth(4).get_attribute('aria-label')
+    buttons.nth(4).click()
+    wait_until_drawn(tab)
+    assert tab.evaluate('document.activeElement.ariaLabel') == label  # where the mouse is
     slider = tab.get_by_role('slider', name='Share of the influence')
     slider.focus()
     tab.keyboard.press('End')

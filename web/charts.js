@@ -81,7 +81,11 @@ export function reachable(figure, svg, items) {
       else return;
       event.preventDefault();
     };
-    const listeners = {focus: showHere, blur: hideTip, pointermove: show, pointerleave: hideTip};
+    const focus = () => {
+      stopAt(i); // a click focuses too
+      showHere();
+    };
+    const listeners = {focus, blur: hideTip, pointermove: show, pointerleave: hideTip};
     if (onClick) listeners.click = onClick;
     for (const [type, listener] of Object.entries({...listeners, keydown})) {
       element.addEventListener(type, listener);

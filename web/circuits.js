@@ -181,7 +181,7 @@ function compositionFigure() {
     const maxEdges = state.threshold ? 400 : 40;
     const shown = all.slice(0, maxEdges).filter(edge => edge.value >= Math.max(1e-6, threshold));
     slider.value = state.threshold;
-    output.textContent = state.threshold ? fixed(threshold, 3) : 'top 40';
+    output.textContent = state.threshold ? fixed(threshold, 3) : `top ${shown.length}`;
     drawComposition(chart, shown, largest);
     chart.heading.textContent = `${state.kind.toUpperCase()}-composition between heads`;
     chart.setReadout(describeComposition(strongest));

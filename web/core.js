@@ -486,7 +486,7 @@ export function figure(name, title, table, controls, drawn = true) {
     'aria-label': `${title}: table`,
     hidden: !openTables.has(name)
   });
-  const hint = h('p', {class: 'hint', 'aria-hidden': 'true'}, 'Scroll sideways to see all →');
+  const hint = h('p', {class: 'hint', 'aria-hidden': 'true'}, 'Scroll sideways to see all ↔');
   const place = {hint, picture};
   const refresh = () => {
     if (!dataTable.hidden) dataTable.replaceChildren(cappedTable(...table()));

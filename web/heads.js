@@ -450,7 +450,9 @@ function promotedFigure() {
     const ordered = [...all.slice(0, half), ...all.slice(half).toReversed()];
     const rows = ordered.map(({id, value}) => ({label: tokenLabel(id), value}));
     bars(chart, rows, 'Tokens raised and lowered');
-    chart.heading.textContent = `Output at ${placeOf(state.t)}: tokens raised and lowered`;
+    const isOff = all.every(({value}) => value === 0);
+    const what = isOff ? 'none, the head is off' : 'tokens raised and lowered';
+    chart.heading.textContent = `Output at ${placeOf(state.t)}: ${what}`;
   });
   return chart;
 }

@@ -180,7 +180,7 @@ function drawMap(chart, selects) {
     rowName: i => depthName(depthOf(i)),
     rowAxis: 'after',
     columnName: t => tokenLabel(corrupted[t], 8),
-    columnAxis: 'position whose vector is put in',
+    columnAxis: 'position that is patched',
     cellHeight: 26,
     maxSize: 4000,
     label: 'How much of the answer each vector of the residual stream restores'

@@ -64,7 +64,7 @@ function methodOf(step) {
   }
   const name = step.optimizer === 'muon' ? 'Muon and AdamW' : 'AdamW';
   const when = step.is_over
-    ? 'The schedule of the run is at its end, so the learning rates are those of its peak.'
+    ? 'The run is over, so the learning rates are those of its peak.'
     : `The learning rates are those of the schedule at step ${integer(facts.run.step)}.`;
   const dropout = step.dropout ? `, without the dropout of ${step.dropout}` : '';
   return (

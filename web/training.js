@@ -47,7 +47,9 @@ function historyHint() {
   return h(
     'p',
     {class: 'note'},
-    'To see how the heads developed, train with a larger --keep_last and run explain.py with ',
+    'To see how the heads developed, train with a larger ',
+    h('code', {}, '--keep_last'),
+    ' and run explain.py with ',
     h('code', {}, '--checkpoints=all'),
     '.'
   );

@@ -11,7 +11,7 @@ const NUMBERS = {
   min_p: ['Min p', '0: off', 0, 1, 0.01],
   repetition_penalty: ['Repetition penalty', '1: off', 0.05, 100, 0.05],
   max_tokens: ['New tokens', 'at most', 1, 1e5, 1],
-  n: ['Texts', 'in write mode', 1, 16, 1],
+  n: ['Texts', 'not in a chat', 1, 16, 1],
   seed: ['Seed', 'same seed, same text', 0, Number.MAX_SAFE_INTEGER, 1]
 };
 const OFF = {top_k: 0, top_p: 1, min_p: 0}; // what null is in the API
