@@ -103,11 +103,18 @@ class Checkpoint:
             require(found or vocab_size in (50257, 50304),
                     f'{self.path}: there is no tokenizer.json in it, only weights: add it')
         else:
-            found = bins.open_tokenizer(bins.find_dataset(self.config.get('dataset', '')))
+            name = self.config.get('dataset', '')
+            folder = Path(self.path).absolute().parents[1] / 'data' / name  # of nanoGPT's clone
+            if not (folder / 'meta.pkl').exists():
+                folder = bins.find_dataset(name)
+            found = bins.open_tokenizer(folder)
+            require(found or vocab_size >= 50257,
+                    f'{self.path}: the model has {vocab_size} tokens, and their tokenizer is '
+                    f'missing: copy the meta.pkl of its data set to data/{name}')
         found = found or tokenizer.gpt2()
         require(found.vocab_size <= vocab_size,
-                f'{self.path}: the model has {vocab_size} tokens, its tokenizer (or GPT-2\'s) '
-                f'{found.vocab_size}: put its own there, or meta.pkl into its data set\'s folder')
+                f'{self.path}: the model has {vocab_size} tokens, its tokenizer '
+                f'{found.vocab_size}: put its own there')
         return found
 
 

@@ -341,6 +341,10 @@ def parse_config_file(path, as_input=''):
     if not os.path.exists(found):
         others = [str(p) for p in sorted(Path('config').glob('*.py'))]
         hint = nearest(str(path), others, otherwise='')
+        if os.path.join('config', path) in others:
+            hint = f'; did you mean {os.path.join("config", path)}?'
+        elif '=' in str(path):
+            hint = f'; did you mean --{path}?'
         raise UserError(f'{path}: there is no such file{hint}; '
                         f'a word without -- is the path of a config file')
     require(not found.is_dir(), f'{path} is a folder; a word without -- is a config file; a run: '

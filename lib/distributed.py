@@ -206,7 +206,7 @@ def micro_batches_per_process(config):
     if total % n:
         choices = f'{total // n * n} or ' * (total > n) + f'{(total // n + 1) * n}'
         fail(f'gradient_accumulation_steps = {total} is not divisible by the {n} processes: '
-             f'try {choices}')
+             f'try {choices}, and a batch_size that keeps the tokens of a step')
     return total // n
 
 

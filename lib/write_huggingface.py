@@ -223,7 +223,8 @@ def model_card(checkpoint, tokenizer, model, saved, where):
     if checkpoint.step:
         tokens = checkpoint.samples_seen * trained.get('block_size', config.block_size)
         rows['training'] = f'{plural(checkpoint.step, "step")}, {plural(tokens, "token")}'
-    for key in ('dataset', 'init_from', 'optimizer', 'learning_rate', 'seed'):
+    muon = ['muon_learning_rate'] if trained.get('optimizer') == 'muon' else []
+    for key in ('dataset', 'init_from', 'optimizer', 'learning_rate', *muon, 'seed'):
         if key in trained:
             rows[key] = trained[key]
     if checkpoint.val_loss is not None:

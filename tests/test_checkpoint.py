@@ -364,6 +364,21 @@ def test_checkpoint_finds_tokenizer_of_nanogpt_dataset(tmp_path):
     assert restored.get_tokenizer().decode([0, 4]) == 'ae'
 
 
+def test_checkpoint_finds_the_data_of_a_clone_of_nanogpt(tmp_path):
+    """out-x/ckpt.pt and data/x/meta.pkl, wherever sample.py runs."""
+    (tmp_path / 'nanoGPT' / 'out-x').mkdir(parents=True)
+    write_nanogpt_checkpoint(tmp_path / 'nanoGPT' / 'out-x' / 'ckpt.pt')
+    restored = ckpt.load(tmp_path / 'nanoGPT' / 'out-x')
+    restored.config['dataset'] = 'some_letters'
+    with pytest.raises(UserError, match='5 tokens.*copy the meta.pkl of its data set to data/some'):
+        restored.get_tokenizer()
+    folder = tmp_path / 'nanoGPT' / 'data' / 'some_letters'
+    folder.mkdir(parents=True)
+    meta = {'vocab_size': 5, 'itos': dict(enumerate('abcde'))}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    assert restored.get_tokenizer().decode([0, 4]) == 'ae'
+
+
 @pytest.mark.parametrize('copy', [True, False])
 def test_async_save_snapshots_weights_at_call_time(tmp_path, monkeypatch, copy):
     model = tiny_model()

@@ -108,6 +108,8 @@ def test_configurator_applies_files_and_flags_in_order(tmp_path):
         (['--eval_only=maybe'], 'eval_only'),
         (['--position=rotary'], 'learned or rope'),
         (['--position=rop'], 'did you mean rope'),
+        (['batch_size=3'], 'batch_size=3: there is no such file; did you mean --batch_size=3'),
+        (['quickstart.py'], 'quickstart.py: there is no such file; did you mean config/quick'),
         (['-b=3'], '--key=value'),
         (['--batch_size'], 'value is missing'),
         (['--learning_rate=1/0'], 'learning_rate'),

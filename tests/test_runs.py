@@ -178,6 +178,14 @@ def test_axes_of_curves_follow_from_log(trained):
     assert found['n_params'] == model.get_num_params(False)
 
 
+def test_tokens_of_a_run_with_one_log_line_are_those_of_all_its_steps(tmp_path):
+    lines = [{'step': 0, 'loss': 4.0, 'samples_seen': 4, 'tokens_per_second': 64.0},
+             {'step': 8, 'val_loss': 3.0}]
+    found = runs.read_run(write_run(tmp_path / 'x', lines, batch_size=4, block_size=32,
+                                    gradient_accumulation_steps=1, log_interval=10), 'x')
+    assert (found['step'], found['tokens'], found['seconds']) == (8, 8 * 4 * 32, 8 * 2.0)
+
+
 def test_flops_are_known_without_checkpoints(trained, tmp_path):
     folder = tmp_path / 'logs-only'
     shutil.copytree(trained, folder, ignore=shutil.ignore_patterns('ckpt_*'))

@@ -244,10 +244,9 @@ def at_steps(steps, known_steps, values):
         return np.full(len(steps), math.nan)
     ends = known_steps + 1
     found = np.interp(steps, np.concatenate(([0], ends)), np.concatenate(([0], values)))
-    if len(ends) > 1:
-        slope = (values[-1] - values[-2]) / (ends[-1] - ends[-2])
-        found += np.maximum(steps - ends[-1], 0) * slope
-    return found
+    before = (ends[-2], values[-2]) if len(ends) > 1 else (0, 0)
+    slope = (values[-1] - before[1]) / (ends[-1] - before[0])
+    return found + np.maximum(steps - ends[-1], 0) * slope
 
 
 def step_curves(lines, axes):
