@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.distributed import gather_ints, print0, rank
 from lib.errors import os_errors
-from lib.files import lock, open_own, parse_json, patiently, write_text
+from lib.files import lock, open_own, parse_json, patiently, relative, write_text
 from lib.trackers import Trackers
 
 
@@ -111,9 +111,9 @@ def set_aside(out_dir):
 
 def moved(path, out_dir, kept):
     """The path, or where it is now that the run in out_dir is in the folder kept."""
-    relative = os.path.relpath(os.path.realpath(path), os.path.realpath(out_dir))
-    there = Path(kept, relative)
-    gone = relative == '.' or not os.path.exists(path)
+    below = relative(os.path.realpath(path), os.path.realpath(out_dir))
+    there = Path(kept, below)
+    gone = below == '.' or not os.path.exists(path)
     return str(there) if gone and there.exists() else path
 
 
